@@ -1,0 +1,54 @@
+"""LLaMA-Adapter (zero-init attention, arXiv:2303.16199) for any transformers language model.
+
+    from llama_adapter import AdapterConfig, add_adapter, use_adapter, save_adapter, load_adapter, remove_adapter
+
+    adapter = add_adapter(model, AdapterConfig(adapter_len=10, adapter_layers=30))   # freezes the base
+    ...train model with anything that trains transformers models...
+    save_adapter(model, "my-adapter")
+
+The method itself is in `llama_adapter.attention`; read that first.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_adapter.adapter import (
+        Adapter,
+        add_adapter,
+        get_adapter,
+        list_adapters,
+        remove_adapter,
+        use_adapter,
+    )
+    from llama_adapter.config import AdapterConfig
+    from llama_adapter.errors import LlamaAdapterError
+    from llama_adapter.storage import load_adapter, save_adapter
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "LlamaAdapterError",
+    "add_adapter",
+    "get_adapter",
+    "list_adapters",
+    "load_adapter",
+    "remove_adapter",
+    "save_adapter",
+    "use_adapter",
+]
+
+_HOME = {
+    "AdapterConfig": "config",
+    "LlamaAdapterError": "errors",
+    "load_adapter": "storage",
+    "save_adapter": "storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import: only what touches a model pays for them.
+    if name not in __all__:
+        raise AttributeError(f"module 'llama_adapter' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"llama_adapter.{_HOME.get(name, 'adapter')}"), name)

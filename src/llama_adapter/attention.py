@@ -1,0 +1,171 @@
+"""Zero-init attention: the whole method of LLaMA-Adapter (arXiv:2303.16199, section 3.2). Read this file first.
+
+Layer l of the top L layers of a frozen model owns a prompt P and one gate g per attention head.
+Its attention, for text queries q = RoPE(Wq x), keys Kt and values Vt, becomes
+
+    text    = softmax(s q Kt' + causal) Vt         the model's own attention, untouched
+    adapter = softmax(s q (Wk P)') (Wv P)          no rotation, no norm of P, a softmax of its own
+    out     = Wo (text + act(g) * adapter)         g = 0 at the start: the base's output, bit for bit
+
+`act` is tanh (the authors' training code) or the identity (their first release, PEFT, LitGPT); `s` is the
+model's own score scale. Keys and values of the prompt come from the model's own frozen projections.
+
+Shape letters: B rows, T tokens, H query heads, K = adapter_len, D = head_dim, A distinct adapters in a batch.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.prompt_cache import PromptCache
+
+SLOT = "zero_init"
+"""Name under which an attention module holds its `AdapterSlot`."""
+CHOICE = "adapter_choice"
+"""Name of the keyword argument that carries a `Choice` from the model's forward to its attention."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "identity": lambda gate: gate}
+
+Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+"""(attention module, prompt [K, hidden]) -> keys and values [kv heads, K, D]; `families.py` has one per layout."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which adapter serves which row of a batch.
+
+    `names` are the distinct adapters (None: the bare base) and `rows` [B] indexes into them;
+    `rows` is None when one adapter serves every row.
+    """
+
+    names: tuple[str | None, ...]
+    rows: Tensor | None = None
+
+
+class ZeroInitAdapter(nn.Module):
+    """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32."""
+
+    def __init__(self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(adapter_len, hidden_size, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+        self.gate_activation = gate_activation
+
+    def strength(self) -> Tensor:
+        """act(g) [H]: how much of the prompt's attention each head lets in."""
+        return ACTIVATIONS[self.gate_activation](self.gate)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ZeroInitAdapter":
+        # model.to(bfloat16) must move the adapter but not round it: small updates would be lost in bf16.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+class AdapterSlot(nn.Module):
+    """The adapters of one attention module, and the second softmax that reads them."""
+
+    def __init__(self, projection: Projection, projection_modules: tuple[str, ...]) -> None:
+        super().__init__()
+        self._projection = projection
+        self._projection_modules = projection_modules
+        self._cache: PromptCache[tuple[Tensor, Tensor, Tensor | None]] = PromptCache()
+
+    def get(self, name: str | None) -> ZeroInitAdapter | None:
+        """The adapter called `name`, or None where this layer has none of that name."""
+        return None if name is None else self._modules.get(module_key(name))  # type: ignore[return-value]
+
+    def forward(
+        self, attention: nn.Module, query: Tensor, choice: Choice, scaling: float, softcap: float | None
+    ) -> Tensor | None:
+        """act(g) * softmax(s q (Wk P)') (Wv P) for `query` [B, H, T, D].
+
+        Returns:
+            [B, T, H, D] in the query's dtype, or None when none of the chosen adapters has this layer.
+        """
+        adapters = [self.get(name) for name in choice.names]
+        if not any(adapters):
+            return None
+        key, value, bias = self._cache.get(
+            choice.names, self._sources(attention, adapters), query, lambda: self._project(attention, adapters, query)
+        )
+        if choice.rows is not None:
+            rows = choice.rows.to(query.device)
+            key, value, bias = key[rows], value[rows], None if bias is None else bias[rows]
+        scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, K]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+    def _project(
+        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], query: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and gated values [A, H, K, D] of the prompts, and -inf [A, 1, 1, K] past the end of shorter ones."""
+        lengths = [0 if adapter is None else len(adapter.prompt) for adapter in adapters]
+        longest, heads, head_dim = max(lengths), query.shape[1], query.shape[-1]
+        nothing = query.new_zeros(heads, longest, head_dim)  # a row on the bare base: values 0 add exactly nothing
+        pairs = [
+            (nothing, nothing) if adapter is None else self._project_one(attention, adapter, query)
+            for adapter in adapters
+        ]
+        key, value = (
+            torch.stack([nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in side])
+            for side in zip(*pairs, strict=True)
+        )
+        bias = query.new_zeros(len(adapters), 1, 1, longest)
+        for row, length in zip(bias, lengths, strict=True):
+            row[..., length or longest :] = float("-inf")
+        return key, value, bias if bias.any() else None
+
+    def _project_one(self, attention: nn.Module, adapter: ZeroInitAdapter, query: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self._projection(attention, adapter.prompt.to(query.device, query.dtype))  # [kv heads, K, D]
+        group = query.shape[1] // key.shape[0]
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)  # [H, K, D]
+        gated = value * adapter.strength().to(value.device)[:, None, None]  # product in fp32, as the gate is
+        return key.to(query.dtype), gated.to(query.dtype)
+
+    def _sources(self, attention: nn.Module, adapters: list[ZeroInitAdapter | None]) -> Iterable[Tensor]:
+        for adapter in adapters:
+            if adapter is not None:
+                yield from (adapter.prompt, adapter.gate)
+        for name in self._projection_modules:
+            yield from getattr(attention, name, nn.Identity()).parameters()
+
+
+def module_key(name: str) -> str:
+    """Submodule name of adapter `name`: PyTorch allows no dot in it, adapter names allow no colon."""
+    return "adapter_" + name.replace(".", ":")
+
+
+def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a transformers attention function so that adapted modules add their gated term.
+
+    The result has the signature of transformers' attention interface: (module, query [B, H, T, D], key, value,
+    attention_mask, scaling=, softcap=, ...) -> (output [B, T, H, D], weights). A module without adapters gets
+    exactly what `text_attention` returns.
+    """
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        choice: Choice | None = kwargs.pop(CHOICE, None)
+        text, weights = text_attention(module, query, key, value, attention_mask, **kwargs)
+        slot: AdapterSlot | None = getattr(module, SLOT, None)
+        if slot is None or choice is None:
+            return text, weights
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        adapter = slot(module, query, choice, scaling, kwargs.get("softcap"))
+        return text if adapter is None else text + adapter, weights
+
+    attention.wraps = text_attention  # type: ignore[attr-defined]
+    return attention

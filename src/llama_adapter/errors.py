@@ -1,0 +1,44 @@
+"""Every exception that this package raises on purpose.
+
+    LlamaAdapterError
+    ├── ConfigError         a setting has a value that breaks a rule (also a ValueError)
+    ├── DataError           a record or a data file cannot be used
+    ├── UnsupportedModelError   the base model's family cannot be adapted
+    ├── AdapterError        an adapter on disk or on a model is missing, foreign or of another shape
+    ├── TrainingError       a run cannot start, go on or be resumed
+    └── MissingExtraError   an optional dependency is not installed
+
+Each message is one or two sentences: the value, the rule it breaks, and what to do next.
+The command line turns them into that sentence and exit code 2; it never shows their traceback.
+"""
+
+
+class LlamaAdapterError(Exception):
+    """Base of all errors raised by llama-adapter."""
+
+
+class ConfigError(LlamaAdapterError, ValueError):
+    """A setting has a value that breaks a rule."""
+
+
+class DataError(LlamaAdapterError):
+    """A record or a data file cannot be used."""
+
+
+class UnsupportedModelError(LlamaAdapterError):
+    """The base model's family cannot be adapted; the message names the family and the reason."""
+
+
+class AdapterError(LlamaAdapterError):
+    """An adapter on disk or on a model is missing, foreign, damaged or of another shape."""
+
+
+class TrainingError(LlamaAdapterError):
+    """A run cannot start, go on or be resumed."""
+
+
+class MissingExtraError(LlamaAdapterError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs '{package}': pip install 'llama-adapter[{extra}]'.")
