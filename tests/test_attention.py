@@ -61,9 +61,7 @@ def official():
             weight = tensors[f"{theirs}attention.w{kind}.weight"]
             state[f"{ours}self_attn.{kind}_proj.weight"] = rotate_half_rows(weight, shape["n_heads"])
     model.load_state_dict(state)
-    adapter = add_adapter(
-        model, AdapterConfig(adapter_len=shape["adapter_len"], adapter_layers=shape["adapter_layer"])
-    )
+    adapter = add_adapter(model, AdapterConfig(adapter_len=shape["adapter_len"], adapter_layers=shape["adapter_layer"]))
     first = shape["n_layers"] - shape["adapter_layer"]
     prompts = tensors["adapter.adapter_query.weight"].view(shape["adapter_layer"], shape["adapter_len"], -1)
     adapter.load_state_dict(
@@ -199,7 +197,10 @@ def test_forward_and_gradients_equal_a_float64_reference(activation):
     out.loss.backward()
     expected_loss.backward()
     for i, layer in adapter.layers.items():
-        for mine, theirs in ((layer.prompt.grad, reference.prompts[i].grad), (layer.gate.grad, reference.gates[i].grad)):
+        for mine, theirs in (
+            (layer.prompt.grad, reference.prompts[i].grad),
+            (layer.gate.grad, reference.gates[i].grad),
+        ):
             assert theirs.norm() > 1e-4
             assert (mine.double() - theirs).norm() <= 1e-4 * theirs.norm()
 

@@ -192,11 +192,17 @@ def test_refused_families_are_named_with_the_reason(family):
 def test_unknown_family_lists_the_supported_ones():
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
-            "opt", vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16
+            "opt",
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=16,
+            word_embed_proj_dim=16,
         )
     )
     before = list(model.state_dict())
-    with pytest.raises(UnsupportedModelError, match="'opt'.*Supported: .*llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'opt'.*Supported: .*llama"):
         add_adapter(model)
     assert list(model.state_dict()) == before
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -173,6 +173,21 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
     registry.active = name
     setattr(model, _REGISTRY, registry)
     return adapter
+
+
+def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:
+    """L for a base: `config.adapter_layers`, or where that is None all layers but the lowest two.
+
+    Raises:
+        ConfigError: more layers than the base has.
+    """
+    num_layers = int(text_config(base).num_hidden_layers)
+    layers = config.adapter_layers or max(1, num_layers - 2)
+    if layers > num_layers:
+        raise ConfigError(
+            f"adapter_layers is {layers}, but the base has {num_layers} layers: choose 1 to {num_layers}."
+        )
+    return layers
 
 
 @contextlib.contextmanager

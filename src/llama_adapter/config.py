@@ -17,7 +17,7 @@ from llama_adapter.errors import ConfigError
 FORMAT_VERSION = 1
 GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class TrainConfig:
 
     epochs: float = setting(5.0, "Passes over the training data.", "Optimisation")
     max_steps: int | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
-    warmup_epochs: float = setting(2.0, "Linear warm-up, in epochs.", "Optimisation")
+    warmup_epochs: float = setting(
+        2.0, "Linear warm-up, in epochs; under --max-steps the same share of the run.", "Optimisation"
+    )
     batch_size: int = setting(64, "Examples per optimiser step, over all processes.", "Optimisation")
     micro_batch_size: int = setting(8, "Examples per forward on one process.", "Optimisation")
     base_lr: float = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
@@ -121,7 +123,7 @@ class TrainConfig:
     load_in_4bit: bool = setting(False, "Quantise the base with bitsandbytes (CUDA).", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
     eval_every: int | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
-    save_every: int | None = setting(None, "Steps between checkpoints (default: as --eval-every).", "Running")
+    save_every: int = setting(100, "Steps between checkpoints.", "Running")
     trackers: tuple[str, ...] = setting(
         ("tensorboard",), "Also log to: tensorboard, wandb, trackio. Repeatable; 'none' for none.", "Running"
     )
@@ -146,6 +148,11 @@ class TrainConfig:
             problems.one_of("trackers", tracker, Literal["tensorboard", "wandb", "trackio", "none"])
         problems.require("data", bool(self.data), "names no file: pass --data FILE")
         problems.require("output_dir", bool(self.output_dir), "is empty: pass --output-dir FOLDER")
+        problems.require(
+            "warmup_epochs",
+            self.warmup_epochs <= self.epochs,
+            f"is {self.warmup_epochs}, more than the {self.epochs} epochs of the run",
+        )
         problems.require(
             "resume",
             not (self.resume and self.overwrite),

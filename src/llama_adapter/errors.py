@@ -3,18 +3,22 @@
     LlamaAdapterError
     ├── ConfigError         a setting has a value that breaks a rule (also a ValueError)
     ├── DataError           a record or a data file cannot be used
-    ├── UnsupportedModelError   the base model's family cannot be adapted
+    ├── ModelError          the base model cannot be found or read
+    │   └── UnsupportedModelError   its family cannot be adapted
     ├── AdapterError        an adapter on disk or on a model is missing, foreign or of another shape
     ├── TrainingError       a run cannot start, go on or be resumed
+    │   └── Interrupted     Ctrl-C or SIGTERM stopped a run after it was saved (exit code 130)
     └── MissingExtraError   an optional dependency is not installed
 
 Each message is one or two sentences: the value, the rule it breaks, and what to do next.
-The command line turns them into that sentence and exit code 2; it never shows their traceback.
+The command line turns them into that sentence and exit code 2 (130 after Ctrl-C); it never shows their traceback.
 """
 
 
 class LlamaAdapterError(Exception):
-    """Base of all errors raised by llama-adapter."""
+    """Base of all errors raised by llama-adapter; the command line ends with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(LlamaAdapterError, ValueError):
@@ -25,7 +29,11 @@ class DataError(LlamaAdapterError):
     """A record or a data file cannot be used."""
 
 
-class UnsupportedModelError(LlamaAdapterError):
+class ModelError(LlamaAdapterError):
+    """The base model cannot be found or read."""
+
+
+class UnsupportedModelError(ModelError):
     """The base model's family cannot be adapted; the message names the family and the reason."""
 
 
@@ -35,6 +43,12 @@ class AdapterError(LlamaAdapterError):
 
 class TrainingError(LlamaAdapterError):
     """A run cannot start, go on or be resumed."""
+
+
+class Interrupted(TrainingError):
+    """Ctrl-C or SIGTERM stopped a run after it was saved; the message says how to go on."""
+
+    exit_code = 130
 
 
 class MissingExtraError(LlamaAdapterError):

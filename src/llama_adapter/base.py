@@ -1,0 +1,122 @@
+"""The frozen base model and its tokenizer: found, checked and loaded, with a sentence for everything that can fail."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from llama_adapter.config import Precision
+from llama_adapter.errors import MissingExtraError, ModelError
+from llama_adapter.families import family_of
+
+BUNDLED = "bundled"
+"""Name of the small base that ships with this package, beside 'folder' and 'owner/name'."""
+
+
+def resolve_model(name: str) -> str:
+    """What transformers is asked for: the package's own folder for 'bundled', else the name itself.
+
+    Raises:
+        ModelError: it looks like a path and is no folder.
+    """
+    if name == BUNDLED:
+        return str(Path(__file__).parent / "bundled" / "base")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelError(f"The base '{name}' is a file: give the folder that holds its config.json.")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"The base '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
+        )
+    return name
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The base's configuration, checked to be of a supported family; no weights are read.
+
+    Raises:
+        ModelError: there is no such base.
+        UnsupportedModelError: its family cannot be adapted.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"The base '{name}' cannot be read: {_first_sentence(error)}") from None
+    family_of(config)
+    return config
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The base's tokenizer.
+
+    Raises:
+        ModelError: the folder or hub repository has none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except Exception as error:  # tokenizers raise bare Exception on malformed files
+        raise ModelError(f"The tokenizer of '{name}' cannot be read: {_first_sentence(error)}") from None
+
+
+def load_base(
+    name: str, device: torch.device, precision: Precision = "auto", load_in_4bit: bool = False
+) -> PreTrainedModel:
+    """The base on `device`, in evaluation mode.
+
+    Args:
+        name: a folder, a hub name or 'bundled'.
+        device: where its weights go.
+        precision: see `resolve_dtype`.
+        load_in_4bit: quantise the weights to NF4 with bitsandbytes.
+
+    Raises:
+        ModelError: it is not there, is damaged, or does not fit into memory.
+        UnsupportedModelError: its family cannot be adapted.
+        MissingExtraError: 4-bit weights without bitsandbytes.
+    """
+    load_config(name)
+    dtype = resolve_dtype(precision, device)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bit(dtype)
+    if not transformers_logging.is_progress_bar_enabled() or name == BUNDLED:
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"The base '{name}' does not fit on {device} in {dtype}: use --load-in-4bit or a smaller base."
+        ) from None
+    except Exception as error:  # safetensors and pickle readers raise their own kinds on damaged files
+        raise ModelError(f"The weights of '{name}' cannot be read: {_first_sentence(error)}") from None
+    return model.eval()
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """`precision` as a dtype: "auto" is bf16 where the hardware computes in it, else fp32.
+
+    A CPU emulates bf16 at a fraction of its fp32 speed, so "auto" means fp32 there.
+    """
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 or device.type == "xpu" else torch.float32
+
+
+def _four_bit(dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "bnb", "--load-in-4bit")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text.split(". ")[0] or type(error).__name__).rstrip(".:") + "."

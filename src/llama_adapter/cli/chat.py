@@ -1,0 +1,108 @@
+"""`llama-adapter chat`: a conversation in the terminal."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.cli import options
+from llama_adapter.cli.parser import add_command
+from llama_adapter.config import GenerateConfig, unknown_name
+from llama_adapter.errors import DataError
+
+if TYPE_CHECKING:
+    from llama_adapter.generate import Session
+
+EXAMPLES = """
+llama-adapter chat --adapter runs/first
+llama-adapter chat --adapter poet=runs/poet --adapter clerk=runs/clerk
+"""
+HELP = """/reset          forget the conversation
+/adapter NAME   switch to another adapter ('none': the bare base)
+/help           this list
+/exit           leave (also Ctrl-D)"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    description = "Talk to the model. It remembers the conversation; /help lists the commands."
+    parser = add_command(commands, "chat", run, description, EXAMPLES)
+    parser.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    options.add_session_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, answer, repeat."""
+    config = options.decoding_from(args)
+    conversation = Conversation(options.open_session(args), config, args.system)
+    _note(f"adapter: {conversation.adapter or 'none'}; /help lists the commands")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            _note("\n/exit or Ctrl-D leaves")
+            continue
+        if line in ("/exit", "/quit"):
+            break
+        if line.startswith("/"):
+            _note(conversation.command(line))
+        elif line:
+            conversation.say(line)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Conversation:
+    """The history, and which adapter answers next."""
+
+    def __init__(self, session: "Session", config: GenerateConfig, system: str | None) -> None:
+        from llama_adapter.data import Message
+
+        self.session, self.config = session, config
+        self.opening = () if system is None else (Message("system", system),)
+        self.messages: tuple[Message, ...] = self.opening
+        self.adapter = session.adapters[-1] if session.adapters else None
+
+    def command(self, line: str) -> str:
+        """Carry out a /command and say what happened."""
+        word, _, argument = line.partition(" ")
+        if word == "/help":
+            return HELP
+        if word == "/reset":
+            self.messages = self.opening
+            return "The conversation starts anew."
+        if word == "/adapter":
+            return self._switch(argument.strip())
+        return unknown_name("command", word, ["/reset", "/adapter", "/help", "/exit"])
+
+    def _switch(self, name: str) -> str:
+        choices = [*self.session.adapters, "none"]
+        if name not in choices:
+            return f"adapters: {', '.join(choices)}" if not name else unknown_name("adapter", name, choices)
+        self.adapter = None if name == "none" else name
+        return f"Now answering: {name if name != 'none' else 'the bare base'}."
+
+    def say(self, text: str) -> None:
+        """Stream the answer to `text`; a Ctrl-C cuts it short and forgets the turn."""
+        from llama_adapter.data import Message
+        from llama_adapter.generate import Prompt
+
+        asked = (*self.messages, Message("user", text))
+        try:
+            answer = self.session.answer([Prompt(asked)], self.adapter, self.config, on_text=_print)[0]
+        except KeyboardInterrupt:
+            _note("\n(cut short)")
+            return
+        except DataError as error:
+            _note(f"{error} /reset starts anew.")
+            return
+        print()
+        if answer.text:
+            self.messages = (*asked, Message("assistant", answer.text))
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)

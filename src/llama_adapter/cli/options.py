@@ -1,0 +1,70 @@
+"""Options that `generate` and `chat` share."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from llama_adapter.config import GenerateConfig, Precision, Template
+from llama_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_adapter.generate import Session
+
+
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """Base, adapters, and how to decode."""
+    base = parser.add_argument_group("base and adapters")
+    base.add_argument(
+        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
+    )
+    base.add_argument(
+        "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
+    )
+    base.add_argument("--template", choices=get_args(Template), help="prompt format (default: the adapter's own)")
+    base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
+    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
+    decoding, default = parser.add_argument_group("decoding"), GenerateConfig()
+    decoding.add_argument(
+        "--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N",
+        help="longest answer in tokens (default: %(default)s)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--temperature", type=float, default=default.temperature, metavar="X",
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--top-p", type=float, default=default.top_p, metavar="X",
+        help="sample from the likeliest tokens of this total probability (default: %(default)s)",
+    )  # fmt: skip
+    decoding.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+
+
+def decoding_from(args: argparse.Namespace) -> GenerateConfig:
+    """The checked decoding settings."""
+    return GenerateConfig(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def open_session(args: argparse.Namespace) -> "Session":
+    """Load what the options name."""
+    from llama_adapter.generate import default_device, load_session
+
+    return load_session(
+        args.model, name_adapters(args.adapter), default_device(), args.precision, args.load_in_4bit, args.template
+    )
+
+
+def name_adapters(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=FOLDER` or `FOLDER`, whose last part is then the name.
+
+    Raises:
+        ConfigError: two adapters of one name.
+    """
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = text.rstrip("/").rpartition("/")[2], text
+        if name in named:
+            raise ConfigError(f"Two adapters are called '{name}': tell them apart with --adapter NAME=FOLDER.")
+        named[name] = folder
+    return named

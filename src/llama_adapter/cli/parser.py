@@ -1,0 +1,46 @@
+"""argparse with the manners of this project: examples kept as written, no abbreviations, suggestions."""
+
+import argparse
+import difflib
+import sys
+from typing import Any, NoReturn
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses unknown flags with the nearest known one; exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **options})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; an unknown flag is reported by the command that got it."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser: Parser = getattr(parsed, "parser", self)
+            known = [flag for action in parser._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see {parser.prog} --help"
+            parser.error(f"unknown argument '{unknown[0]}'; {hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence on stderr, exit code 2."""
+        print(f"Error: {message} (usage: {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_command(
+    commands: Any, name: str, run: Any, description: str, examples: str, usage: str | None = None
+) -> Parser:
+    """A subcommand whose help ends with examples; `run` takes the parsed arguments."""
+    text = "examples:\n" + "".join(f"  {line}\n" for line in examples.strip().splitlines())
+    parser: Parser = commands.add_parser(
+        name, help=description.split(". ")[0].rstrip("."), description=description, epilog=text, usage=usage
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser

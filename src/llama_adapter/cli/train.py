@@ -1,0 +1,38 @@
+"""`llama-adapter train`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from llama_adapter.cli.parser import add_command
+from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
+
+EXAMPLES = """
+llama-adapter train --max-steps 200 --output-dir runs/first
+llama-adapter train recipes/alpaca-7b.yaml --model ./Llama-2-7b-hf --data alpaca_data.json
+llama-adapter train runs/first/recipe.yaml --resume
+accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    description = "Train an adapter. Settings come from a RECIPE, from flags, or both; flags win."
+    add_recipe_arguments(add_command(commands, "train", run, description, EXAMPLES, USAGE.format("train")))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, then say where the adapter is."""
+    config = recipe_from(args)
+    from llama_adapter.train import train
+
+    result = train(config)
+    if args.as_json:
+        print(json.dumps({**dataclasses.asdict(result), "output_dir": str(result.output_dir)}))
+        return
+    if result.base_val_loss is not None:
+        print(f"validation loss {result.base_val_loss:.4f} -> {result.best_val_loss:.4f} at step {result.best_step}")
+    print(f"adapter in {result.output_dir}, with loss.png and gates.png")
+    print(f'ask it: llama-adapter generate --adapter {result.output_dir} "..."', file=sys.stderr)

@@ -1,0 +1,35 @@
+"""`llama-adapter validate`."""
+
+import argparse
+import json
+from typing import Any
+
+from llama_adapter.cli.parser import add_command
+from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
+
+EXAMPLES = """
+llama-adapter validate recipes/alpaca-7b.yaml
+llama-adapter validate --data mine.jsonl --max-length 256 --json
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    description = "Check a recipe and its data without loading the base's weights."
+    add_recipe_arguments(add_command(commands, "validate", run, description, EXAMPLES, USAGE.format("validate")))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what a run would be."""
+    config = recipe_from(args)
+    from llama_adapter.validate import check
+
+    report = check(config)
+    if args.as_json:
+        print(json.dumps(report))
+        return
+    width = max(map(len, report))
+    for key, value in report.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        print(f"{key.replace('_', ' '):<{width}}  {shown}")
+    print("valid")

@@ -1,0 +1,25 @@
+"""Data: records -> examples -> text -> tokens and labels, one module a step."""
+
+from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
+from llama_adapter.data.formats import Example, Loaded, Message, load_examples, parse_record
+from llama_adapter.data.records import read_records
+from llama_adapter.data.templates import TEMPLATES, Rendered, check_template, render, render_prompt
+
+__all__ = [
+    "IGNORE",
+    "TEMPLATES",
+    "Encoded",
+    "Example",
+    "Loaded",
+    "Message",
+    "Rendered",
+    "check_template",
+    "encode",
+    "encode_all",
+    "encode_prompt",
+    "load_examples",
+    "parse_record",
+    "read_records",
+    "render",
+    "render_prompt",
+]

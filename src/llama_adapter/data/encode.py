@@ -1,0 +1,166 @@
+"""From text to tokens and labels: one tokenisation of the whole text, labels by character spans."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from llama_adapter.data.formats import Example, Message
+from llama_adapter.data.templates import (
+    Rendered,
+    check_template,
+    end_token,
+    render,
+    render_prompt,
+    tokenizer_name,
+)
+from llama_adapter.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+# Tokenizers work on a batch in parallel; beyond a few hundred texts nothing is gained.
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one example.
+
+    Attributes:
+        input_ids: the whole text, at most `max_length` tokens.
+        labels: as long as `input_ids` and not shifted: the token itself where it carries loss, else `IGNORE`.
+        truncated: whether tokens were cut off.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+
+def encode(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
+    """Encode one example; see `encode_all`."""
+    return encode_all([example], template, tokenizer, max_length)[0]
+
+
+def encode_all(
+    examples: Sequence[Example], template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> list[Encoded]:
+    """Encode every example to at most `max_length` tokens, in order.
+
+    A token carries loss if any of its characters lies in a response; the end token after the last response
+    does too. What is too long loses its end, and the prompt its beginning where the first response would not
+    keep a quarter of `max_length`; so each result has at least one token that carries loss.
+
+    Raises:
+        ConfigError: `max_length` is below 2, or the template is unknown.
+        DataError: the tokenizer cannot serve (not fast, no end token, no chat template), or an example cannot
+            be written with the template; the latter names the example's origin.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}: it must be at least 2, one token to read and one to learn.")
+    _check_fast(tokenizer)
+    end_token(tokenizer)
+    if not all(example.raw for example in examples):
+        check_template(template, tokenizer)
+    encoded = []
+    for first in range(0, len(examples), _BATCH):
+        batch = [_render(example, template, tokenizer) for example in examples[first : first + _BATCH]]
+        for rendered, (ids, offsets) in zip(batch, _tokenise(batch, tokenizer), strict=True):
+            labels = _label(rendered, ids, offsets)
+            if not rendered.ends_with_eos:
+                ids.append(tokenizer.eos_token_id)
+                labels.append(tokenizer.eos_token_id)
+            bos_length = 1 if ids[0] == tokenizer.bos_token_id else 0
+            encoded.append(_truncate(ids, labels, max_length, bos_length))
+    return encoded
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    input: str = "",
+    raw: bool = False,
+) -> list[int]:
+    """Return the tokens of a conversation that waits for an answer; see `render_prompt` for the arguments.
+
+    Raises:
+        ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast.
+    """
+    _check_fast(tokenizer)
+    ids, _ = _tokenise([render_prompt(messages, template, tokenizer, input, raw)], tokenizer)[0]
+    return ids
+
+
+def _check_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"The tokenizer {tokenizer_name(tokenizer)} is not a fast one and cannot tell which characters "
+            "a token covers: load the model's fast tokenizer (one with a tokenizer.json)."
+        )
+
+
+def _render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    try:
+        return render(example, template, tokenizer)
+    except DataError as error:
+        raise DataError(f"{example.origin}: {error}" if example.origin else str(error)) from error
+
+
+def _tokenise(
+    batch: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Return (ids, character offsets) of each text, without an end token that the tokenizer adds by itself.
+
+    Such a tokenizer would close a prompt, too; whether an end token is due is `encode_all`'s decision.
+    """
+    results = []
+    for special_tokens, group in groupby(batch, key=attrgetter("special_tokens")):
+        output = tokenizer(
+            [rendered.text for rendered in group],
+            add_special_tokens=special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for ids, offsets in zip(output["input_ids"], output["offset_mapping"], strict=True):
+            if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and offsets[-1] == (0, 0):
+                ids, offsets = ids[:-1], offsets[:-1]
+            results.append((ids, offsets))
+    return results
+
+
+def _label(rendered: Rendered, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return a label for each token: itself if its characters overlap a response, else `IGNORE`."""
+    return [
+        token if any(start < right and left < end for left, right in rendered.responses) else IGNORE
+        for token, (start, end) in zip(ids, _without_gaps(offsets), strict=True)
+    ]
+
+
+def _without_gaps(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Give characters that belong to no token to the next one.
+
+    Byte-level tokenizers may report " cat" without its blank, and a token that is all blanks as empty.
+    """
+    covered = 0
+    for start, end in offsets:
+        yield min(start, covered), end
+        covered = end
+
+
+def _truncate(ids: list[int], labels: list[int], max_length: int, bos_length: int) -> Encoded:
+    """Cut to `max_length` tokens so that a fair part of the first response is left; BOS stays in front."""
+    if len(ids) <= max_length:
+        return Encoded(ids, labels, False)
+    first = next(index for index, label in enumerate(labels) if label != IGNORE)
+    length = next((n for n, label in enumerate(labels[first:]) if label == IGNORE), len(labels) - first)
+    keep = min(length, max(1, max_length // 4))
+    drop = max(0, first + keep - max_length)
+    kept = slice(bos_length + drop, max_length + drop)
+    return Encoded(ids[:bos_length] + ids[kept], labels[:bos_length] + labels[kept], True)

@@ -1,0 +1,89 @@
+"""From a recipe to encoded examples: read, parse, encode, split, digest. No model is needed."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama_adapter.config import TrainConfig
+from llama_adapter.data.batches import response_tokens
+from llama_adapter.data.encode import Encoded, encode_all
+from llama_adapter.data.formats import load_examples
+from llama_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run learns from and is measured on.
+
+    Attributes:
+        train: encoded training examples.
+        val: encoded validation examples; may be empty.
+        skipped: one sentence per record that was left out.
+        digest: SHA-256 of all token ids and labels; a resumed run must have the same.
+    """
+
+    train: list[Encoded]
+    val: list[Encoded]
+    skipped: list[str]
+    digest: str
+
+    def report(self) -> dict[str, int | float]:
+        """Counts worth seeing before a run: examples, truncations, tokens."""
+        lengths = [len(example.input_ids) for example in (*self.train, *self.val)]
+        return {
+            "train_examples": len(self.train),
+            "val_examples": len(self.val),
+            "skipped_records": len(self.skipped),
+            "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
+            "mean_tokens": round(sum(lengths) / len(lengths), 1),
+            "longest_tokens": max(lengths),
+            "response_tokens": response_tokens(self.train) + response_tokens(self.val),
+        }
+
+
+def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+    """Read and encode the data that a recipe names.
+
+    Raises:
+        DataError: a file or a record cannot be used.
+        ConfigError: the validation part would leave nothing to train on.
+    """
+    loaded = load_examples(config.data, config.skip_bad_records)
+    train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
+    skipped = list(loaded.skipped)
+    if config.val_data:
+        held_out = load_examples(config.val_data, config.skip_bad_records)
+        val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
+        skipped += held_out.skipped
+    else:
+        train, val = _split(train, config.val_size, config.seed)
+    return Prepared(train, val, skipped, _digest((*train, *val)))
+
+
+def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    import torch
+
+    count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
+    if 0 < val_size < 1:
+        count = max(count, 1)
+    if count >= len(examples):
+        raise ConfigError(
+            f"val_size {val_size:g} takes {count} of {len(examples)} records and leaves none to train on: "
+            "lower it, or pass --val-size 0 to go without validation."
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in order[:count]]
+
+
+def _digest(examples: Sequence[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+    return digest.hexdigest()

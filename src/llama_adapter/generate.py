@@ -1,0 +1,236 @@
+"""Text in, text out: a base with its adapters answers prompts written as in training."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.generation.streamers import TextStreamer
+
+from llama_adapter.adapter import use_adapter
+from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.config import GenerateConfig, Precision, Template
+from llama_adapter.data import Example, Message, encode, encode_prompt, read_records
+from llama_adapter.errors import AdapterError, DataError
+from llama_adapter.families import shape_of, text_config
+from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: a conversation that ends with the user, and Alpaca's `input` to the last instruction."""
+
+    messages: tuple[Message, ...]
+    input: str = ""
+
+    @staticmethod
+    def of(instruction: str, input: str = "") -> "Prompt":
+        """One instruction without history."""
+        return Prompt((Message("user", instruction),), input)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered, and what it took.
+
+    `finish_reason` is "stop" where the model ended by itself and "length" where `max_new_tokens` cut it.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded base with its adapters, ready to answer."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    adapters: tuple[str, ...]
+    templates: Mapping[str | None, Template]
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        adapter: str | None,
+        config: GenerateConfig,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """Answer a batch of prompts with one adapter (None: the bare base).
+
+        Args:
+            prompts: one per row; they are padded on the left.
+            adapter: a name in `adapters`.
+            config: how to decode.
+            on_text: called with each piece of text as it comes; takes a single prompt.
+
+        Raises:
+            DataError: a prompt does not fit into the base's context.
+        """
+        rows = [encode_prompt(p.messages, self.templates[adapter], self.tokenizer, p.input) for p in prompts]
+        room = self._room(max(map(len, rows)))
+        settings = self._generation_config(config, min(config.max_new_tokens, room), self.templates[adapter])
+        input_ids, mask = self._left_padded(rows)
+        streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
+        if config.seed is not None:
+            torch.manual_seed(config.seed)
+        began = time.perf_counter()
+        with self._using(adapter):
+            out = self.model.generate(
+                input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer
+            )
+        seconds = time.perf_counter() - began
+        stops = set(settings.eos_token_id)
+        return [
+            self._read(new, len(row), stops, seconds)
+            for new, row in zip(out[:, input_ids.shape[1] :].tolist(), rows, strict=True)
+        ]
+
+    def _using(self, adapter: str | None) -> Any:
+        return use_adapter(self.model, adapter) if self.adapters else torch.no_grad()
+
+    def _read(self, ids: list[int], prompt_tokens: int, stops: set[int], seconds: float) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in stops), None)
+        kept = ids if end is None else ids[:end]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(text, prompt_tokens, len(kept), round(seconds, 4), "length" if end is None else "stop")
+
+    def _room(self, longest: int) -> int:
+        context = getattr(text_config(self.model.config), "max_position_embeddings", None) or 1 << 30
+        if longest >= context:
+            raise DataError(f"The prompt has {longest} tokens; the base takes at most {context - 1}: shorten it.")
+        return int(context) - longest
+
+    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _generation_config(self, config: GenerateConfig, max_new_tokens: int, template: Template) -> GenerationConfig:
+        stops = _stop_tokens(self.model, self.tokenizer, template)
+        sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=config.temperature > 0,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            **sampling,
+        )
+
+
+def load_session(
+    model: str | None,
+    adapters: Mapping[str, str],
+    device: torch.device,
+    precision: Precision = "auto",
+    load_in_4bit: bool = False,
+    template: Template | None = None,
+) -> Session:
+    """Load a base and its adapters; all files are checked before the base's weights are read.
+
+    Args:
+        model: folder, hub name or 'bundled'; None takes the base that the first adapter was made for.
+        adapters: name -> folder.
+        device: where the base goes.
+        precision: of the base.
+        load_in_4bit: quantise the base with bitsandbytes.
+        template: prompt format; None takes the adapter's own, else the tokenizer's chat template where it has one.
+
+    Raises:
+        LlamaAdapterError: a base or adapter that is missing, damaged or does not fit the other.
+    """
+    configs = {name: read_config(folder) for name, folder in adapters.items()}
+    if model is None:
+        model = next((config.base_model_name_or_path for config in configs.values()), "bundled")
+    if model is None:
+        raise AdapterError("The adapter does not say which base it was made for: pass --model.")
+    shape = shape_of(load_config(model))
+    for name, folder in adapters.items():
+        check_base(configs[name], shape, folder)
+        read_tensors(folder, configs[name])
+    tokenizer = load_tokenizer(model)
+    base = load_base(model, device, precision, load_in_4bit)
+    for name, folder in adapters.items():
+        load_adapter(base, folder, name)
+    fallback: Template = "chat" if tokenizer.chat_template else "alpaca"
+    templates: dict[str | None, Template] = {None: template or fallback}
+    for name, config in configs.items():
+        templates[name] = template or config.template or fallback
+    if len(configs) == 1 and template is None:
+        templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
+    return Session(base, tokenizer, tuple(adapters), templates)
+
+
+def default_device() -> torch.device:
+    """The accelerator that PyTorch sees, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
+
+    A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user.
+
+    Raises:
+        DataError: the file cannot be read, or a record has none of these.
+    """
+    if source.lower().endswith((".json", ".jsonl", ".ndjson")):
+        return [_prompt_of(record, source, number) for number, record in read_records(source)]
+    try:
+        with open(source, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"{source} cannot be read ({reason}): give a text file, .json or .jsonl.") from None
+    prompts = [Prompt.of(line) for line in lines if line]
+    if not prompts:
+        raise DataError(f"{source} is empty: write one instruction a line.")
+    return prompts
+
+
+def _prompt_of(record: object, source: str, number: int) -> Prompt:
+    where = f"{source}, record {number}"
+    if isinstance(record, dict):
+        for key in ("instruction", "prompt"):
+            if isinstance(record.get(key), str) and record[key].strip():
+                return Prompt.of(record[key], record.get("input") or "")
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages:
+            try:
+                turns = tuple(Message(turn["role"], turn["content"]) for turn in messages)
+            except (TypeError, KeyError):
+                raise DataError(f"{where}: every message needs 'role' and 'content'.") from None
+            while len(turns) > 1 and turns[-1].role == "assistant":
+                turns = turns[:-1]  # a training record: ask again what it answers
+            return Prompt(turns)
+    raise DataError(f"{where} has no 'instruction', 'prompt' or 'messages' to answer.")
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """What ends an answer: the token that ended responses in training, and the base's own end tokens."""
+    trained = encode(Example((Message("user", "a"), Message("assistant", "b"))), template, tokenizer, 1 << 20)
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    last = [label for label in trained.labels if label >= 0][-1]
+    return list(dict.fromkeys([last, *own]))
+
+
+class _Callback(TextStreamer):
+    """Hands each finished piece of text to a function."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece of text."""
+        if text:
+            self.on_text(text)

@@ -1,0 +1,58 @@
+"""Pictures of a run: the loss curve, and the gates layer by head."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss per step (thin, and smoothed) and validation loss, from the lines of metrics.jsonl."""
+    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    val = [(line["step"], line["val_loss"]) for line in history if "val_loss" in line]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = np.array(train).T
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth(losses), color="tab:blue", label="training")
+    if val:
+        steps, losses = np.array(val).T
+        axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.axhline(losses[0], color="grey", linewidth=1, linestyle=":", label="the base, before training")
+    axes.set(xlabel="optimiser step", ylabel="loss per response token (nats)", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_gates(gates: Mapping[int, Sequence[float]], path: Path) -> None:
+    """act(g) of every head in every adapted layer; 0 (white) lets nothing in.
+
+    Args:
+        gates: layer index -> one value per head.
+        path: where the PNG goes.
+    """
+    layers = sorted(gates)
+    values = np.array([gates[layer] for layer in layers])
+    bound = max(float(np.abs(values).max()), 1e-6)
+    height = min(2.0 + 0.28 * len(layers), 12)
+    figure = Figure(figsize=(max(4.5, min(2.5 + 0.28 * values.shape[1], 14)), height), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    axes.set(xlabel="head", ylabel="layer of the base", title="Gates: act(g), 0 lets nothing in")
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.invert_yaxis()  # the top layer on top
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=120)
+
+
+def smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
+    """Exponential moving average, corrected for its start."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return np.array(smoothed)

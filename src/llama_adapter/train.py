@@ -1,0 +1,333 @@
+"""Training: one visible loop over accelerate.
+
+Every process encodes the same data and knows every batch of the run from the seed and the step alone. A step sums the
+loss over all response tokens of the global batch and divides by their number, which everyone knows; so micro-batches,
+accumulation and processes change nothing but rounding. Gradients are 1.2M numbers: one flat sum over the processes.
+"""
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from llama_adapter.adapter import Adapter, add_adapter, resolve_layers
+from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.config import TrainConfig
+from llama_adapter.data import IGNORE, Encoded
+from llama_adapter.data.batches import (
+    MicroBatch,
+    global_batch,
+    micro_batches,
+    response_tokens,
+    steps_per_epoch,
+)
+from llama_adapter.data.prepare import Prepared, prepare
+from llama_adapter.errors import Interrupted, TrainingError
+from llama_adapter.plots import plot_gates, plot_loss
+from llama_adapter.run_folder import Progress, RunFolder
+from llama_adapter.storage import save_adapter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `base_val_loss` is the validation loss before the first step: the bare base's."""
+
+    output_dir: Path
+    steps: int
+    train_loss: float | None
+    base_val_loss: float | None
+    best_val_loss: float | None
+    best_step: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an adapter as a recipe says and leave it in `config.output_dir` (see `run_folder.py`).
+
+    Raises:
+        LlamaAdapterError: anything wrong with recipe, data, base or folder, found before the base's weights are read;
+            later a loss that is not finite, or a full disk. The last good checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    resolve_layers(config.adapter_config(), load_config(config.model))
+    accelerator = start_accelerator(config)
+    folder = RunFolder(config.output_dir)
+    if accelerator.is_main_process:
+        folder.claim(config)
+    accelerator.wait_for_everyone()
+    data = prepare(config, load_tokenizer(config.model))
+    log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
+    for sentence in data.skipped[:5]:
+        log.warning("skipped: %s", sentence)
+
+    model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    torch.manual_seed(config.seed)
+    adapter = add_adapter(model, config.adapter_config())
+    optimizer = torch.optim.AdamW(
+        adapter.parameters(), lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    run = Run(config, accelerator, folder, data, model, adapter, optimizer)
+    run.loop()
+    return run.finish()
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down to `min_lr`.
+
+    The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe).
+    """
+    warmup = total * config.warmup_epochs / config.epochs
+    if step + 1 < warmup:
+        return config.peak_lr * (step + 1) / warmup
+    done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
+    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def response_loss(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Summed cross-entropy of a micro-batch's response tokens, fp32.
+
+    The output head runs only on positions that predict a response token of some row.
+    """
+    targets = batch.labels[:, 1:]
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    targets, columns, batch = targets[:, columns].to(device), columns.to(device), batch.to(device)
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=columns, use_cache=False
+    ).logits
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
+
+    Raises:
+        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
+    """
+    trackers = [name for name in config.trackers if name != "none"]
+    try:
+        accelerator = Accelerator(
+            # accelerate takes processes on the CPU for strangers to each other unless it is told
+            cpu=not torch.accelerator.is_available(),
+            log_with=trackers or None,
+            project_dir=config.output_dir,
+        )
+    except (ImportError, ValueError) as error:
+        raise TrainingError(f"trackers {', '.join(trackers)} cannot be used: {error}") from None
+    if not accelerator.is_main_process:
+        log.setLevel(logging.ERROR)
+    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+    if accelerator.distributed_type in sharded:
+        raise TrainingError(
+            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
+            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
+        )
+    return accelerator
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. transformers does so in training mode only."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the frozen base answers as in evaluation
+
+
+class Run:
+    """One training run. `loop` is the part to read."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        data: Prepared,
+        model: PreTrainedModel,
+        adapter: Adapter,
+        optimizer: torch.optim.AdamW,
+    ) -> None:
+        self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
+        self.model, self.adapter, self.optimizer = model, adapter, optimizer
+        self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+        self.total = config.max_steps or max(1, math.ceil(config.epochs * self.per_epoch))
+        self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
+        self.is_main = accelerator.is_main_process
+
+    def loop(self) -> None:
+        """Train from where the run stands to its end."""
+        config, start = self.config, self.progress.step
+        self._start_trackers(start)
+        log.info(
+            "training %s parameters: %d steps of %d examples, learning rate %.3g, on %d x %s in %s",
+            f"{self.adapter.num_parameters:,}", self.total, config.batch_size, config.peak_lr,
+            self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        bar = tqdm(total=self.total, initial=start, unit="step", disable=not self.is_main, file=sys.stderr)
+        with stop_signals() as stop, bar:
+            if start == 0:
+                self._validate(bar)
+            for step in range(start, self.total):
+                began = time.perf_counter()
+                batch = [
+                    self.data.train[i] for i in global_batch(len(self.data.train), config.batch_size, step, config.seed)
+                ]
+                lr = learning_rate(config, step, self.total)
+                loss, norm, stopping = self._step(batch, lr, stop.requested)
+                self.progress.step = step + 1
+                seconds = time.perf_counter() - began
+                tokens = sum(len(example.input_ids) for example in batch)
+                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+                bar.update()
+                self._log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
+                if self._is_due(config.eval_every or self.per_epoch):
+                    self._validate(bar)
+                if stopping or self._is_due(config.save_every):
+                    self._save()
+                if stopping:
+                    raise Interrupted(
+                        f"Stopped after step {step + 1} of {self.total}; everything is saved. "
+                        f"Go on with: llama-adapter train {self.folder.recipe} --resume"
+                    )
+
+    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[float, float, bool]:
+        """One optimiser step; returns the loss per response token, the gradient's norm, and whether to stop."""
+        accelerator, tokens = self.accelerator, max(1, response_tokens(batch))
+        parameters = list(self.adapter.parameters())
+        self.optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=accelerator.device)
+        share = micro_batches(batch, self.config.micro_batch_size, accelerator.process_index, accelerator.num_processes)
+        for micro_batch in share:
+            loss = response_loss(self.model, micro_batch, accelerator.device) / tokens
+            loss.backward()
+            total += loss.detach()
+        gradients = [self._gradient(parameter) for parameter in parameters]
+        flags = torch.stack([total, total.new_tensor(float(stop))])
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
+            flags, rest = flat[:2], flat[2:].split([gradient.numel() for gradient in gradients])
+            for gradient, summed in zip(gradients, rest, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        limit = self.config.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm) or not math.isfinite(float(flags[0])):
+            kept = f"the checkpoint in {self.folder.last} is kept" if self.folder.last.exists() else "no checkpoint yet"
+            raise TrainingError(
+                f"Loss {float(flags[0])} and gradient norm {norm} at step {self.progress.step + 1} are not finite; "
+                f"{kept}. Lower --lr (it is {lr:.3g}), or set --max-grad-norm 1."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return float(flags[0]), norm, bool(flags[1])
+
+    @staticmethod
+    def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+        if parameter.grad is None:  # a process whose share of the batch was empty
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Encoded]) -> float:
+        """Loss per response token over `examples`, in nats."""
+        accelerator = self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        size = 2 * self.config.micro_batch_size
+        for batch in micro_batches(examples, size, accelerator.process_index, accelerator.num_processes):
+            total += response_loss(self.model, batch, accelerator.device)
+        return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
+
+    def _validate(self, bar: "tqdm[Any]") -> None:
+        if not self.data.val:
+            return
+        bar.set_description("validating")
+        loss = self.evaluate(self.data.val)
+        bar.set_description(f"val {loss:.3f}")
+        self._log(val_loss=loss)
+        if loss < self.progress.best_val_loss:
+            self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
+            if self.is_main:
+                save_adapter(self.model, self.folder.path, self.adapter.name)
+
+    def _save(self) -> None:
+        if self.is_main:
+            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, self.data.digest)
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.total
+
+    def _log(self, **values: float) -> None:
+        step = self.progress.step
+        if self.is_main:
+            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.accelerator.log(values, step=step)
+
+    def _start_trackers(self, start: int) -> None:
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
+
+    def finish(self) -> TrainResult:
+        """Write the pictures and sum the run up."""
+        self.accelerator.end_training()
+        history = self.folder.history() if self.is_main else []
+        if self.is_main:
+            if not self.data.val:
+                save_adapter(self.model, self.folder.path, self.adapter.name)
+            plot_loss(history, self.folder.path / "loss.png")
+            gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
+            plot_gates(gates, self.folder.path / "gates.png")
+        losses = [line["loss"] for line in history if "loss" in line]
+        val_losses = [line["val_loss"] for line in history if "val_loss" in line]
+        return TrainResult(
+            output_dir=self.folder.path,
+            steps=self.progress.step,
+            train_loss=losses[-1] if losses else None,
+            base_val_loss=val_losses[0] if val_losses else None,
+            best_val_loss=min(val_losses, default=None),
+            best_step=self.progress.best_step,
+        )
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked the run to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within the block Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C stops at once."""
+    stop = Stop()
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+    try:
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,34 @@
+"""Check a recipe, its base's configuration and its data, without reading weights."""
+
+from typing import Any
+
+from llama_adapter.adapter import resolve_layers
+from llama_adapter.base import load_config, load_tokenizer
+from llama_adapter.config import TrainConfig
+from llama_adapter.data.batches import steps_per_epoch
+from llama_adapter.data.prepare import prepare
+from llama_adapter.families import shape_of
+
+
+def check(config: TrainConfig) -> dict[str, Any]:
+    """What a run with this recipe would be: data counts, steps, trained parameters, bytes of the adapter.
+
+    Raises:
+        LlamaAdapterError: whatever `train` would stop at before it loads the base.
+    """
+    base = load_config(config.model)
+    layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
+    data = prepare(config, load_tokenizer(config.model))
+    per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+    parameters = layers * (config.adapter_len * int(shape["hidden_size"]) + int(shape["num_attention_heads"]))
+    return {
+        "model": config.model,
+        "family": shape["model_type"],
+        **data.report(),
+        "steps_per_epoch": per_epoch,
+        "steps": config.max_steps or max(1, round(config.epochs * per_epoch)),
+        "peak_lr": config.peak_lr,
+        "adapter_layers": layers,
+        "adapter_parameters": parameters,
+        "adapter_bytes": 4 * parameters,
+    }
