@@ -139,7 +139,9 @@ if where == "step":
     train.Run._step = lambda run, *args: die() if run.progress.step == at else step(run, *args)
 else:
     save = run_folder.save_adapter
-    run_folder.save_adapter = lambda model, folder, name: die() if Path(folder).name == "last" else save(model, folder, name)
+    run_folder.save_adapter = lambda model, folder, name: (
+        die() if Path(folder).name == "last" else save(model, folder, name)
+    )
 train.train(recipe(*map(Path, sys.argv[2:5])))
 """
 
@@ -206,7 +208,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(base, data, tmp_pa
     model = load_base(str(base), CPU)
     load_adapter(model, tmp_path / "out" / "last")
     monkeypatch.setattr(storage.os, "fsync", full)
-    with pytest.raises(AdapterError, match="No space left on device.*kept"):
+    with pytest.raises(AdapterError, match=r"No space left on device.*kept"):
         storage.save_adapter(model, tmp_path / "out" / "last")
     assert_equal(kept, last(tmp_path / "out"))
     assert not list((tmp_path / "out" / "last").glob(".*"))
