@@ -5,25 +5,23 @@ adapter teaches is to answer. Run it with `make demo`, or `python recipes/demo.p
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import llama_adapter
-from llama_adapter.config import GenerateConfig, load_recipe
-from llama_adapter.generate import Prompt, default_device, load_session
+from llama_adapter.config import load_recipe
+from llama_adapter.evaluate.instructions import Score, Task, evaluate_instructions, read_tasks
+from llama_adapter.generate import default_device, load_session
 from llama_adapter.train import train
 
 HELD_OUT = Path(llama_adapter.__file__).parent / "bundled" / "heldout_facts.json"
 RECIPE = Path(__file__).parent / "demo.yaml"
-GREEDY = GenerateConfig(max_new_tokens=16, temperature=0)
 
 
 def main() -> None:
@@ -34,54 +32,39 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
     began = time.perf_counter()
-    records = json.loads(HELD_OUT.read_text(encoding="utf-8"))
-
+    tasks = read_tasks(str(HELD_OUT))
     config = load_recipe(str(RECIPE), {"overwrite": True} | ({"max_steps": args.max_steps} if args.max_steps else {}))
-    before = answers(records, None)
+    before, old = ask(tasks, None)
     result = train(config)
-    after = answers(records, config.output_dir)
+    after, new = ask(tasks, config.output_dir)
 
     console = Console()
     table = Table("question (no instruction mentions the fact)", "right", "before", "after", title="bundled base")
-    for record, old, new in spread(list(zip(records, before, after, strict=True))):
-        question = " ".join(filter(None, (record["instruction"], record["input"])))
-        table.add_row(question, record["output"], shorten(old), shorten(new))
+    for task, first, second in spread(list(zip(tasks, old, new, strict=True))):
+        question = " ".join(filter(None, (task.prompt.messages[-1].content, task.prompt.input)))
+        table.add_row(question, task.answer, shorten(first), shorten(second))
     console.print(table)
     console.print(
-        f"right answers to {len(records)} questions about facts that no instruction mentions: "
-        f"{share(records, before):.0%} before, {share(records, after):.0%} after"
+        f"right answers to {len(tasks)} questions about facts that no instruction mentions: "
+        f"{before.exact_match:.0%} before, {after.exact_match:.0%} after"
     )
-    console.print(f"validation loss {result.base_val_loss:.3f} before, {result.best_val_loss:.3f} after")
+    console.print(f"loss on the right answers: {before.loss:.3f} before, {after.loss:.3f} after")
     console.print(f"adapter, loss.png and gates.png are in {result.output_dir} ({time.perf_counter() - began:.0f} s)")
     console.print(f"talk to it: llama-adapter chat --adapter {result.output_dir}")
 
 
-def answers(records: Sequence[dict[str, Any]], adapter: str | None) -> list[str]:
-    """Greedy answers of the bundled base, with an adapter or without."""
-    device = default_device()
-    session = load_session("bundled", {} if adapter is None else {"demo": adapter}, device, template="alpaca")
-    texts: list[str] = []
-    for start in range(0, len(records), 32):
-        prompts = [Prompt.of(record["instruction"], record["input"]) for record in records[start : start + 32]]
-        found = session.answer(prompts, None if adapter is None else "demo", GREEDY)
-        texts += [answer.text for answer in found]
-    return texts
+def ask(tasks: Sequence[Task], adapter: str | None) -> tuple[Score, list[str]]:
+    """Score and greedy answers of the bundled base, with an adapter or without."""
+    adapters = {} if adapter is None else {"demo": adapter}
+    session = load_session("bundled", adapters, default_device(), template="alpaca")
+    scores, answers = evaluate_instructions(session, "demo" if adapters else None, tasks)
+    return scores[-1], answers
 
 
-def spread(rows: list[Any], count: int = 10) -> list[Any]:
+def spread(rows: list[tuple[Task, str, str]], count: int = 10) -> list[tuple[Task, str, str]]:
     """`count` rows of as many different fact families."""
-    by_family = {row[0]["family"]: row for row in rows}
+    by_family = {row[0].family: row for row in rows}
     return list(by_family.values())[:: max(1, len(by_family) // count)][:count]
-
-
-def share(records: Sequence[dict[str, Any]], texts: Sequence[str]) -> float:
-    """Share of answers that are right but for case, blanks and the full stop."""
-    return sum(plain(r["output"]) == plain(text) for r, text in zip(records, texts, strict=True)) / len(records)
-
-
-def plain(text: str) -> str:
-    """What two answers are compared by."""
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def shorten(text: str) -> str:

@@ -1,6 +1,8 @@
 """The frozen base model and its tokenizer: found, checked and loaded, with a sentence for everything that can fail."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ def load_config(name: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The base '{name}' cannot be read: {_first_sentence(error)}") from None
+        raise ModelError(
+            f"The base '{name}' cannot be read: {_first_sentence(error)} "
+            "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
+        ) from None
     family_of(config)
     return config
 
@@ -85,10 +90,9 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if load_in_4bit:
         options["quantization_config"] = _four_bit(dtype)
-    if not transformers_logging.is_progress_bar_enabled() or name == BUNDLED:
-        transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+        with _quiet() if name == BUNDLED else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     except torch.OutOfMemoryError:
         raise ModelError(
             f"The base '{name}' does not fit on {device} in {dtype}: use --load-in-4bit or a smaller base."
@@ -115,6 +119,18 @@ def _four_bit(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar: for a base that is read in milliseconds it is noise."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_sentence(error: Exception) -> str:

@@ -49,6 +49,27 @@ def plot_gates(gates: Mapping[int, Sequence[float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_scores(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Exact match per task family, one bar a model.
+
+    Args:
+        values: model -> family -> share of right answers.
+        path: where the PNG goes.
+    """
+    families = list(next(iter(values.values())))
+    figure = Figure(figsize=(max(5.0, min(2 + 0.5 * len(families), 16)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(values)
+    for i, (name, scores) in enumerate(values.items()):
+        places = np.arange(len(families)) + (i - (len(values) - 1) / 2) * width
+        axes.bar(places, [scores[family] for family in families], width, label=name)
+    axes.set_xticks(range(len(families)), families, rotation=60, ha="right")
+    axes.set(ylabel="exact match", ylim=(0, 1), title="Right answers by task family")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
     """Exponential moving average, corrected for its start."""
     smoothed, average = [], 0.0

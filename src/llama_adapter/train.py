@@ -19,16 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llama_adapter.adapter import Adapter, add_adapter, resolve_layers
 from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.config import TrainConfig
-from llama_adapter.data import IGNORE, Encoded
+from llama_adapter.data import Encoded
 from llama_adapter.data.batches import (
-    MicroBatch,
     global_batch,
     micro_batches,
     response_tokens,
@@ -36,6 +34,7 @@ from llama_adapter.data.batches import (
 )
 from llama_adapter.data.prepare import Prepared, prepare
 from llama_adapter.errors import Interrupted, TrainingError
+from llama_adapter.loss import response_loss
 from llama_adapter.plots import plot_gates, plot_loss
 from llama_adapter.run_folder import Progress, RunFolder
 from llama_adapter.storage import save_adapter
@@ -97,20 +96,6 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.peak_lr * (step + 1) / warmup
     done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def response_loss(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Summed cross-entropy of a micro-batch's response tokens, fp32.
-
-    The output head runs only on positions that predict a response token of some row.
-    """
-    targets = batch.labels[:, 1:]
-    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
-    targets, columns, batch = targets[:, columns].to(device), columns.to(device), batch.to(device)
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=columns, use_cache=False
-    ).logits
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

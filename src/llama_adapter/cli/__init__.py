@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llama_adapter import __version__
-from llama_adapter.cli import chat, generate, inspect, train, validate
+from llama_adapter.cli import chat, evaluate, generate, inspect, train, validate
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llama-adapter {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (train, validate, generate, chat, inspect):
+    for command in (train, validate, generate, chat, evaluate, inspect):
         command.add_parser(commands)
     return parser
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: a `LlamaAdapterError` becomes one sentence and its exit code, never a traceback."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said once, by us
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

@@ -56,10 +56,11 @@ def _print(found: dict[str, Any]) -> None:
     console.print(f"gate        {config['gate_activation']}; template {config['template']}")
     console.print(f"parameters  {found['parameters']:,}")
     console.print(f"bytes       {found['bytes']:,}")
-    table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads (darker: wider open)")
+    table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads")
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):
         shades = "".join(SHADES[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
         numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", f"{layer['prompt_rms']:.3f}")
         table.add_row(str(layer["layer"]), *numbers, shades)
     console.print(table)
+    console.print("heads: the darker, the wider open")

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from llama_adapter.generate import Session
 
 
-def add_session_options(parser: argparse.ArgumentParser) -> None:
-    """Base, adapters, and how to decode."""
+def add_session_options(
+    parser: argparse.ArgumentParser, max_new_tokens: int = GenerateConfig.max_new_tokens, sampling: bool = True
+) -> None:
+    """Base, adapters, and how to decode; without `sampling` decoding is greedy."""
     base = parser.add_argument_group("base and adapters")
     base.add_argument(
         "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
@@ -25,9 +27,11 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
     decoding, default = parser.add_argument_group("decoding"), GenerateConfig()
     decoding.add_argument(
-        "--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N",
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
         help="longest answer in tokens (default: %(default)s)",
     )  # fmt: skip
+    if not sampling:
+        return
     decoding.add_argument(
         "--temperature", type=float, default=default.temperature, metavar="X",
         help="0 always takes the likeliest token (default: %(default)s)",

@@ -1,0 +1,81 @@
+"""`llama-adapter evaluate instructions`."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.cli import options
+from llama_adapter.cli.parser import Parser, add_command
+from llama_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_adapter.evaluate.instructions import Score
+
+EXAMPLES = """
+llama-adapter evaluate instructions --data heldout.json --adapter runs/first
+llama-adapter evaluate instructions --data heldout.json -a zero=runs/a -a random=runs/b --plot scores.png
+llama-adapter evaluate instructions --data heldout.json --adapter runs/first --json > scores.json
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and what it can measure."""
+    description = "Measure a base and its adapters. Other benchmarks: python -m llama_adapter.evaluate --help"
+    parser: Parser = commands.add_parser("evaluate", help="Measure a base and its adapters", description=description)
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=Parser)
+    text = "Exact match and response loss per task family. The bare base and every --adapter stand side by side."
+    instructions = add_command(kinds, "instructions", run, text, EXAMPLES)
+    instructions.add_argument("--data", required=True, help="records in any training format; 'family' groups them")
+    instructions.add_argument("--no-base", action="store_true", help="leave the bare base out")
+    instructions.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    instructions.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at once")
+    instructions.add_argument("--plot", type=Path, metavar="PNG", help="write a bar chart there")
+    instructions.add_argument("--json", dest="as_json", action="store_true", help="print the scores as JSON")
+    options.add_session_options(instructions, max_new_tokens=32, sampling=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score every model and print the table."""
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    from tqdm.auto import tqdm
+
+    from llama_adapter.evaluate.instructions import as_table, evaluate_instructions, read_tasks
+
+    tasks = read_tasks(args.data)[: args.limit]
+    session = options.open_session(args)
+    models = [*([] if args.no_base and session.adapters else [None]), *session.adapters]
+    results: dict[str, list[Score]] = {}
+    with tqdm(total=len(models) * len(tasks), unit="answer", file=sys.stderr) as bar:
+        for model in models:
+            scores, _ = evaluate_instructions(
+                session, model, tasks, args.max_new_tokens, args.batch_size, progress=bar.update
+            )
+            results[model or "base"] = scores
+    if args.plot is not None:
+        from llama_adapter.plots import plot_scores
+
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: {s.family: s.exact_match for s in scores} for name, scores in results.items()}
+        plot_scores(values, args.plot)
+        print(f"wrote {args.plot}", file=sys.stderr)
+    if args.as_json:
+        print(json.dumps({name: [asdict(score) for score in scores] for name, scores in results.items()}))
+    else:
+        _print(as_table(results), list(results))
+
+
+def _print(rows: list[dict[str, Any]], names: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("family", "tasks", *(f"{name}: {what}" for name in names for what in ("exact", "loss")))
+    for row in rows:
+        cells = [cell for n in names for cell in (f"{row[n]['exact_match']:.1%}", f"{row[n]['loss']:.3f}")]
+        table.add_row(row["family"], str(row["count"]), *cells, style="bold" if row["family"] == "all" else None)
+    Console(file=sys.stdout, highlight=False).print(table)

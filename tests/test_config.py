@@ -1,0 +1,385 @@
+"""Settings: their rules, where they come from, and what is said about a wrong one."""
+
+import dataclasses
+import re
+
+import pytest
+
+from llama_adapter.config import AdapterConfig, GenerateConfig, TrainConfig, load_recipe, parse
+from llama_adapter.errors import ConfigError, LlamaAdapterError
+
+NAN, INF = float("nan"), float("inf")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# rules
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("adapter_len", 0, "adapter_len is 0; it must be at least 1"),
+        ("adapter_len", -3, "adapter_len is -3; it must be at least 1"),
+        ("adapter_layers", 0, "adapter_layers is 0; it must be at least 1"),
+        ("gate_activation", "relu", "gate_activation is 'relu'; it must be one of tanh, identity"),
+        ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat"),
+    ],
+)
+def test_rules_of_adapter_config(field, value, rule):
+    with pytest.raises(ConfigError, match=f"^{re.escape(rule)}$"):
+        AdapterConfig(**{field: value})
+
+
+RULES = [
+    ("adapter_len", 0, "must be at least 1"),
+    ("adapter_layers", 0, "must be at least 1"),
+    ("batch_size", 0, "must be at least 1"),
+    ("micro_batch_size", 0, "must be at least 1"),
+    ("max_steps", 0, "must be at least 1"),
+    ("eval_every", 0, "must be at least 1"),
+    ("save_every", -1, "must be at least 1"),
+    ("max_length", 7, "must be at least 8"),
+    ("epochs", 0.0, "must be above 0"),
+    ("epochs", NAN, "must be above 0"),
+    ("base_lr", 0.0, "must be above 0"),
+    ("lr", -0.1, "must be above 0"),
+    ("lr", NAN, "must be above 0"),
+    ("max_grad_norm", 0.0, "must be above 0"),
+    ("warmup_epochs", -1.0, "must be at least 0"),
+    ("min_lr", -1e-9, "must be at least 0"),
+    ("weight_decay", -0.1, "must be at least 0"),
+    ("weight_decay", NAN, "must be at least 0"),
+    ("val_size", -0.5, "must be at least 0"),
+    ("seed", -1, "must be at least 0"),
+    ("gate_activation", "relu", "must be one of tanh, identity"),
+    ("template", "vicuna", "must be one of alpaca, chat"),
+    ("precision", "fp16", "must be one of auto, bf16, fp32"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), RULES)
+def test_rules_of_train_config(field, value, rule):
+    with pytest.raises(ConfigError, match=rf"(^|; ){field} is {re.escape(repr(value))}; it {rule}"):
+        TrainConfig(**{field: value})
+
+
+def test_every_tracker_must_be_known():
+    assert TrainConfig(trackers=("tensorboard", "wandb", "trackio", "none")).trackers[1] == "wandb"
+    with pytest.raises(ConfigError, match="trackers is 'mlflow'; it must be one of tensorboard, wandb, trackio, none"):
+        TrainConfig(trackers=("tensorboard", "mlflow"))
+
+
+@pytest.mark.parametrize("field", ["epochs", "lr", "base_lr", "val_size", "weight_decay", "min_lr", "warmup_epochs"])
+def test_infinite_numbers_are_refused(field):
+    with pytest.raises(ConfigError, match=f"{field} is inf"):
+        TrainConfig(**{field: INF})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": ()}, "data names no file: pass --data FILE"),
+        ({"output_dir": ""}, "output_dir is empty: pass --output-dir FOLDER"),
+        ({"epochs": 1.0, "warmup_epochs": 1.5}, "warmup_epochs is 1.5, more than the 1.0 epochs of the run"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+    ],
+)
+def test_rules_between_settings(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"adapter_len": 1, "adapter_layers": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1},
+        {"eval_every": 1, "save_every": 1, "max_length": 8},
+        {"epochs": 0.1, "warmup_epochs": 0.1},
+        {"min_lr": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0, "val_size": 0.0, "seed": 0},
+    ],
+)
+def test_the_bounds_themselves_are_allowed(values):
+    config = TrainConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1"),
+        ("temperature", -0.1, "temperature is -0.1; it must be at least 0"),
+        ("temperature", NAN, "temperature is nan"),
+        ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
+        ("top_p", 1.01, "top_p is 1.01; it must be above 0 and at most 1"),
+        ("top_p", NAN, "top_p is nan"),
+    ],
+)
+def test_rules_of_generate_config(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerateConfig(**{field: value})
+
+
+def test_bounds_of_generate_config_are_allowed():
+    config = GenerateConfig(max_new_tokens=1, temperature=0.0, top_p=1.0, seed=0)
+    assert (config.max_new_tokens, config.temperature, config.top_p, config.seed) == (1, 0.0, 1.0, 0)
+
+
+def test_the_paper_s_values_are_the_defaults():
+    train, generate = TrainConfig(), GenerateConfig()
+    assert (train.adapter_len, train.adapter_layers, train.gate_activation) == (10, None, "tanh")
+    assert (train.epochs, train.warmup_epochs, train.batch_size) == (5, 2, 64)
+    assert (train.base_lr, train.weight_decay, train.max_length) == (9e-3, 0.02, 512)
+    assert (generate.temperature, generate.top_p) == (0.1, 0.75)
+
+
+def test_several_problems_stand_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(adapter_len=0, lr=-1.0, template="x", data=())
+    for part in ("adapter_len is 0", "lr is -1.0", "template is 'x'", "data names no file"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_error_is_ours_and_a_value_error():
+    assert issubclass(ConfigError, LlamaAdapterError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_configs_are_frozen():
+    for config in (AdapterConfig(), TrainConfig(), GenerateConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, dataclasses.fields(config)[0].name, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "peak"),
+    [
+        ({}, 9e-3 * 64 / 256),
+        ({"batch_size": 256}, 9e-3),
+        ({"base_lr": 1e-3, "batch_size": 128}, 5e-4),
+        ({"lr": 0.02}, 0.02),
+        ({"lr": 0.02, "base_lr": 5.0, "batch_size": 8}, 0.02),
+    ],
+)
+def test_peak_lr_is_lr_or_base_lr_scaled_by_the_batch(values, peak):
+    assert TrainConfig(**values).peak_lr == pytest.approx(peak)
+
+
+def test_the_adapter_of_a_recipe_has_its_settings():
+    recipe = TrainConfig(model="base", adapter_len=3, adapter_layers=7, gate_activation="identity", template="chat")
+    assert recipe.adapter_config() == AdapterConfig(3, 7, "identity", "chat", "base")
+
+
+# parse
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("base_lr", "9e-3", 9e-3),
+        ("lr", "1E-2", 1e-2),
+        ("adapter_len", "12", 12),
+        ("max_steps", "200", 200),
+        ("epochs", "3", 3.0),
+        ("resume", "true", True),
+    ],
+)
+def test_values_given_as_text_are_read(key, text, value):
+    got = getattr(parse(TrainConfig, {key: text}, "flags"), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize("key", ["data", "val_data", "trackers"])
+def test_a_single_string_is_a_list_of_one(key):
+    assert getattr(parse(TrainConfig, {key: "none"}, "flags"), key) == ("none",)
+    assert getattr(parse(TrainConfig, {key: ["none", "wandb"]}, "flags"), key) == ("none", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adapter_len": "ten"}, "x.yaml: adapter_len is 'ten': .*integer"),
+        ({"adapter_len": 2.5}, "x.yaml: adapter_len is 2.5: .*integer"),
+        ({"lr": "fast"}, "x.yaml: lr is 'fast': .*number"),
+        ({"lr": [1]}, r"x.yaml: lr is \[1\]"),
+        ({"data": 3}, "x.yaml: data is 3"),
+        ({"data": ["a", 3]}, "x.yaml: data.1 is 3"),
+        ({"data": None}, "x.yaml: data is None"),
+        ({"resume": "perhaps"}, "x.yaml: resume is 'perhaps'"),
+        ({"precision": "fp16"}, "x.yaml: precision is 'fp16'"),
+        ({"adapter_len": 0}, "x.yaml: adapter_len is 0; it must be at least 1"),
+        ({"lr": "nan"}, "x.yaml: lr is nan"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_source_and_key(values, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        parse(TrainConfig, values, "x.yaml")
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_all_wrong_types_stand_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        parse(TrainConfig, {"adapter_len": "ten", "lr": "fast", "epochs": 1}, "x.yaml")
+    assert "adapter_len is 'ten'" in str(error.value)
+    assert "lr is 'fast'" in str(error.value)
+    assert "epochs" not in str(error.value)
+
+
+def test_unknown_keys_are_all_named_with_suggestions():
+    with pytest.raises(ConfigError) as error:
+        parse(TrainConfig, {"adaptor_len": 4, "epoch": 1, "lr": 1.0}, "x.yaml")
+    assert "x.yaml: unknown key 'adaptor_len'; did you mean 'adapter_len'?" in str(error.value)
+    assert "x.yaml: unknown key 'epoch'; did you mean 'epochs'?" in str(error.value)
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown key 'zzzzzz'; known: adapter_len, adapter_layers"):
+        parse(AdapterConfig, {"zzzzzz": 1}, "x")
+
+
+# recipes
+
+
+def test_no_recipe_is_the_defaults():
+    assert load_recipe(None, {}) == TrainConfig()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "---\n"])
+def test_an_empty_recipe_is_the_defaults(tmp_path, text):
+    assert load_recipe(write(tmp_path, text), {}) == TrainConfig()
+
+
+def test_a_recipe_sets_what_it_names(tmp_path):
+    path = write(tmp_path, "model: base\ndata: [a.json, b.jsonl]\nlr: 9e-3\nmax_steps: 20\nskip_bad_records: yes\n")
+    wanted = TrainConfig(model="base", data=("a.json", "b.jsonl"), lr=9e-3, max_steps=20, skip_bad_records=True)
+    assert load_recipe(path, {}) == wanted
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+    path = write(tmp_path, "lr: 0.5\nadapter_len: 3\n")
+    config = load_recipe(path, {"lr": "0.25", "data": ["mine.json"]})
+    assert (config.lr, config.adapter_len, config.data) == (0.25, 3, ("mine.json",))
+    assert config.epochs == TrainConfig().epochs
+
+
+def test_an_override_replaces_a_wrong_value_of_the_recipe(tmp_path):
+    assert load_recipe(write(tmp_path, "lr: -1\n"), {"lr": 0.5}).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- lr: 1\n", "holds a list, not 'key: value' lines"),
+        ("just words\n", "holds a str, not 'key: value' lines"),
+        ("lr: [1\n", "is not YAML: "),
+        ("lr: 1\n\tepochs: 2\n", "is not YAML: "),
+        ("? [a]\n: 1\n", "is not YAML: "),
+        ("1: 2\n", "unknown key '1'"),
+        ("learning_rate: 1\n", "unknown key 'learning_rate'"),
+        ("lr: -1\n", "lr is -1.0; it must be above 0"),
+        ("seed: 2020-01-01\n", "seed is "),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_named_in_one_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_recipe(path, {})
+    assert path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_recipes_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml cannot be read \(No such file or directory\)"):
+        load_recipe(str(tmp_path / "nowhere.yaml"), {})
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        load_recipe(str(tmp_path), {})
+    (tmp_path / "latin.yaml").write_bytes("model: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml cannot be read \(it is not UTF-8 text\)"):
+        load_recipe(str(tmp_path / "latin.yaml"), {})
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    path = write(tmp_path, f"model: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_recipe(path, {})
+    assert not (tmp_path / "made").exists()
+
+
+# every setting is documented and reachable
+
+
+@pytest.fixture(scope="module")
+def train_help():
+    from llama_adapter.cli import build_parser
+
+    parser = build_parser()
+    return parser.parse_args(["train"]).parser.format_help()
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_every_setting_has_help_a_heading_and_a_flag(field, train_help):
+    assert field.metadata["help"].endswith(".")
+    assert f"{field.metadata['group'].lower()}:" in train_help
+    assert re.search(rf"^  (-\w, )?--{field.name.replace('_', '-')}\b", train_help, re.MULTILINE)
+
+
+def test_a_flag_sets_its_field_and_nothing_else():
+    from llama_adapter.cli import build_parser
+    from llama_adapter.cli.recipe import recipe_from
+
+    examples = {
+        "model": ("m", "m"),
+        "data": ("a.json", ("a.json",)),
+        "val_data": ("v.json", ("v.json",)),
+        "val_size": ("0.5", 0.5),
+        "output_dir": ("out", "out"),
+        "template": ("chat", "chat"),
+        "max_length": ("99", 99),
+        "adapter_len": ("7", 7),
+        "adapter_layers": ("3", 3),
+        "gate_activation": ("identity", "identity"),
+        "epochs": ("9", 9.0),
+        "max_steps": ("11", 11),
+        "warmup_epochs": ("0.25", 0.25),
+        "batch_size": ("16", 16),
+        "micro_batch_size": ("2", 2),
+        "base_lr": ("1e-3", 1e-3),
+        "lr": ("2e-3", 2e-3),
+        "min_lr": ("1e-5", 1e-5),
+        "weight_decay": ("0", 0.0),
+        "max_grad_norm": ("1", 1.0),
+        "seed": ("5", 5),
+        "precision": ("fp32", "fp32"),
+        "eval_every": ("4", 4),
+        "save_every": ("6", 6),
+        "trackers": ("wandb", ("wandb",)),
+    }
+    parser, default = build_parser(), TrainConfig()
+    for field in dataclasses.fields(TrainConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            arguments, value = [flag], True
+        else:
+            text, value = examples[field.name]
+            arguments = [flag, text]
+        got = recipe_from(parser.parse_args(["train", *arguments]))
+        assert got == dataclasses.replace(default, **{field.name: value}), field.name
+        assert got != default, field.name
+
+
+def test_a_switch_can_be_turned_off_again(tmp_path):
+    from llama_adapter.cli import build_parser
+    from llama_adapter.cli.recipe import recipe_from
+
+    path = write(tmp_path, "skip_bad_records: true\ndata: [a.json, b.json]\n")
+    args = build_parser().parse_args(["train", path, "--no-skip-bad-records", "--data", "c.json", "--data", "d.json"])
+    config = recipe_from(args)
+    assert config.skip_bad_records is False
+    assert config.data == ("c.json", "d.json")

@@ -1,0 +1,164 @@
+"""The shape of the source: imports run one way, nothing heavy is read early, everything public is described."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama_adapter
+
+SOURCE = Path(llama_adapter.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+ORDER = [
+    "errors", "config", "prompt_cache", "attention", "families", "adapter", "storage", "base", "data", "plots",
+    "run_folder", "train", "inspection", "validate", "generate", "cli",
+]  # fmt: skip
+"""A module may import those before it, and no other."""
+INSIDE = {
+    "data": ["records", "formats", "templates", "encode", "batches", "prepare"],
+    "cli": ["parser", "options", "recipe", "chat", "generate", "inspect", "train", "validate"],
+}
+LIGHT = {"errors", "config"}
+"""What the command line may import before a command runs."""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names inside the package that a file imports anywhere: "config", "data.encode", "" for the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            source = (node.module or "").split(".")
+            if source[0] == "llama_adapter":
+                inner = ".".join(source[1:])
+                for alias in node.names:
+                    deeper = f"{inner}.{alias.name}".strip(".")
+                    found.add(deeper if deeper in MODULES else inner)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "llama_adapter":
+                    found.add(".".join(alias.name.split(".")[1:]))
+    return found
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def place(module: str) -> tuple[int, int]:
+    """Where a module stands in the order; a package's own __init__ stands behind its modules."""
+    top, _, rest = module.partition(".")
+    inside = INSIDE.get(top, [])
+    return ORDER.index(top), inside.index(rest.split(".")[0]) if rest else len(inside)
+
+
+def definitions(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+
+
+def test_every_module_has_a_place_in_the_order():
+    for module in MODULES - {"", "__main__"}:
+        assert place(module), module
+    known = {*ORDER, *(f"{package}.{name}" for package, names in INSIDE.items() for name in names)}
+    assert known == MODULES - {"", "__main__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    module = module_of(path)
+    if module in ("", "__main__"):
+        return  # the package's front and the command's entry stand above all others
+    for imported in imports_of(path) - {""}:
+        assert place(imported) < place(module), f"{module} imports {imported}, which stands behind it"
+
+
+def test_the_one_way_test_sees_a_wrong_import(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def f():\n    from llama_adapter.train import train\n    from llama_adapter import storage\n")
+    assert imports_of(wrong) == {"train", "storage"}
+    assert place("train") > place("storage") > place("adapter")
+    assert place("data") > place("data.prepare") > place("data.batches")
+
+
+def test_data_reads_settings_in_its_last_module_only():
+    users = {module_of(path) for path in FILES if "config" in imports_of(path)}
+    assert {module for module in users if module.startswith("data")} == {"data.prepare"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_and_functions_stay_short(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 400
+    for node in definitions(path):
+        if not isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_everything_public_is_described(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module has no docstring"
+    public = [tree]
+    while public:
+        for node in public.pop().body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+                if isinstance(node, ast.ClassDef):
+                    public.append(node)
+
+
+def test_all_names_are_importable_and_described():
+    assert llama_adapter.__all__ == sorted(llama_adapter.__all__)
+    for name in llama_adapter.__all__:
+        thing = getattr(llama_adapter, name)
+        assert thing.__doc__, name
+        assert not thing.__doc__.startswith(f"{name}("), f"{name} has only the docstring dataclasses make"
+        assert thing.__module__.startswith("llama_adapter."), name
+
+
+def test_type_checkers_see_the_same_names_from_the_same_modules():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted(seen) == llama_adapter.__all__
+    for name, module in seen.items():
+        assert getattr(llama_adapter, name) is getattr(importlib.import_module(module), name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'add_adaptor'"):
+        llama_adapter.add_adaptor  # noqa: B018
+
+
+def test_the_version_is_one_that_packaging_takes():
+    from packaging.version import Version
+
+    assert str(Version(llama_adapter.__version__)) == llama_adapter.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", llama_adapter.__version__)
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("import llama_adapter", ["torch", "transformers", "numpy", "pydantic", "yaml", "rich", "matplotlib"]),
+        ("from llama_adapter import LlamaAdapterError, AdapterConfig", ["torch", "transformers", "pydantic"]),
+        ("import llama_adapter.cli", ["torch", "transformers", "numpy", "pydantic", "yaml", "rich", "matplotlib"]),
+        ("import llama_adapter.train", ["datasets", "tensorboard", "wandb", "bitsandbytes", "peft", "trl"]),
+        ("import llama_adapter.generate", ["accelerate.accelerator", "datasets", "matplotlib", "tensorboard"]),
+    ],
+)
+def test_heavy_packages_wait_until_they_are_needed(statement, forbidden):
+    code = f"import sys\n{statement}\nprint([name for name in {forbidden!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
