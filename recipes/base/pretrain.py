@@ -217,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
-    parser.add_argument("--steps", type=int, default=7600)
+    parser.add_argument("--steps", type=int, default=4650)
     parser.add_argument(
         "--max-minutes", type=float, default=0, help="end, annealed, after this time (0: no limit)"
     )
