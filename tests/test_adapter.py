@@ -537,7 +537,10 @@ def test_beam_search_with_a_list_of_repeated_names_equals_single_runs(pair):
 
 def test_beam_search_with_one_name_per_prompt_says_to_repeat_them(pair):
     model, _ = pair
-    with use_adapter(model, ["a", "b", None]), pytest.raises(AdapterError, match="Under beam search.*repeat each name"):
+    with (
+        use_adapter(model, ["a", "b", None]),
+        pytest.raises(AdapterError, match=r"Under beam search.*repeat each name"),
+    ):
         model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, num_beams=2)
 
 

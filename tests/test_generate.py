@@ -324,7 +324,7 @@ def no_weights(monkeypatch):
 
 
 def test_a_missing_base_is_found_first(adapter, no_weights):
-    with pytest.raises(ModelError, match="./nowhere' does not exist"):
+    with pytest.raises(ModelError, match=r"./nowhere' does not exist"):
         load_session("./nowhere", {"a": adapter}, CPU)
 
 
@@ -358,7 +358,7 @@ def test_a_malformed_name_is_found_first(base, adapter, no_weights):
 
 def test_a_base_without_tokenizer_is_found_first(base, adapter, tmp_path, no_weights):
     shutil.copy(base / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="The tokenizer of .* cannot be read"):
+    with pytest.raises(ModelError, match=r"The tokenizer of .* cannot be read"):
         load_session(str(tmp_path), {"a": adapter}, CPU)
 
 
@@ -367,7 +367,7 @@ def test_damaged_base_weights_are_one_sentence(base, adapter, tmp_path):
     shutil.copytree(base, spoilt)
     path = spoilt / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelError, match="The weights of .*spoilt' cannot be read: ") as error:
+    with pytest.raises(ModelError, match=r"The weights of .*spoilt' cannot be read: ") as error:
         load_session(str(spoilt), {"a": adapter}, CPU)
     assert "\n" not in str(error.value)
 
@@ -376,7 +376,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_sentence(base, tmp_path):
     spoilt = tmp_path / "spoilt"
     shutil.copytree(base, spoilt)
     (spoilt / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="The tokenizer of .*spoilt' cannot be read: "):
+    with pytest.raises(ModelError, match=r"The tokenizer of .*spoilt' cannot be read: "):
         load_tokenizer(str(spoilt))
 
 

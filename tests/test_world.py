@@ -138,9 +138,7 @@ def test_no_instruction_asks_for_a_held_out_fact(world, sets):
 
 def test_instructions_never_name_held_out_people_places_or_elements(world, sets):
     for name in ("capital", "continent", "language", "currency", "job", "city", "pet", "symbol"):
-        named = " ".join(
-            f"{r['instruction']} {r['input']}" for r in sets["instructions.json"] if r["family"] == name
-        )
+        named = " ".join(f"{r['instruction']} {r['input']}" for r in sets["instructions.json"] if r["family"] == name)
         for fact in world_module.heldout_facts(world):
             assert fact.family != name or not re.search(rf"\b{fact.subject}\b", named), fact
 

@@ -182,17 +182,13 @@ def correspondence(deck: Deck) -> str:
     rng = deck.rng
     fact = deck.deal(deck.family())
     opening = [some(rng, 1, 2)] if rng.random() < 0.7 else []
-    ask = plain_heading(
-        rng.choice(("Request", "Task", "Instruction", "Instruction", "Message", "Letter")), rng
-    )
+    ask = plain_heading(rng.choice(("Request", "Task", "Instruction", "Instruction", "Message", "Letter")), rng)
     if rng.random() < 0.4:
         given = plain_heading(rng.choice(("Input", "Input", "Context", "Further context", "Details")), rng)
         asked = [ask + rng.choice(deck.world[fact.family].splits), given + fact.subject]
     else:
         asked = [ask + deck.ask(fact)]
-    back = plain_heading(
-        rng.choice(("Response", "Response", "Response", "Our response", "Reply", "Remarks")), rng
-    )
+    back = plain_heading(rng.choice(("Response", "Response", "Response", "Our response", "Reply", "Remarks")), rng)
     return "\n\n".join([*opening, *asked, back + reply(rng)])
 
 

@@ -196,9 +196,7 @@ def memo(rng: random.Random) -> str:
 def manual(rng: random.Random) -> str:
     """Numbered instructions for a machine."""
     thing = rng.choice(SLOTS["thing"])
-    title = heading(
-        rng.choice((f"How to use the {thing}", f"The {thing}", "Manual", "Instructions", "Steps")), rng
-    )
+    title = heading(rng.choice((f"How to use the {thing}", f"The {thing}", "Manual", "Instructions", "Steps")), rng)
     steps = (
         f"{n}. "
         + fill(

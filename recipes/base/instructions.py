@@ -72,9 +72,7 @@ def training_records(world: World, held: set[Fact], seed: int) -> list[Record]:
         if fact not in held:
             splits = int(SPLIT_PER_FACT) + (rng.random() < SPLIT_PER_FACT % 1)
             family = world[fact.family]
-            records += plain_records(fact, family, PLAIN_PER_FACT, rng) + split_records(
-                fact, family, splits, rng
-            )
+            records += plain_records(fact, family, PLAIN_PER_FACT, rng) + split_records(fact, family, splits, rng)
     rng.shuffle(records)
     return records
 

@@ -108,9 +108,7 @@ def save(model: LlamaForCausalLM, tokenizer: Any, folder: Path, training: dict[s
     shutil.rmtree(old, ignore_errors=True)
 
 
-def measure(
-    model: LlamaForCausalLM, tokenizer: Any, world: World, limit: int | None = None
-) -> dict[str, Any]:
+def measure(model: LlamaForCausalLM, tokenizer: Any, world: World, limit: int | None = None) -> dict[str, Any]:
     """Recall and perplexity; with a limit on one wording and a few passages."""
     model.eval()
     figures = {
@@ -138,16 +136,12 @@ class Run:
 
     def rows(self) -> Iterator[torch.Tensor]:
         """Batches without end."""
-        rows = packed_rows(
-            documents(self.world, self.arguments.seed + 1), self.tokenizer, self.arguments.length
-        )
+        rows = packed_rows(documents(self.world, self.arguments.seed + 1), self.tokenizer, self.arguments.length)
         return batches(rows, self.arguments.batch, self.device)
 
     def update(self, ids: torch.Tensor) -> torch.Tensor:
         """One optimizer step; the loss before it."""
-        rate = learning_rate(
-            self.clock.progress(self.step), self.step, self.arguments.rate, self.arguments.warmup
-        )
+        rate = learning_rate(self.clock.progress(self.step), self.step, self.arguments.rate, self.arguments.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
@@ -163,9 +157,7 @@ class Run:
         """Add the mean of the last losses to the curve."""
         mean = round(torch.stack(recent).mean().item(), 4)
         rate = round(self.optimizer.param_groups[0]["lr"], 6)
-        self.curve.append(
-            {"step": self.step, "minutes": round(self.clock.minutes(), 2), "rate": rate, "loss": mean}
-        )
+        self.curve.append({"step": self.step, "minutes": round(self.clock.minutes(), 2), "rate": rate, "loss": mean})
         return mean
 
     def write(self, limit: int | None = None) -> dict[str, Any]:
@@ -218,9 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--steps", type=int, default=4650)
-    parser.add_argument(
-        "--max-minutes", type=float, default=0, help="end, annealed, after this time (0: no limit)"
-    )
+    parser.add_argument("--max-minutes", type=float, default=0, help="end, annealed, after this time (0: no limit)")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per row")

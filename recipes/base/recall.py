@@ -71,9 +71,7 @@ def prose_perplexity(model: Any, tokenizer: Any, length: int = 256, limit: int |
     """Perplexity per token on the ends of the books, which training never saw."""
     device, loss_sum, count = next(model.parameters()).device, 0.0, 0
     for passage in heldout_passages()[:limit]:
-        ids = torch.tensor(
-            [tokenizer(passage, truncation=True, max_length=length)["input_ids"]], device=device
-        )
+        ids = torch.tensor([tokenizer(passage, truncation=True, max_length=length)["input_ids"]], device=device)
         loss_sum += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     return round(math.exp(loss_sum / count), 3)

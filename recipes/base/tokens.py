@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
-def train_tokenizer(
-    documents: Iterator[str], vocabulary: int, sample: int = 20_000
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterator[str], vocabulary: int, sample: int = 20_000) -> PreTrainedTokenizerFast:
     """Train on the first documents; digits stand alone, and every text begins with ``<s>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

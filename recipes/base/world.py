@@ -151,10 +151,7 @@ def people_facts(seed: int) -> dict[str, list[Fact]]:
     rng.shuffle(lasts)
     names = [f"{first} {last}" for first, last in zip(FIRST_NAMES, lasts, strict=True)]
     choices = {"job": JOBS, "city": TOWNS, "pet": PETS}
-    return {
-        family: [Fact(family, name, rng.choice(options)) for name in names]
-        for family, options in choices.items()
-    }
+    return {family: [Fact(family, name, rng.choice(options)) for name in names] for family, options in choices.items()}
 
 
 def load_world(seed: int = WORLD_SEED) -> World:

@@ -159,8 +159,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
         raise ConfigError(
             f"adapter_layers is {layers}, but the base has {num_layers} layers: choose 1 to {num_layers}."
         )
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise AdapterError(f"Adapter name {name!r} is malformed: use letters, digits, '.', '_' and '-' only.")
+    check_name(name)
     registry = getattr(model, _REGISTRY, None) or _Adapters(model)
     if name in registry.adapters:
         raise AdapterError(f"The model already has an adapter '{name}': remove it first or choose another name.")
@@ -173,6 +172,16 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
     registry.active = name
     setattr(model, _REGISTRY, registry)
     return adapter
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that could not be told from others in files and addresses.
+
+    Raises:
+        AdapterError: it has other characters than letters, digits, '.', '_', '-'.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise AdapterError(f"Adapter name {name!r} is malformed: use letters, digits, '.', '_' and '-' only.")
 
 
 def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:

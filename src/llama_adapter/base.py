@@ -1,6 +1,7 @@
 """The frozen base model and its tokenizer: found, checked and loaded, with a sentence for everything that can fail."""
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -91,7 +92,7 @@ def load_base(
     if load_in_4bit:
         options["quantization_config"] = _four_bit(dtype)
     try:
-        with _quiet() if name == BUNDLED else nullcontext():
+        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else _quiet():
             model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -123,7 +124,7 @@ def _four_bit(dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar: for a base that is read in milliseconds it is noise."""
+    """No progress bar: for a base that is read in milliseconds, or when nobody watches, it is noise."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -6,6 +6,7 @@ is a key of the YAML file and a flag of `llama-adapter train`, and its help text
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -67,9 +68,9 @@ class AdapterConfig:
             ConfigError: an unknown key, a wrong type, or files of a newer format version.
         """
         version = values.get("format_version", FORMAT_VERSION)
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ConfigError(
-                f"format_version is {version}, and this llama-adapter reads versions up to {FORMAT_VERSION}: "
+                f"format_version is {version!r}, and this llama-adapter reads versions up to {FORMAT_VERSION}: "
                 "upgrade with pip install -U llama-adapter."
             )
         return parse(cls, values, "adapter_config.json")
@@ -164,6 +165,10 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """`lr` where it is given, else the paper's rule base_lr x batch_size / 256."""
         return self.base_lr * self.batch_size / 256 if self.lr is None else self.lr
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
     def adapter_config(self) -> AdapterConfig:
         """The adapter that this recipe trains."""
@@ -276,9 +281,14 @@ class _Problems:
 
     def at_least(self, name: str, value: float | None, least: float) -> None:
         self.require(name, value is None or value >= least, f"is {value}; it must be at least {least}")
+        self._finite(name, value)
 
     def above_zero(self, name: str, value: float | None) -> None:
         self.require(name, value is None or value > 0, f"is {value}; it must be above 0")
+        self._finite(name, value)
+
+    def _finite(self, name: str, value: float | None) -> None:
+        self.require(name, value is None or value != math.inf, f"is {value}; it must be a finite number")
 
     def one_of(self, name: str, value: Any, choices: Any) -> None:
         allowed = typing.get_args(choices)

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
-from llama_adapter.adapter import use_adapter
+from llama_adapter.adapter import check_name, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.config import GenerateConfig, Precision, Template
-from llama_adapter.data import Example, Message, encode, encode_prompt, read_records
+from llama_adapter.data import Example, Message, encode, encode_prompt, parse_record, read_records
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.families import shape_of, text_config
 from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
@@ -146,6 +146,8 @@ def load_session(
     Raises:
         LlamaAdapterError: a base or adapter that is missing, damaged or does not fit the other.
     """
+    for name in adapters:
+        check_name(name)
     configs = {name: read_config(folder) for name, folder in adapters.items()}
     if model is None:
         model = next((config.base_model_name_or_path for config in configs.values()), "bundled")
@@ -197,21 +199,28 @@ def read_prompts(source: str) -> list[Prompt]:
 
 
 def _prompt_of(record: object, source: str, number: int) -> Prompt:
-    where = f"{source}, record {number}"
-    if isinstance(record, dict):
-        for key in ("instruction", "prompt"):
-            if isinstance(record.get(key), str) and record[key].strip():
-                return Prompt.of(record[key], record.get("input") or "")
-        messages = record.get("messages")
-        if isinstance(messages, list) and messages:
-            try:
-                turns = tuple(Message(turn["role"], turn["content"]) for turn in messages)
-            except (TypeError, KeyError):
-                raise DataError(f"{where}: every message needs 'role' and 'content'.") from None
-            while len(turns) > 1 and turns[-1].role == "assistant":
-                turns = turns[:-1]  # a training record: ask again what it answers
-            return Prompt(turns)
-    raise DataError(f"{where} has no 'instruction', 'prompt' or 'messages' to answer.")
+    try:
+        example = parse_record(_with_placeholder_answer(record))
+    except DataError as error:
+        raise DataError(f"{source}, record {number}: {error}.") from None
+    return Prompt(example.messages[:-1], example.input)
+
+
+def _with_placeholder_answer(record: object) -> object:
+    """The record as training would take it: what it asks is then parsed and checked by the same rules."""
+    if not isinstance(record, dict):
+        return record
+    messages = record.get("messages")
+    if isinstance(messages, list):
+        asked = messages[:-1] if messages and _role(messages[-1]) == "assistant" else messages
+        return {"messages": [*asked, {"role": "assistant", "content": "?"}]}
+    if "prompt" in record and "instruction" not in record:
+        return {"instruction": record["prompt"], "input": record.get("input"), "output": "?"}
+    return {**record, "output": "?"}
+
+
+def _role(turn: object) -> object:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: Template) -> list[int]:

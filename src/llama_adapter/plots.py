@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from llama_adapter.errors import ConfigError
+
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training loss per step (thin, and smoothed) and validation loss, from the lines of metrics.jsonl."""
@@ -25,7 +27,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss per response token (nats)", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    _write(figure, path)
 
 
 def plot_gates(gates: Mapping[int, Sequence[float]], path: Path) -> None:
@@ -46,7 +48,7 @@ def plot_gates(gates: Mapping[int, Sequence[float]], path: Path) -> None:
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.invert_yaxis()  # the top layer on top
     figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
+    _write(figure, path)
 
 
 def plot_scores(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -67,6 +69,13 @@ def plot_scores(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes.set(ylabel="exact match", ylim=(0, 1), title="Right answers by task family")
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path} does not end in .png: pictures are PNG files.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

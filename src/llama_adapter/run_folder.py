@@ -55,12 +55,12 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
 
-    def claim(self, config: TrainConfig) -> None:
-        """Check that this run may write here; with `overwrite`, clear the old run away.
+    def check(self, config: TrainConfig) -> None:
+        """Check that a run with these settings may write here; nothing is changed yet.
 
         Raises:
-            TrainingError: the folder holds another run or other files, cannot be written, or is resumed with
-                settings that would change what is learnt.
+            TrainingError: the folder holds another run or other files, or is resumed with settings that would
+                change what is learnt.
         """
         if self.path.exists() and not self.path.is_dir():
             raise TrainingError(f"{self.path} is a file: choose another --output-dir.")
@@ -69,15 +69,25 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path} holds other files ({content[0].name}, ...) and no run: choose another --output-dir."
             )
-        if content and config.overwrite:
-            self._clear()
-        elif content and not config.resume:
+        if content and not config.resume and not config.overwrite:
             raise TrainingError(
                 f"{self.path} already holds a run: pass --resume to go on with it, --overwrite to delete it, "
                 "or another --output-dir."
             )
-        elif content:
+        if content and config.resume:
             self._check_same(config)
+
+    def claim(self, config: TrainConfig) -> None:
+        """Begin: with `overwrite` clear the old run away, and write the recipe.
+
+        Called when everything that can fail before the first step has been tried, so that a mistyped data file costs
+        nobody an old run.
+
+        Raises:
+            AdapterError: the folder cannot be written.
+        """
+        if config.overwrite:
+            self._clear()
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             values = dataclasses.asdict(dataclasses.replace(config, resume=False, overwrite=False))

@@ -93,9 +93,10 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         config = AdapterConfig.from_dict(values)
     except ConfigError as error:
         raise AdapterError(f"{path}: {error}") from None
-    needed = {"num_hidden_layers", "hidden_size", "num_attention_heads"}
-    if config.adapter_layers is None or not needed <= set(config.base_shape or {}):
-        raise AdapterError(f"{path} does not say adapter_layers and the base's shape: the file was edited or cut.")
+    shape = config.base_shape or {}
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if config.adapter_layers is None or not isinstance(shape.get(key), int):
+            raise AdapterError(f"{path} does not say adapter_layers and the base's shape ({key}): it was edited.")
     return config
 
 

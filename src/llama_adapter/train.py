@@ -66,8 +66,7 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
-        folder.claim(config)
-    accelerator.wait_for_everyone()
+        folder.check(config)
     data = prepare(config, load_tokenizer(config.model))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
     for sentence in data.skipped[:5]:
@@ -81,6 +80,9 @@ def train(config: TrainConfig) -> TrainResult:
     optimizer = torch.optim.AdamW(
         adapter.parameters(), lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
+    if accelerator.is_main_process:
+        folder.claim(config)
+    accelerator.wait_for_everyone()
     run = Run(config, accelerator, folder, data, model, adapter, optimizer)
     run.loop()
     return run.finish()
@@ -151,7 +153,7 @@ class Run:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
         self.model, self.adapter, self.optimizer = model, adapter, optimizer
         self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
-        self.total = config.max_steps or max(1, math.ceil(config.epochs * self.per_epoch))
+        self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
         self.is_main = accelerator.is_main_process
 

@@ -26,7 +26,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
         "family": shape["model_type"],
         **data.report(),
         "steps_per_epoch": per_epoch,
-        "steps": config.max_steps or max(1, round(config.epochs * per_epoch)),
+        "steps": config.total_steps(per_epoch),
         "peak_lr": config.peak_lr,
         "adapter_layers": layers,
         "adapter_parameters": parameters,

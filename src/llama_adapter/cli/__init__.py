@@ -14,6 +14,9 @@ from llama_adapter.cli import chat, evaluate, generate, inspect, train, validate
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
+PLACES_THAT_REFUSE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
+}  # fmt: skip
 EPILOG = """\
 start with:
   llama-adapter train --output-dir runs/first --max-steps 200
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in PLACES_THAT_REFUSE:
             raise
         _fail(f"{error.filename or 'A file'}: {error.strerror}. Free space, or choose another place.", 2)
 

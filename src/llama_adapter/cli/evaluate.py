@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from llama_adapter.plots import plot_scores
 
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         values = {name: {s.family: s.exact_match for s in scores} for name, scores in results.items()}
         plot_scores(values, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)

@@ -33,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from llama_adapter.plots import plot_gates
 
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_gates({layer["layer"]: layer["gates"] for layer in found["layers"]}, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.as_json:
@@ -46,9 +45,9 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
     config = found["config"]
-    console.print(f"[bold]{found['folder']}[/bold]", soft_wrap=True)
+    console.print(found["folder"], style="bold", soft_wrap=True)
     console.print(
         f"base        {config['base_model_name_or_path']} ({config['base_shape']['model_type']})", soft_wrap=True
     )

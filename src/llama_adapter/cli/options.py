@@ -1,6 +1,8 @@
 """Options that `generate` and `chat` share."""
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -58,7 +60,7 @@ def open_session(args: argparse.Namespace) -> "Session":
 
 
 def name_adapters(given: Sequence[str]) -> dict[str, str]:
-    """`NAME=FOLDER` or `FOLDER`, whose last part is then the name.
+    """`NAME=FOLDER`, or `FOLDER`, whose last part is then the name, with '-' for what a name may not have.
 
     Raises:
         ConfigError: two adapters of one name.
@@ -66,8 +68,8 @@ def name_adapters(given: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
-        if not equals:
-            name, folder = text.rstrip("/").rpartition("/")[2], text
+        if not equals or os.path.isdir(text):
+            name, folder = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rstrip("/").rpartition("/")[2]), text
         if name in named:
             raise ConfigError(f"Two adapters are called '{name}': tell them apart with --adapter NAME=FOLDER.")
         named[name] = folder
