@@ -80,6 +80,24 @@ def test_infinite_numbers_are_refused(field):
         TrainConfig(**{field: INF})
 
 
+@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig])
+def test_a_seed_that_torch_cannot_take_is_refused(config):
+    with pytest.raises(ConfigError, match=f"seed is {10**20}"):
+        config(seed=10**20)
+
+
+def test_every_allowed_seed_gives_an_order_of_the_data():
+    from llama_adapter.data.batches import global_batch
+
+    for seed in (2**32 - 1, 2**63 - 1, 2**64 - 1):
+        try:
+            TrainConfig(seed=seed)
+        except ConfigError as error:
+            assert f"seed is {seed}" in str(error)  # noqa: PT017
+        else:
+            assert sorted(global_batch(5, 5, 12, seed)) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

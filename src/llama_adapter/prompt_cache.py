@@ -31,11 +31,11 @@ class PromptCache(Generic[T]):
     """Holds one value; `get` recomputes it when a source tensor was replaced, moved or written to."""
 
     def __init__(self) -> None:
-        self._stamp: _Stamp | None = None
-        self._value: T | None = None
+        # One attribute, read once and replaced whole: threads may share a model.
+        self._kept: tuple[_Stamp, T] | None = None
 
     def __getstate__(self) -> dict[str, None]:
-        return {"_stamp": None, "_value": None}  # copies and pickles start empty
+        return {"_kept": None}  # copies and pickles start empty
 
     def get(self, key: Hashable, sources: Iterable[Tensor], like: Tensor, compute: Callable[[], T]) -> T:
         """The kept value, or `compute()`.
@@ -47,13 +47,14 @@ class PromptCache(Generic[T]):
             compute: called when the value is not there or stale.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._stamp = self._value = None
+            self._kept = None
             return compute()
         tensors = tuple(sources)
         if any(tensor.is_inference() for tensor in tensors):
             return compute()  # inference tensors do not count their changes
         state = (key, like.device, like.dtype, *((tensor._version, tensor.data_ptr()) for tensor in tensors))
         stamp = _Stamp(tensors, state)
-        if self._stamp is None or self._value is None or not self._stamp.matches(stamp):
-            self._stamp, self._value = stamp, compute()
-        return self._value
+        kept = self._kept
+        if kept is None or not kept[0].matches(stamp):
+            self._kept = kept = (stamp, compute())
+        return kept[1]
