@@ -140,8 +140,9 @@ class TrainConfig:
         problems.at_least("max_length", self.max_length, 8)
         for name in ("epochs", "base_lr", "lr", "max_grad_norm"):
             problems.above_zero(name, getattr(self, name))
-        for name in ("warmup_epochs", "min_lr", "weight_decay", "val_size", "seed"):
+        for name in ("warmup_epochs", "min_lr", "weight_decay", "val_size"):
             problems.at_least(name, getattr(self, name), 0)
+        problems.seed(self.seed)
         problems.one_of("gate_activation", self.gate_activation, GateActivation)
         problems.one_of("template", self.template, Template)
         problems.one_of("precision", self.precision, Precision)
@@ -197,6 +198,7 @@ class GenerateConfig:
         problems = _Problems()
         problems.at_least("max_new_tokens", self.max_new_tokens, 1)
         problems.at_least("temperature", self.temperature, 0)
+        problems.seed(self.seed)
         problems.require("top_p", 0 < self.top_p <= 1, f"is {self.top_p}; it must be above 0 and at most 1")
         problems.raise_if_any()
 
@@ -286,6 +288,9 @@ class _Problems:
     def above_zero(self, name: str, value: float | None) -> None:
         self.require(name, value is None or value > 0, f"is {value}; it must be above 0")
         self._finite(name, value)
+
+    def seed(self, value: int | None) -> None:
+        self.require("seed", value is None or 0 <= value < 2**32, f"is {value}; it must be at least 0 and below 2^32")
 
     def _finite(self, name: str, value: float | None) -> None:
         self.require(name, value is None or value != math.inf, f"is {value}; it must be a finite number")

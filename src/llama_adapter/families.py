@@ -153,6 +153,11 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens the base takes, where its configuration says so."""
+    return getattr(text_config(config), "max_position_embeddings", None)
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a base model, from its configuration alone (no weights needed).
 

@@ -15,7 +15,7 @@ from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.config import GenerateConfig, Precision, Template
 from llama_adapter.data import Example, Message, encode, encode_prompt, parse_record, read_records
 from llama_adapter.errors import AdapterError, DataError
-from llama_adapter.families import shape_of, text_config
+from llama_adapter.families import max_positions, shape_of
 from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
 
 
@@ -102,10 +102,10 @@ class Session:
         return Answer(text, prompt_tokens, len(kept), round(seconds, 4), "length" if end is None else "stop")
 
     def _room(self, longest: int) -> int:
-        context = getattr(text_config(self.model.config), "max_position_embeddings", None) or 1 << 30
+        context = max_positions(self.model.config) or 1 << 30
         if longest >= context:
             raise DataError(f"The prompt has {longest} tokens; the base takes at most {context - 1}: shorten it.")
-        return int(context) - longest
+        return context - longest
 
     def _left_padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, rows))

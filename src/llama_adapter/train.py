@@ -34,6 +34,7 @@ from llama_adapter.data.batches import (
 )
 from llama_adapter.data.prepare import Prepared, prepare
 from llama_adapter.errors import Interrupted, TrainingError
+from llama_adapter.families import max_positions
 from llama_adapter.loss import response_loss
 from llama_adapter.plots import plot_gates, plot_loss
 from llama_adapter.run_folder import Progress, RunFolder
@@ -62,12 +63,13 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    resolve_layers(config.adapter_config(), load_config(config.model))
+    base = load_config(config.model)
+    resolve_layers(config.adapter_config(), base)
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
         folder.check(config)
-    data = prepare(config, load_tokenizer(config.model))
+    data = prepare(config, load_tokenizer(config.model), max_positions(base))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
     for sentence in data.skipped[:5]:
         log.warning("skipped: %s", sentence)

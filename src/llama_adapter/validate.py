@@ -7,7 +7,7 @@ from llama_adapter.base import load_config, load_tokenizer
 from llama_adapter.config import TrainConfig
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.prepare import prepare
-from llama_adapter.families import shape_of
+from llama_adapter.families import max_positions, shape_of
 
 
 def check(config: TrainConfig) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
     """
     base = load_config(config.model)
     layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
-    data = prepare(config, load_tokenizer(config.model))
+    data = prepare(config, load_tokenizer(config.model), max_positions(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
     parameters = layers * (config.adapter_len * int(shape["hidden_size"]) + int(shape["num_attention_heads"]))
     return {

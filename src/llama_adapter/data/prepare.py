@@ -46,12 +46,17 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_positions: int | None = None) -> Prepared:
     """Read and encode the data that a recipe names.
+
+    Args:
+        config: the recipe.
+        tokenizer: the base's.
+        max_positions: how many tokens the base takes, where it says so.
 
     Raises:
         DataError: a file or a record cannot be used.
-        ConfigError: the validation part would leave nothing to train on.
+        ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
     loaded = load_examples(config.data, config.skip_bad_records)
     train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
@@ -62,6 +67,12 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase") -> Prepar
         skipped += held_out.skipped
     else:
         train, val = _split(train, config.val_size, config.seed)
+    longest = max(len(example.input_ids) for example in (*train, *val))
+    if max_positions is not None and longest > max_positions:
+        raise ConfigError(
+            f"The longest example has {longest} tokens and the base takes {max_positions}: "
+            f"pass --max-length {max_positions}, which truncates it."
+        )
     return Prepared(train, val, skipped, _digest((*train, *val)))
 
 
