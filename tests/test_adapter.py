@@ -625,3 +625,11 @@ def test_a_change_of_the_parameters_is_seen_by_the_next_forward(pair):
         layer.gate.zero_()
     model.model.layers[2].self_attn.v_proj.weight.mul_(2)
     assert torch.equal(logits(model), expected[None])
+
+
+def test_a_decoder_of_an_adapted_model_is_not_adapted_a_second_time():
+    model = tiny_model()
+    adapted(model)
+    with pytest.raises(AdapterError, match="through another object"):
+        add_adapter(model.model)
+    assert list_adapters(model) == ["default"]

@@ -300,14 +300,20 @@ def test_a_base_of_an_unsupported_family(fail, with_model, tmp_path):
     assert "llama" in message
 
 
-@pytest.mark.parametrize("command", ["validate", "train"])
-def test_examples_longer_than_the_base_has_positions(fail, call, base, data, tmp_path, command):
+@pytest.fixture(scope="module")
+def short_base(base, tmp_path_factory):
+    """A GPT-2 that takes 64 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shutil.copytree(base, tmp_path / "base")
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("short") / "base")
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    arguments = [command, "--model", tmp_path / "base", "--data", data, "--adapter-layers", "2", "--max-steps", "1"]
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_examples_longer_than_the_base_has_positions(short_base, fail, call, data, tmp_path, command):
+    arguments = [command, "--model", short_base, "--data", data, "--adapter-layers", "2", "--max-steps", "1"]
     arguments += ["--trackers", "none", "--output-dir", tmp_path / "out"]
     message = fail(*arguments)
     assert "64" in message

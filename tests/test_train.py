@@ -301,3 +301,16 @@ def test_recipe_is_written_and_runs_again(base, data, tmp_path):
     train(config)
     assert load_recipe(str(tmp_path / "out" / "recipe.yaml"), {}) == config
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["template"] == "alpaca"
+
+
+def test_prompt_completion_data_are_asked_as_they_were_trained(base, tmp_path):
+    from llama_adapter.config import GenerateConfig
+    from llama_adapter.generate import Prompt, load_session
+
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number"}) + "\n" for i in range(12)))
+    train(recipe(base, data, tmp_path / "out", max_steps=1))
+    session = load_session(None, {"a": str(tmp_path / "out")}, CPU)
+    assert session.templates["a"] == "raw"
+    answer = session.answer([Prompt.of("3 is")], "a", GenerateConfig(max_new_tokens=2, temperature=0))[0]
+    assert answer.prompt_tokens == len(tiny_tokenizer()("3 is").input_ids)

@@ -89,6 +89,10 @@ class _Adapters:
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.attention = attention_modules(model)
+        if any(hasattr(module, SLOT) for module in self.attention):
+            raise AdapterError(
+                "The model was adapted through another object that shares its layers: use the one that add_adapter got."
+            )
         self.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         family = family_of(model.config)
         for parameter in self.frozen:
@@ -269,10 +273,9 @@ def _create(modules: Sequence[Any], config: AdapterConfig, key: str) -> dict[int
     text = text_config(modules[0].config)
     layers = {}
     for module in modules:
-        with next(module.parameters()).device:
-            layer = ZeroInitAdapter(
-                config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation
-            )
+        # Drawn on the CPU, so that a seed starts alike on every device.
+        layer = ZeroInitAdapter(config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation)
+        layer.to(next(module.parameters()).device)
         getattr(module, SLOT).add_module(key, layer)
         layers[int(module.layer_idx)] = layer
     return layers
@@ -298,7 +301,7 @@ def _known(registry: _Adapters, name: str) -> Adapter:
 
 def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-    return next(tensor for tensor in candidates if isinstance(tensor, Tensor))
+    return next((tensor for tensor in candidates if isinstance(tensor, Tensor)), torch.empty(0))
 
 
 def _route_attention(config: Any) -> None:

@@ -18,6 +18,8 @@ from llama_adapter.errors import ConfigError
 FORMAT_VERSION = 1
 GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
+WrittenAs = Literal["alpaca", "chat", "raw"]
+"""A template, or "raw": prompt-completion text that was trained without any."""
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -31,7 +33,7 @@ class AdapterConfig:
             which is the paper's 30 of 32; `add_adapter` puts the number in its place.
         gate_activation: "tanh" (the authors' training code) or "identity" (their first release, PEFT, LitGPT).
         template: how prompts were written in training, so that generation writes them alike: "alpaca", "chat"
-            (the tokenizer's own chat template), or None where nobody said.
+            (the tokenizer's own chat template), "raw" (as they are), or None where nobody said.
         base_model_name_or_path: the base the adapter was made for, as it was named.
         base_shape: that base's dimensions; an adapter is refused on a base of another shape.
         format_version: version of the files on disk.
@@ -43,7 +45,7 @@ class AdapterConfig:
     adapter_len: int = 10
     adapter_layers: int | None = None
     gate_activation: GateActivation = "tanh"
-    template: Template | None = None
+    template: WrittenAs | None = None
     base_model_name_or_path: str | None = None
     base_shape: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
@@ -53,7 +55,7 @@ class AdapterConfig:
         problems.at_least("adapter_len", self.adapter_len, 1)
         problems.at_least("adapter_layers", self.adapter_layers, 1)
         problems.one_of("gate_activation", self.gate_activation, GateActivation)
-        problems.one_of("template", self.template, Template)
+        problems.one_of("template", self.template, WrittenAs)
         problems.raise_if_any()
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers.generation.streamers import TextStreamer
 
 from llama_adapter.adapter import check_name, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
-from llama_adapter.config import GenerateConfig, Precision, Template
+from llama_adapter.config import GenerateConfig, Precision, WrittenAs
 from llama_adapter.data import Example, Message, encode, encode_prompt, parse_record, read_records
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.families import max_positions, shape_of
@@ -53,7 +53,7 @@ class Session:
     model: PreTrainedModel
     tokenizer: Tokenizer
     adapters: tuple[str, ...]
-    templates: Mapping[str | None, Template]
+    templates: Mapping[str | None, WrittenAs]
 
     def answer(
         self,
@@ -73,9 +73,10 @@ class Session:
         Raises:
             DataError: a prompt does not fit into the base's context.
         """
-        rows = [encode_prompt(p.messages, self.templates[adapter], self.tokenizer, p.input) for p in prompts]
+        template = self.templates[adapter]
+        rows = [encode_prompt(p.messages, template, self.tokenizer, p.input, raw=template == "raw") for p in prompts]
         room = self._room(max(map(len, rows)))
-        settings = self._generation_config(config, min(config.max_new_tokens, room), self.templates[adapter])
+        settings = self._generation_config(config, min(config.max_new_tokens, room), template)
         input_ids, mask = self._left_padded(rows)
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
         if config.seed is not None:
@@ -113,7 +114,7 @@ class Session:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _generation_config(self, config: GenerateConfig, max_new_tokens: int, template: Template) -> GenerationConfig:
+    def _generation_config(self, config: GenerateConfig, max_new_tokens: int, template: WrittenAs) -> GenerationConfig:
         stops = _stop_tokens(self.model, self.tokenizer, template)
         sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
         return GenerationConfig(
@@ -131,7 +132,7 @@ def load_session(
     device: torch.device,
     precision: Precision = "auto",
     load_in_4bit: bool = False,
-    template: Template | None = None,
+    template: WrittenAs | None = None,
 ) -> Session:
     """Load a base and its adapters; all files are checked before the base's weights are read.
 
@@ -161,8 +162,8 @@ def load_session(
     base = load_base(model, device, precision, load_in_4bit)
     for name, folder in adapters.items():
         load_adapter(base, folder, name)
-    fallback: Template = "chat" if tokenizer.chat_template else "alpaca"
-    templates: dict[str | None, Template] = {None: template or fallback}
+    fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
+    templates: dict[str | None, WrittenAs] = {None: template or fallback}
     for name, config in configs.items():
         templates[name] = template or config.template or fallback
     if len(configs) == 1 and template is None:
@@ -223,9 +224,10 @@ def _role(turn: object) -> object:
     return turn.get("role") if isinstance(turn, dict) else None
 
 
-def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: Template) -> list[int]:
+def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: WrittenAs) -> list[int]:
     """What ends an answer: the token that ended responses in training, and the base's own end tokens."""
-    trained = encode(Example((Message("user", "a"), Message("assistant", "b"))), template, tokenizer, 1 << 20)
+    example = Example((Message("user", "a"), Message("assistant", "b")), raw=template == "raw")
+    trained = encode(example, template, tokenizer, 1 << 20)
     own = model.generation_config.eos_token_id if model.generation_config else None
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     last = [label for label in trained.labels if label >= 0][-1]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,7 +78,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     torch.manual_seed(config.seed)
-    adapter = add_adapter(model, config.adapter_config())
+    adapter_config = config.adapter_config()
+    adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
     optimizer = torch.optim.AdamW(
         adapter.parameters(), lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
-from llama_adapter.config import GenerateConfig, Precision, Template
+from llama_adapter.config import GenerateConfig, Precision, WrittenAs
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_session_options(
     base.add_argument(
         "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
     )
-    base.add_argument("--template", choices=get_args(Template), help="prompt format (default: the adapter's own)")
+    base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
     base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
     base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
     decoding, default = parser.add_argument_group("decoding"), GenerateConfig()

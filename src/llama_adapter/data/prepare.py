@@ -23,12 +23,14 @@ class Prepared:
     Attributes:
         train: encoded training examples.
         val: encoded validation examples; may be empty.
+        raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
         digest: SHA-256 of all token ids and labels; a resumed run must have the same.
     """
 
     train: list[Encoded]
     val: list[Encoded]
+    raw: bool
     skipped: list[str]
     digest: str
 
@@ -73,7 +75,8 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
             f"The longest example has {longest} tokens and the base takes {max_positions}: "
             f"pass --max-length {max_positions}, which truncates it."
         )
-    return Prepared(train, val, skipped, _digest((*train, *val)))
+    raw = all(example.raw for example in loaded.examples)
+    return Prepared(train, val, raw, skipped, _digest((*train, *val)))
 
 
 def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:

@@ -55,4 +55,4 @@ class LlamaAdapterLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the adapter's training wrote it, up to where the answer begins."""
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
-        return render_prompt(messages, self.written_as, self.tokenizer).text
+        return render_prompt(messages, self.written_as, self.tokenizer, raw=self.written_as == "raw").text
