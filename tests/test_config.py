@@ -27,7 +27,7 @@ def write(tmp_path, text):
         ("adapter_len", -3, "adapter_len is -3; it must be at least 1"),
         ("adapter_layers", 0, "adapter_layers is 0; it must be at least 1"),
         ("gate_activation", "relu", "gate_activation is 'relu'; it must be one of tanh, identity"),
-        ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat"),
+        ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat, raw"),
     ],
 )
 def test_rules_of_adapter_config(field, value, rule):
