@@ -21,7 +21,6 @@ from llama_adapter.generate import default_device, load_session
 from llama_adapter.train import train
 
 HELD_OUT = Path(llama_adapter.__file__).parent / "bundled" / "heldout_facts.json"
-RECIPE = Path(__file__).parent / "demo.yaml"
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
     began = time.perf_counter()
     tasks = read_tasks(str(HELD_OUT))
-    config = load_recipe(str(RECIPE), {"overwrite": True} | ({"max_steps": args.max_steps} if args.max_steps else {}))
+    config = load_recipe("bundled", {"overwrite": True} | ({"max_steps": args.max_steps} if args.max_steps else {}))
     before, old = ask(tasks, None)
     result = train(config)
     after, new = ask(tasks, config.output_dir)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from runs import recipe, write_base, write_data
 from test_generate import write_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llama_adapter
 from llama_adapter import __version__
 from llama_adapter.cli import main
 from llama_adapter.cli.options import name_adapters
@@ -762,3 +764,22 @@ def test_the_module_runs_as_a_program(base, adapter):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapter"] == "poet"
     assert done.stderr == ""
+
+
+# what ships with the package
+
+
+def test_the_bundled_recipe_base_and_data_fit_together_and_are_small(call):
+    report = json.loads(call("validate", "bundled", "--json").out)
+    assert report["model"] == "bundled"
+    assert report["truncated_examples"] == report["skipped_records"] == 0
+    folder = Path(llama_adapter.__file__).parent / "bundled" / "base"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16 * 2**20
+
+
+def test_the_bundled_base_answers_through_the_command_line(call):
+    first = call("generate", "--model", "bundled", "--temperature", "0", "--max-new-tokens", "12", "Name a colour.").out
+    assert first.strip()
+    assert (
+        call("generate", "-m", "bundled", "--temperature", "0", "--max-new-tokens", "12", "Name a colour.").out == first
+    )

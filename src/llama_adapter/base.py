@@ -12,12 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter.config import Precision
+from llama_adapter.config import BUNDLED, Precision
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.families import family_of
-
-BUNDLED = "bundled"
-"""Name of the small base that ships with this package, beside 'folder' and 'owner/name'."""
 
 
 def resolve_model(name: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from llama_adapter.errors import ConfigError
 
+BUNDLED = "bundled"
+"""Name of the base, the data and the recipe that ship with this package, in place of a path."""
 FORMAT_VERSION = 1
 GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
@@ -231,7 +233,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """A YAML recipe with flags on top of it.
 
     Args:
-        path: the recipe, or None for the defaults alone.
+        path: the recipe's file, 'bundled' for the one that fits the bundled base, or None for the defaults alone.
         overrides: values that replace the recipe's.
 
     Raises:
@@ -241,8 +243,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     if path is not None:
         import yaml
 
+        file = Path(__file__).parent / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path)
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file.") from None

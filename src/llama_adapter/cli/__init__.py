@@ -19,7 +19,7 @@ PLACES_THAT_REFUSE = {
 }  # fmt: skip
 EPILOG = """\
 start with:
-  llama-adapter train --output-dir runs/first --max-steps 200
+  llama-adapter train bundled --output-dir runs/first
   llama-adapter generate --adapter runs/first "What is the capital of France?"
 """
 

@@ -13,7 +13,9 @@ USAGE = "llama-adapter {} [RECIPE] [--setting value ...]"
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags default to nothing, so that the dataclass alone owns the defaults."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file with any of the settings below")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="YAML file with any of the settings below, or 'bundled'"
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
     hints = typing.get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from llama_adapter.cli.parser import add_command
 from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
 
 EXAMPLES = """
-llama-adapter train --max-steps 200 --output-dir runs/first
+llama-adapter train bundled --output-dir runs/first
 llama-adapter train recipes/alpaca-7b.yaml --model ./Llama-2-7b-hf --data alpaca_data.json
 llama-adapter train runs/first/recipe.yaml --resume
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
