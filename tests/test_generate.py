@@ -466,3 +466,8 @@ def test_prompt_files_that_cannot_be_read_are_named(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             read_prompts(str(tmp_path / name))
+
+
+def test_four_bit_weights_need_cuda(base):
+    with pytest.raises(ModelError, match=r"--load-in-4bit needs a CUDA device, and this is cpu"):
+        load_base(str(base), CPU, load_in_4bit=True)

@@ -87,6 +87,9 @@ def load_base(
     dtype = resolve_dtype(precision, device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if load_in_4bit:
+        if device.type != "cuda":
+            # bitsandbytes' 4-bit product on a CPU has no backward pass: prompts would silently not learn.
+            raise ModelError(f"--load-in-4bit needs a CUDA device, and this is {device.type}: leave the flag out.")
         options["quantization_config"] = _four_bit(dtype)
     try:
         with nullcontext() if sys.stderr.isatty() and name != BUNDLED else _quiet():
