@@ -119,6 +119,7 @@ def test_two_processes_end_where_one_does(base, data, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
+    assert done.stdout.count("adapter in") == 1
     assert_close(last(tmp_path / "one"), last(tmp_path / "two"), atol=1e-5)
     assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == len(
         read_metrics(tmp_path / "one" / "metrics.jsonl")

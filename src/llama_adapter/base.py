@@ -46,7 +46,7 @@ def load_config(name: str) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
         raise ModelError(
             f"The base '{name}' cannot be read: {_first_sentence(error)} "
             "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."

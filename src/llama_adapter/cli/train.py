@@ -26,9 +26,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, then say where the adapter is."""
     config = recipe_from(args)
+    from accelerate import PartialState
+
     from llama_adapter.train import train
 
     result = train(config)
+    if not PartialState().is_main_process:
+        return
     if args.as_json:
         print(json.dumps({**dataclasses.asdict(result), "output_dir": str(result.output_dir)}))
         return
