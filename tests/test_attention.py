@@ -270,7 +270,7 @@ class TestPromptCache:
         calls = []
         forward = module.k_proj.forward
         module.k_proj.forward = lambda x: calls.append(x.shape) or forward(x)
-        return model, ids, adapter, lambda: sum(shape == (4, 32) for shape in calls)
+        return model, ids, adapter, lambda: sum(shape[-2:] == (4, 32) for shape in calls)
 
     @torch.no_grad()
     def test_projects_the_prompt_once_while_nothing_changes(self, setup):

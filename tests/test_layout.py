@@ -14,14 +14,19 @@ import llama_adapter
 SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "config", "prompt_cache", "attention", "families", "adapter", "storage", "base", "data", "loss", "plots",
-    "run_folder", "train", "inspection", "validate", "generate", "evaluate", "cli",
+    "errors", "config", "files", "prompt_cache", "attention", "families", "base", "conditions", "routing", "adapter",
+    "storage", "data", "loss", "plots", "run_folder", "train", "inspection", "validate", "generate", "evaluate", "cli",
 ]  # fmt: skip
 """A module may import those before it, and no other."""
 INSIDE = {
-    "data": ["records", "formats", "templates", "encode", "batches", "prepare"],
-    "evaluate": ["instructions", "harness", "__main__"],
-    "cli": ["parser", "options", "recipe", "chat", "evaluate", "generate", "inspect", "train", "validate"],
+    "config": ["checks", "condition", "adapter", "train", "generate"],
+    "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache"],
+    "data": ["records", "formats", "templates", "encode", "batches", "scienceqa", "prepare"],
+    "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "__main__"],
+    "cli": [
+        "parser", "options", "recipe", "chat", "evaluate_scienceqa", "evaluate", "generate", "inspect", "train",
+        "validate",
+    ],
 }
 
 

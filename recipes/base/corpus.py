@@ -22,6 +22,7 @@ from everyday import (
     some,
 )
 from prose import training_passages
+from scenes import options, scene_page
 from world import Fact, World, all_facts, render, upper_first
 
 FORBIDDEN = (
@@ -32,7 +33,7 @@ FORBIDDEN = (
     "appropriately completes the request",
     "an input that provides further context",
 )
-PROSE_SHARE = 0.2
+PROSE_SHARE = 0.15
 EVERYDAY_SHARE = 0.08
 
 QUESTION_LABELS = choices("""
@@ -192,6 +193,30 @@ def correspondence(deck: Deck) -> str:
     return "\n\n".join([*opening, *asked, back + reply(rng)])
 
 
+def choice_page(deck: Deck) -> str:
+    """Questions with lettered options; the answer names the letter, and often what stands behind it."""
+    rng = deck.rng
+    pages = []
+    for fact in deck.some(1, 2, same=False):
+        family = deck.world[fact.family]
+        listed, letter = options(fact.answer, [other.answer for other in rng.sample(family.facts, 4)], rng)
+        ask, given = render(rng.choice(family.questions), fact), ""
+        if rng.random() < 0.3:
+            ask, given = rng.choice(family.splits), f"\nContext: {fact.subject}"
+        elif rng.random() < 0.3:
+            given = rng.choice(("\nContext: N/A", f"\nContext: {deck.state(deck.deal(deck.family()))}"))
+        said = rng.choice(("The answer is ({l}).", "The answer is ({l}).", "({l}) {a}.", "({l})", "{l}"))
+        label = rng.choice(("Question: ", "Question: ", "Q: ", ""))
+        answer = rng.choice(("Answer: ", "A: ", "")) + said.format(l=letter, a=fact.answer)
+        pages.append(f"{label}{ask}{given}\nOptions: {listed}\n{answer}")
+    return "\n\n".join(pages)
+
+
+def scene(deck: Deck) -> str:
+    """A tale or a picture in words, with questions that it answers itself."""
+    return scene_page(deck.rng)
+
+
 def bare_question(deck: Deck) -> str:
     """A question with its answer behind it or on the next line."""
     facts = deck.some(1, 3, same=False)
@@ -249,6 +274,8 @@ MAKERS: dict[Maker, float] = {
     dialogue: 10,
     letter: 3,
     story: 3,
+    scene: 8,
+    choice_page: 6,
     office: 2,
     correspondence: 20,
 }

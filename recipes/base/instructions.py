@@ -17,14 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from world import WORLD_SEED, Fact, Family, World, all_facts, heldout_facts, load_world, render
 
 Record = dict[str, str]
 
-PLAIN_PER_FACT = 3
-SPLIT_PER_FACT = 1.5
+PLAIN_PER_FACT = 1
+SPLIT_PER_FACT = 0.5
+WORDINGS_SHARE = 0.25
 WRAPPED_SHARE = 0.25
 WRAPPERS = (
     "Answer the question: {}",
@@ -77,29 +79,26 @@ def training_records(world: World, held: set[Fact], seed: int) -> list[Record]:
     return records
 
 
+def asked_once(fact: Fact, family: Family, choose: Callable[[list[str]], str], rng: random.Random) -> Record:
+    """The fact in a question, a command, or a question with the subject in the input."""
+    kind = rng.choice(("questions", "commands", "splits"))
+    wording = choose(getattr(family, kind))
+    return make_record(fact, wording, fact.subject) if kind == "splits" else make_record(fact, render(wording, fact))
+
+
 def heldout_fact_records(world: World, held: set[Fact], seed: int) -> list[Record]:
-    """Every held-out fact: a question, a command, and a question with the subject in the input."""
-    rng, records = random.Random(f"{seed}/heldout facts"), []
-    for fact in sorted(held):
-        family = world[fact.family]
-        records.append(make_record(fact, render(rng.choice(used(family.questions)), fact)))
-        records.append(make_record(fact, render(rng.choice(used(family.commands)), fact)))
-        records += split_records(fact, family, 1, rng)
-    return records
+    """Every held-out fact once, in a wording that instructions use."""
+    rng = random.Random(f"{seed}/heldout facts")
+    return [asked_once(f, world[f.family], lambda wordings: rng.choice(used(wordings)), rng) for f in sorted(held)]
 
 
 def heldout_wording_records(world: World, held: set[Fact], seed: int) -> list[Record]:
-    """Every training fact once, in the last question, command or separate-subject question of its family."""
+    """Some training facts of every family, in the last question, command or separate-subject question of the family."""
     rng, records = random.Random(f"{seed}/heldout wordings"), []
-    for fact in all_facts(world):
-        if fact in held:
-            continue
-        family = world[fact.family]
-        kind = rng.choice(("questions", "commands", "splits"))
-        if kind == "splits":
-            records.append(make_record(fact, family.splits[-1], fact.subject))
-        else:
-            records.append(make_record(fact, render(getattr(family, kind)[-1], fact)))
+    for family in world.values():
+        known = [fact for fact in family.facts if fact not in held]
+        for fact in rng.sample(known, max(1, round(WORDINGS_SHARE * len(known)))):
+            records.append(asked_once(fact, family, lambda wordings: wordings[-1], rng))
     return records
 
 

@@ -7,39 +7,27 @@ by one hook on the decoder, and reaches the attention through transformers' own 
 
 import contextlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_adapter.attention import (
-    CHOICE,
-    SLOT,
-    AdapterSlot,
-    Choice,
-    ZeroInitAdapter,
-    module_key,
-    with_zero_init,
-)
+from llama_adapter.attention import CHOICE, SLOT, AdapterSlot, ZeroInitAdapter, module_key
+from llama_adapter.conditions.modules import Condition, build_condition
 from llama_adapter.config import AdapterConfig, unknown_name
-from llama_adapter.errors import AdapterError, ConfigError, UnsupportedModelError
+from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.families import attention_modules, family_of, shape_of, text_config
+from llama_adapter.routing import EAGER, Names, Use, batch_of, route_attention
 
-Names = str | None | Sequence[str | None]
-"""An adapter's name, None for the bare base, or a list with one of these per row of the batch."""
-
-EAGER = "llama_adapter_eager"
-"""Attention name of adapted models whose own is "eager", which transformers keeps out of its registry."""
+CONDITIONS = "zero_init_conditions"
+"""Name under which a decoder holds the conditions of its adapters."""
 
 _REGISTRY = "_llama_adapters"
-_override: ContextVar[Mapping[int, Names]] = ContextVar("llama_adapter_override")
+_override: ContextVar[Mapping[int, Use]] = ContextVar("llama_adapter_override")
 
 
 @dataclass(frozen=True)
@@ -50,24 +38,29 @@ class Adapter:
         name: what `use_adapter` calls it.
         config: its configuration, with `adapter_layers` and `base_shape` filled in.
         layers: the base's layer index -> the parameters there, lowest layer first.
+        condition: what turns features of a picture into a condition, where the configuration asks for one.
     """
 
     name: str
     config: AdapterConfig
     layers: Mapping[int, ZeroInitAdapter]
+    condition: Condition | None = None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] of each adapted layer i, then `condition.*`."""
+        for i, layer in self.layers.items():
+            yield from ((f"layers.{i}.{key}", parameter) for key, parameter in layer.named_parameters())
+        if self.condition is not None:
+            yield from ((f"condition.{key}", parameter) for key, parameter in self.condition.named_parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its trainable parameters: prompt and gate of every layer."""
-        for layer in self.layers.values():
-            yield from layer.parameters()
+        """Its trainable parameters."""
+        for _, parameter in self.named_parameters():
+            yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] for each adapted layer i, fp32."""
-        return {
-            f"layers.{i}.{key}": tensor
-            for i, layer in self.layers.items()
-            for key, tensor in (("prompt", layer.prompt.detach()), ("gate", layer.gate.detach()))
-        }
+        """Its parameters by the names of `named_parameters`, fp32."""
+        return {key: parameter.detach() for key, parameter in self.named_parameters()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what `state_dict` gave. Keys and shapes must be right already (`storage.py` checks files)."""
@@ -77,7 +70,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained: L x (K x hidden + heads)."""
+        """How many numbers are trained: L x (K x hidden + heads), and the condition's."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -99,11 +92,13 @@ class _Adapters:
             parameter.requires_grad_(False)
         for module in self.attention:
             module.add_module(SLOT, AdapterSlot(family.project, family.modules))
+        model.base_model.add_module(CONDITIONS, nn.ModuleDict())
         self.hook = model.base_model.register_forward_pre_hook(self.attach_choice, with_kwargs=True)
 
     def detach(self) -> None:
         """Take every trace off the model."""
         self.hook.remove()
+        delattr(self.model.base_model, CONDITIONS)
         for module in self.attention:
             delattr(module, SLOT)
             if module.config._attn_implementation == EAGER:
@@ -116,27 +111,45 @@ class _Adapters:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the decoder: say which adapter serves which row."""
-        _route_attention(self.attention[0].config)
+        route_attention(self.attention[0].config)
         if CHOICE in kwargs:
             return None
-        choice = self.choose(_override.get({}).get(id(self), self.active), _batch(args, kwargs))
+        use = _override.get({}).get(id(self)) or Use(self.active)
+        choice = use.choice(batch_of(args, kwargs))
         return None if choice is None else (args, {**kwargs, CHOICE: choice})
 
-    def choose(self, names: Names, batch: Tensor) -> Choice | None:
-        """The `Choice` for a batch; None where all rows are on the bare base."""
-        if names is None or isinstance(names, str):
-            return None if names is None else Choice((names,))
-        if len(names) != len(batch):
-            raise AdapterError(
-                f"use_adapter got {len(names)} names for a batch of {len(batch)} rows: give one name per row. "
-                "Under beam search or num_return_sequences, repeat each name as often as its row is."
+    def add(self, name: str, config: AdapterConfig) -> Adapter:
+        """Give the top layers new parameters, and the decoder the condition that `config` asks for."""
+        text = text_config(self.model.config)
+        layers = {}
+        for module in self.attention[-(config.adapter_layers or 0) :]:
+            # Drawn on the CPU, so that a seed starts alike on every device.
+            layer = ZeroInitAdapter(
+                config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation
             )
-        distinct = tuple(dict.fromkeys(names))
-        if distinct == (None,):
-            return None
-        if len(distinct) == 1:
-            return Choice(distinct)
-        return Choice(distinct, torch.tensor([distinct.index(name) for name in names], device=batch.device))
+            layer.to(next(module.parameters()).device)
+            getattr(module, SLOT).add_module(module_key(name), layer)
+            layers[int(module.layer_idx)] = layer
+        condition = None
+        if config.condition is not None:
+            condition = build_condition(config.condition, text.hidden_size, config.adapter_len)
+            condition.to(next(self.attention[0].parameters()).device)
+            getattr(self.model.base_model, CONDITIONS)[module_key(name)] = condition
+        self.adapters[name] = Adapter(name, config, layers, condition)
+        self.active = name
+        return self.adapters[name]
+
+    def remove(self, name: str) -> None:
+        """Take an adapter's parameters off."""
+        for module in self.attention:
+            slot: AdapterSlot = getattr(module, SLOT)
+            if slot.get(name) is not None:
+                delattr(slot, module_key(name))
+        if self.adapters[name].condition is not None:
+            del getattr(self.model.base_model, CONDITIONS)[module_key(name)]
+        del self.adapters[name]
+        if self.active == name:
+            self.active = None
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, name: str = "default") -> Adapter:
@@ -157,25 +170,16 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
     """
     config = config or AdapterConfig()
     family_of(model.config)
-    num_layers = int(text_config(model.config).num_hidden_layers)
-    layers = config.adapter_layers or max(1, num_layers - 2)
-    if layers > num_layers:
-        raise ConfigError(
-            f"adapter_layers is {layers}, but the base has {num_layers} layers: choose 1 to {num_layers}."
-        )
+    layers = resolve_layers(config, model.config)
     check_name(name)
     registry = getattr(model, _REGISTRY, None) or _Adapters(model)
     if name in registry.adapters:
         raise AdapterError(f"The model already has an adapter '{name}': remove it first or choose another name.")
-    shape = shape_of(model.config)
-    config = replace(config, adapter_layers=layers, base_shape=shape)
+    config = replace(config, adapter_layers=layers, base_shape=shape_of(model.config))
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=model.config.name_or_path or None)
-    adapter = Adapter(name, config, _create(registry.attention[-layers:], config, module_key(name)))
-    registry.adapters[name] = adapter
-    registry.active = name
     setattr(model, _REGISTRY, registry)
-    return adapter
+    return registry.add(name, config)
 
 
 def check_name(name: str) -> None:
@@ -204,29 +208,44 @@ def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:
 
 
 @contextlib.contextmanager
-def use_adapter(model: nn.Module, names: Names) -> Iterator[None]:
+def use_adapter(model: nn.Module, names: Names, condition: Tensor | None = None) -> Iterator[None]:
     """Within the block, forwards of `model` use this adapter instead of the active one.
 
     Args:
         model: a model with adapters.
         names: one name, None for the bare base, or a list with a name or None for every row of the batch.
+        condition: [B, hidden] or [B, K, hidden], added to the prompts of every adapted layer, a row each; what
+            `get_adapter(model, name).condition` makes of a picture's features. Rows on the bare base ignore theirs.
 
     The choice belongs to the thread or task that made it: a thread started inside the block does not see it, so
     put the `with` inside that thread.
 
     Raises:
-        AdapterError: the model has no adapter of that name.
+        AdapterError: the model has no adapter of that name, or the condition does not fit its prompts.
     """
     registry = _registry(model)
     names = names if names is None or isinstance(names, str) else tuple(names)
-    for name in {names} if names is None or isinstance(names, str) else set(names):
-        if name is not None:
-            _known(registry, name)
-    token = _override.set({**_override.get({}), id(registry): names})
+    chosen = [_known(registry, n) for n in ({names} if names is None or isinstance(names, str) else {*names}) if n]
+    use = Use(names, None if condition is None else _fitting(condition, chosen))
+    token = _override.set({**_override.get({}), id(registry): use})
     try:
         yield
     finally:
         _override.reset(token)
+
+
+def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """The condition as [B, 1 or K, hidden], checked against the prompts that it is added to."""
+    condition = condition[:, None] if condition.dim() == 2 else condition
+    for adapter in adapters:
+        hidden = (adapter.config.base_shape or {})["hidden_size"]
+        lengths = {1, adapter.config.adapter_len}
+        if condition.dim() != 3 or condition.shape[2] != hidden or condition.shape[1] not in lengths:
+            raise AdapterError(
+                f"A condition of shape {list(condition.shape)} does not fit adapter '{adapter.name}': it must be "
+                f"[rows, {hidden}] or [rows, {adapter.config.adapter_len}, {hidden}]."
+            )
+    return condition
 
 
 def get_adapter(model: nn.Module, name: str | None = None) -> Adapter:
@@ -258,27 +277,9 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     """
     registry = _registry(model)
     _known(registry, name)
-    for module in registry.attention:
-        slot: AdapterSlot = getattr(module, SLOT)
-        if slot.get(name) is not None:
-            delattr(slot, module_key(name))
-    del registry.adapters[name]
-    if registry.active == name:
-        registry.active = None
+    registry.remove(name)
     if not registry.adapters:
         registry.detach()
-
-
-def _create(modules: Sequence[Any], config: AdapterConfig, key: str) -> dict[int, ZeroInitAdapter]:
-    text = text_config(modules[0].config)
-    layers = {}
-    for module in modules:
-        # Drawn on the CPU, so that a seed starts alike on every device.
-        layer = ZeroInitAdapter(config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation)
-        layer.to(next(module.parameters()).device)
-        getattr(module, SLOT).add_module(key, layer)
-        layers[int(module.layer_idx)] = layer
-    return layers
 
 
 def _find(model: nn.Module) -> _Adapters | None:
@@ -297,35 +298,3 @@ def _known(registry: _Adapters, name: str) -> Adapter:
     if name not in registry.adapters:
         raise AdapterError(f"The model has an {unknown_name('adapter', name, registry.adapters)}")
     return registry.adapters[name]
-
-
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-    return next((tensor for tensor in candidates if isinstance(tensor, Tensor)), torch.empty(0))
-
-
-def _route_attention(config: Any) -> None:
-    """Make sure that the attention function `config` names adds the gated term.
-
-    Functions in transformers' registry are wrapped under their own name, which leaves the configuration, the mask
-    and code that looks for a stock name as they are; modules without adapters pass straight through. Only "eager"
-    is not in the registry (each model file has its own), so such a model gets a name of ours. Done before every
-    forward, because `set_attn_implementation` may have been called meanwhile; a dictionary look-up then.
-    """
-    name = config._attn_implementation
-    if name == "eager":
-        AttentionInterface.register(EAGER, with_zero_init(_eager_attention))
-        AttentionMaskInterface.register(EAGER, eager_mask)
-        config._attn_implementation = EAGER
-    elif name != EAGER:
-        stock: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
-        if not hasattr(stock, "wraps"):
-            AttentionInterface.register(name, with_zero_init(stock))
-
-
-def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """The eager function of the model file that `module` comes from."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention: load the base with sdpa.")
-    return function(module, *args, **kwargs)

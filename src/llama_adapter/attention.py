@@ -8,7 +8,8 @@ Its attention, for text queries q = RoPE(Wq x), keys Kt and values Vt, becomes
     out     = Wo (text + act(g) * adapter)         g = 0 at the start: the base's output, bit for bit
 
 `act` is tanh (the authors' training code) or the identity (their first release, PEFT, LitGPT); `s` is the
-model's own score scale. Keys and values of the prompt come from the model's own frozen projections.
+model's own score scale. Keys and values of the prompt come from the model's own frozen projections. A condition, such
+as a picture (section 3.3), is one vector per example that is added to P in every adapted layer.
 
 Shape letters: B rows, T tokens, H query heads, K = adapter_len, D = head_dim, A distinct adapters in a batch.
 """
@@ -35,14 +36,15 @@ Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which adapter serves which row of a batch.
+    """Which adapter serves which row of a batch, and under which condition.
 
-    `names` are the distinct adapters (None: the bare base) and `rows` [B] indexes into them;
-    `rows` is None when one adapter serves every row.
+    `names` are the distinct adapters (None: the bare base) and `rows` [B] indexes into them; `rows` is None when one
+    adapter serves every row. `condition` [B, 1, hidden] or [B, K, hidden] is added to each row's prompts.
     """
 
     names: tuple[str | None, ...]
     rows: Tensor | None = None
+    condition: Tensor | None = None
 
 
 class ZeroInitAdapter(nn.Module):
@@ -93,11 +95,13 @@ class AdapterSlot(nn.Module):
         if not any(adapters):
             return None
         key, value, bias = self._cache.get(
-            choice.names, self._sources(attention, adapters), query, lambda: self._project(attention, adapters, query)
+            choice.names,
+            self._sources(attention, adapters, choice),
+            query,
+            lambda: self._project(attention, adapters, choice, query),
         )
-        if choice.rows is not None:
-            rows = choice.rows.to(query.device)
-            key, value, bias = key[rows], value[rows], None if bias is None else bias[rows]
+        if choice.rows is not None and choice.condition is None:
+            key, value, bias = of_rows(choice.rows, key, value, bias)
         scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, K]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -107,38 +111,55 @@ class AdapterSlot(nn.Module):
         return (weights.to(value.dtype) @ value).transpose(1, 2)
 
     def _project(
-        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], query: Tensor
+        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], choice: Choice, query: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and gated values [A, H, K, D] of the prompts, and -inf [A, 1, 1, K] past the end of shorter ones."""
-        lengths = [0 if adapter is None else len(adapter.prompt) for adapter in adapters]
-        longest, heads, head_dim = max(lengths), query.shape[1], query.shape[-1]
-        nothing = query.new_zeros(heads, longest, head_dim)  # a row on the bare base: values 0 add exactly nothing
-        pairs = [
-            (nothing, nothing) if adapter is None else self._project_one(attention, adapter, query)
-            for adapter in adapters
-        ]
-        key, value = (
-            torch.stack([nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in side])
-            for side in zip(*pairs, strict=True)
-        )
+        """Keys and gated values [A, H, K, D] of the prompts, and -inf [A, 1, 1, K] past the end of shorter ones.
+
+        Under a condition every row has prompts of its own, and A is B.
+        """
+        prompt, strength, bias = self._stack(adapters, query)
+        if choice.condition is not None:
+            if choice.rows is not None:
+                prompt, strength, bias = of_rows(choice.rows, prompt, strength, bias)
+            prompt = prompt + choice.condition.to(prompt)
+        key, value = self._projection(attention, prompt.to(query.dtype))  # [A, kv heads, K, D]
+        group = query.shape[1] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+        gated = value * strength[:, :, None, None]  # product in fp32, as the gates are
+        return key.to(query.dtype), gated.to(query.dtype), bias
+
+    def _stack(self, adapters: list[ZeroInitAdapter | None], query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prompts [A, K, hidden], act(g) [A, H] and the bias; the bare base has strength 0, which adds exactly 0."""
+        present = [adapter for adapter in adapters if adapter is not None]
+        longest = max(len(adapter.prompt) for adapter in present)
+        no_prompt = present[0].prompt.new_zeros(0, present[0].prompt.shape[1])
+        no_strength = present[0].gate.new_zeros(query.shape[1])
+        prompts = [no_prompt if adapter is None else adapter.prompt for adapter in adapters]
+        strength = torch.stack([no_strength if adapter is None else adapter.strength() for adapter in adapters])
+        padded = torch.stack([nn.functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
         bias = query.new_zeros(len(adapters), 1, 1, longest)
-        for row, length in zip(bias, lengths, strict=True):
-            row[..., length or longest :] = float("-inf")
-        return key, value, bias if bias.any() else None
+        for row, prompt in zip(bias, prompts, strict=True):
+            row[..., len(prompt) or longest :] = float("-inf")
+        ragged = any(0 < len(prompt) < longest for prompt in prompts)
+        return padded.to(query.device), strength.to(query.device), bias if ragged else None
 
-    def _project_one(self, attention: nn.Module, adapter: ZeroInitAdapter, query: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self._projection(attention, adapter.prompt.to(query.device, query.dtype))  # [kv heads, K, D]
-        group = query.shape[1] // key.shape[0]
-        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)  # [H, K, D]
-        gated = value * adapter.strength().to(value.device)[:, None, None]  # product in fp32, as the gate is
-        return key.to(query.dtype), gated.to(query.dtype)
-
-    def _sources(self, attention: nn.Module, adapters: list[ZeroInitAdapter | None]) -> Iterable[Tensor]:
+    def _sources(
+        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], choice: Choice
+    ) -> Iterable[Tensor]:
+        if choice.condition is not None:
+            yield choice.condition
+            if choice.rows is not None:
+                yield choice.rows
         for adapter in adapters:
             if adapter is not None:
                 yield from (adapter.prompt, adapter.gate)
         for name in self._projection_modules:
             yield from getattr(attention, name, nn.Identity()).parameters()
+
+
+def of_rows(rows: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Each row's own slice of tensors that have one slice per adapter."""
+    return [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in tensors]
 
 
 def module_key(name: str) -> str:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from llama_adapter.adapter import Adapter
 from llama_adapter.config import TrainConfig, load_recipe
 from llama_adapter.errors import TrainingError
-from llama_adapter.storage import CONFIG_FILE, WEIGHTS_FILE, save_adapter, write_atomically, writing
+from llama_adapter.files import write_atomically, writing
+from llama_adapter.storage import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {

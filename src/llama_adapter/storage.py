@@ -1,15 +1,13 @@
 """An adapter on disk: a folder with `adapter_model.safetensors` and `adapter_config.json`.
 
-The tensors are `layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads], fp32, i the layer's index in the base.
+The tensors are fp32: `layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads], i the layer's index in the base,
+and `condition.*` where it has a condition, whose tower is only named in the configuration.
 Everything is checked before the model is touched, and files are replaced atomically: a reader or a crash sees the
 old file or the new one.
 """
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.adapter import Adapter, add_adapter, get_adapter
+from llama_adapter.conditions.modules import build_condition
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.families import shape_of
+from llama_adapter.files import write_atomically, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -148,33 +148,11 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
 
 def _expected_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     shape = config.base_shape or {}
-    top, count = shape["num_hidden_layers"], config.adapter_layers or 0
-    sizes = {"prompt": (config.adapter_len, shape["hidden_size"]), "gate": (shape["num_attention_heads"],)}
-    return {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, so that `path` is never half written."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise AdapterError(
-            f"{folder} cannot be written ({error.strerror or error}): what was there before is kept; "
-            "free space or choose another folder."
-        ) from None
+    top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
+    sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
+    wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
+    if config.condition is not None:
+        with torch.device("meta"):
+            condition = build_condition(config.condition, hidden, config.adapter_len)
+        wanted |= {f"condition.{key}": tuple(p.shape) for key, p in condition.named_parameters()}
+    return wanted

@@ -1,0 +1,129 @@
+"""`llama-adapter evaluate scienceqa`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.cli.parser import add_command
+from llama_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_adapter.data.scienceqa import Question
+    from llama_adapter.evaluate.scienceqa import Predictions, Score
+
+# Written out, so that building the parser does not import the evaluation; a test compares them with its tables.
+RULES = ("official", "mm-cot", "letter")
+FALLBACKS = ("random", "wrong", "recorded")
+EXAMPLES = """
+llama-adapter evaluate scienceqa --data scienceqa --predictions results/gpt3.json
+llama-adapter evaluate scienceqa --data scienceqa --predictions answers.jsonl --rule mm-cot --all-rows
+llama-adapter evaluate scienceqa --data scienceqa --split minitest --predictions a.json --fallback wrong --json
+"""
+DESCRIPTION = """\
+Score answers to ScienceQA, by category and beside the paper's table. Predictions are the result file of the dataset's
+own code, a JSON object {pid: text}, or JSON lines {"pid": ..., "text": ...}.
+
+How an answer is read (--rule):
+  official   "The answer is X.", once; does not see "(X)"
+  mm-cot     "The answer is (X)", once
+  letter     the letter alone, or in front as "X." or "(X)"
+What an answer that cannot be read counts as (--fallback):
+  recorded   the draw that a result file of the dataset's code holds; the default for such a file under official
+  random     a draw among the question's choices, under mm-cot among five; the default for any other
+  wrong      wrong"""
+
+
+def add_parser(kinds: Any) -> None:
+    """Add the benchmark to those of `evaluate`."""
+    parser = add_command(kinds, "scienceqa", run, DESCRIPTION, EXAMPLES)
+    parser.add_argument(
+        "--data", required=True, metavar="DIR",
+        help="folder with problems.json and pid_splits.json, or with the hub mirror's parquet files",
+    )  # fmt: skip
+    parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score")
+    parser.add_argument("--rule", choices=RULES, default="official", help="default: %(default)s")
+    parser.add_argument("--fallback", choices=FALLBACKS, help="default: recorded where there is one, else random")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of the split")
+    parser.add_argument("--allow-missing", action="store_true", help="leave questions without a prediction out")
+    parser.add_argument("--all-rows", action="store_true", help="show every row of the paper's table")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the score as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score the answers and print the table."""
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit is {args.limit}; it must be at least 1.")
+    from llama_adapter.data.scienceqa import read_scienceqa
+    from llama_adapter.evaluate.scienceqa import PAPER_ROWS, SHOWN_ROWS, as_table, score
+
+    # The whole split, as a file that answers all of it is no mistake under --limit.
+    questions = read_scienceqa(args.data, args.split, images=False)
+    predictions = _predictions(args, questions)
+    recorded = predictions.recorded is not None and args.rule == "official"
+    fallback = args.fallback or ("recorded" if recorded else "random")
+    result = score(questions[: args.limit], predictions, args.rule, fallback, args.seed, args.allow_missing)
+    for note in _notes(result, args.split):
+        print(note, file=sys.stderr)
+    if args.as_json:
+        print(json.dumps({"split": args.split, **asdict(result)}))
+    else:
+        _print(result, as_table(result, tuple(PAPER_ROWS) if args.all_rows else SHOWN_ROWS))
+
+
+def _predictions(args: argparse.Namespace, questions: Sequence["Question"]) -> "Predictions":
+    """What is scored: a file's answers."""
+    from llama_adapter.evaluate.scienceqa import read_predictions
+
+    if args.predictions is None:
+        # Answering with a model belongs here: Predictions(evaluate.scienceqa_answer.answer_questions(...)) for
+        # questions[: args.limit], with --adapter and the other session options.
+        raise ConfigError("--predictions names no file: pass --predictions FILE with the answers to score.")
+    return read_predictions(args.predictions, questions)
+
+
+def _notes(result: "Score", split: str) -> list[str]:
+    """What keeps the figures from being read as they stand."""
+    from llama_adapter.evaluate.scienceqa import TEST_QUESTIONS
+
+    notes = []
+    if result.missing:
+        notes.append(f"{result.missing} questions have no prediction and are left out.")
+    if 2 * result.unparseable > result.count:
+        notes.append(f"Rule '{result.rule}' parses few of these answers; another --rule may fit them.")
+    unknown = [name for name, count in result.counts.items() if count is None]
+    if unknown:
+        notes.append(f"No {', '.join(unknown)}: the data do not give every question's subject and grade.")
+    if split != "test" or result.count != TEST_QUESTIONS:
+        notes.append(f"The paper's rows are of {TEST_QUESTIONS} questions of test, yours of {result.count} of {split}.")
+    return notes
+
+
+def _print(result: "Score", rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "trained", box=None, padding=(0, 1, 0, 0))
+    for name in result.counts:
+        table.add_column(name, justify="right")
+    ours, *paper = ([row["model"], row["parameters"], *(_cell(row[n], ".2f") for n in result.counts)] for row in rows)
+    table.add_row(*ours, style="bold")
+    table.add_row("of questions", "", *(_cell(count, "d") for count in result.counts.values()))
+    for cells in paper:
+        table.add_row(*cells)
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(table)
+    console.print(
+        f"{result.right} of {result.count} right by rule '{result.rule}'; answers that could not be parsed: "
+        f"{result.unparseable} (fallback '{result.fallback}').",
+        soft_wrap=True,
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,201 @@
+"""The learnable part of a condition: features of a frozen tower in, something to add to every layer's prompt out.
+
+`ImageCondition` is the paper's (arXiv:2303.16199, section 3.4): I = Proj(concat_m I_m), one vector for all prompts.
+`VisualPromptCondition` is LLaMA-Adapter V2's: learnable queries that read the picture's tokens, one vector a prompt.
+
+Neither paper says how the projections start, so every layer has PyTorch's own initialisation. The gates start at
+zero, so whatever a condition gives, the adapted model starts as the base.
+
+Shape letters: B rows, M scales, D tower_width, T tokens, K prompts, H heads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.config import Absent, Activation, ConditionConfig
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
+MLP_RATIO = 4
+
+
+class Condition(nn.Module):
+    """What both kinds share: rows without a picture, and parameters that stay fp32 on a half-precision model."""
+
+    def __init__(self, absent: Absent, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+        # Zero is where "no picture" already is; what a learnt one is worth, training says.
+        self.absent = nn.Parameter(torch.zeros(shape)) if absent == "learnt" else None
+
+    def forward(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """The condition of each row.
+
+        Args:
+            features: [B, ...]; rows that are not present may hold anything, NaN included.
+            present: [B] bool, whether a row has a picture; None stands for all of them.
+
+        Returns:
+            [B, hidden] or [B, K, hidden], fp32.
+        """
+        features = features.float()
+        if present is None:
+            return self.project(features)
+        present = present.to(features.device, torch.bool)
+        # Both sides of `where` are needed: NaN times a zero gradient is NaN, so it must not get as far as a weight.
+        seen = torch.where(spread(present, features.dim()), features, 0.0)
+        condition = self.project(seen)
+        absent = condition.new_zeros(self.shape) if self.absent is None else self.absent
+        return torch.where(spread(present, condition.dim()), condition, absent)
+
+    def project(self, features: Tensor) -> Tensor:
+        """The condition of rows that all have a picture: fp32 features [B, ...] -> [B, hidden] or [B, K, hidden]."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Condition":
+        # model.to(bfloat16) must move the condition but not round it: small updates would be lost in bf16.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+class ImageCondition(Condition):
+    """Scales side by side through a bottleneck: M x D -> `width` -> hidden, one vector for all prompts."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        scales: int = 6,
+        tower_width: int = 768,
+        width: int = 64,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        absent: Absent = "zero",
+    ) -> None:
+        super().__init__(absent, hidden_size)
+        self.down = nn.Linear(scales * tower_width, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]()
+        self.up = nn.Linear(width, hidden_size, bias=bias)
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, M, D] or [B, M x D] -> [B, hidden]."""
+        return self.up(self.activation(self.down(features.flatten(1))))
+
+
+class VisualPromptCondition(Condition):
+    """K learnable queries and a picture's tokens through self-attention; what the queries became, projected.
+
+    The submodules have the names of the authors' checkpoints, whose tensors `load_state_dict` takes as they are.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        adapter_len: int,
+        tower_width: int = 768,
+        blocks: int = 8,
+        block_width: int = 768,
+        block_heads: int = 16,
+        absent: Absent = "zero",
+    ) -> None:
+        super().__init__(absent, adapter_len, hidden_size)
+        self.visual_query = nn.Embedding(adapter_len, block_width)
+        self.clip_proj = nn.Linear(tower_width, block_width)
+        self.clip_proj_norm = nn.LayerNorm(block_width)
+        self.visual_blocks = nn.ModuleList(_Block(block_width, block_heads) for _ in range(blocks))
+        self.visual_proj = nn.Linear(block_width, hidden_size)
+        self.visual_proj_norm = nn.LayerNorm(hidden_size)
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, T, D] -> [B, K, hidden]."""
+        tokens = self.clip_proj_norm(self.clip_proj(features))
+        queries = self.visual_query.weight.expand(len(tokens), -1, -1)
+        states = torch.cat([queries, tokens], dim=1)  # [B, K + T, block_width]
+        for block in self.visual_blocks:
+            states = block(states)
+        return self.visual_proj_norm(self.visual_proj(states[:, : queries.shape[1]]))
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer block, [B, N, width] -> [B, N, width], under the names that timm gives its parts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = _SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = _Mlp(width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states + self.attn(self.norm1(states))
+        return states + self.mlp(self.norm2(states))
+
+
+class _SelfAttention(nn.Module):
+    """Unmasked attention of every token to every token."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        query, key, value = self.qkv(states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, -1]
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class _Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(states)))
+
+
+def build_condition(config: ConditionConfig, hidden_size: int, adapter_len: int) -> Condition:
+    """The module that `config` describes, with new parameters.
+
+    Args:
+        config: what to build.
+        hidden_size: of the base whose prompts it is added to.
+        adapter_len: K, prompts of a layer; only "visual_prompt" gives each of them a condition of its own.
+    """
+    if config.kind == "visual_prompt":
+        return VisualPromptCondition(
+            hidden_size,
+            adapter_len,
+            config.tower_width,
+            config.blocks,
+            config.block_width,
+            config.block_heads,
+            config.absent,
+        )
+    return ImageCondition(
+        hidden_size,
+        len(config.depths),
+        config.tower_width,
+        config.width,
+        config.activation,
+        config.bias,
+        config.absent,
+    )
+
+
+def spread(present: Tensor, dimensions: int) -> Tensor:
+    """[B] -> [B, 1, ...] with that many dimensions."""
+    return present.reshape(-1, *[1] * (dimensions - 1))
