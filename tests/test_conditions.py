@@ -191,20 +191,27 @@ def both(absent="zero"):
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("absent", ["zero", "learnt"])
-def test_a_row_without_a_picture(which, absent):
+def test_rows_with_none_one_and_several_pictures(which, absent):
     condition, features = list(both(absent))[which]
     if absent == "learnt":
         torch.nn.init.normal_(condition.absent)
-    features[1] = float("nan")
-    present = torch.tensor([True, False, True])
-    found = condition(features, present)
-    torch.testing.assert_close(found[present], condition(features[present]), atol=1e-6, rtol=1e-5)
+    single = condition(features)
+    found = condition(features, torch.tensor([2, 0, 2]), 3)
+    torch.testing.assert_close(found[0], single[1])
+    torch.testing.assert_close(found[2], (single[0] + single[2]) / 2)
     expected = condition.absent if absent == "learnt" else torch.zeros_like(found[1])
     torch.testing.assert_close(found[1], expected)
     found.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in condition.parameters())
     if absent == "learnt":
         torch.testing.assert_close(condition.absent.grad, torch.ones_like(condition.absent))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_without_any_picture(which):
+    condition, features = list(both())[which]
+    found = condition(features[:0], torch.empty(0, dtype=torch.int64), 2)
+    assert torch.equal(found, torch.zeros(((2, 16), (2, 3, 16))[which]))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -215,7 +222,7 @@ def test_shapes_and_rows_of_their_own(which):
     for row in range(3):
         torch.testing.assert_close(condition(features[row : row + 1])[0], found[row], atol=1e-6, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
-    torch.testing.assert_close(condition(features, torch.ones(3, dtype=torch.bool)), found)
+    torch.testing.assert_close(condition(features, torch.arange(3), 3), found)
 
 
 @pytest.mark.parametrize("which", [0, 1])

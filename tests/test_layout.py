@@ -20,11 +20,19 @@ ORDER = [
 """A module may import those before it, and no other."""
 INSIDE = {
     "config": ["checks", "condition", "adapter", "train", "generate"],
-    "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache"],
-    "data": ["records", "formats", "templates", "encode", "batches", "scienceqa", "prepare"],
+    "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache", "perception"],
+    "data": ["records", "formats", "scienceqa", "sources", "templates", "encode", "batches", "prepare"],
     "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "__main__"],
     "cli": [
-        "parser", "options", "recipe", "chat", "evaluate_scienceqa", "evaluate", "generate", "inspect", "train",
+        "parser",
+        "options",
+        "recipe",
+        "chat",
+        "evaluate_scienceqa",
+        "evaluate",
+        "generate",
+        "inspect",
+        "train",
         "validate",
     ],
 }

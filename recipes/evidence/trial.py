@@ -30,7 +30,7 @@ import recall
 
 BUNDLED = Path(llama_adapter.__file__).parent / "bundled"
 CPU = torch.device("cpu")
-VALIDATIONS = 10
+VALIDATIONS = 5
 """How often a run is validated: often enough for a curve, rarely enough to cost little."""
 
 

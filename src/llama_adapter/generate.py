@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
-from llama_adapter.adapter import check_name, use_adapter
+from llama_adapter.adapter import check_name, get_adapter, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.conditions.perception import Perception
 from llama_adapter.config import GenerateConfig, Precision, WrittenAs
-from llama_adapter.data import Example, Message, encode, encode_prompt, parse_record, read_records
+from llama_adapter.data import Example, Media, Message, encode, encode_prompt, find_media, parse_record, read_records
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.families import max_positions, shape_of
 from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
@@ -21,15 +22,16 @@ from llama_adapter.storage import check_base, load_adapter, read_config, read_te
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: a conversation that ends with the user, and Alpaca's `input` to the last instruction."""
+    """What is asked: a conversation that ends with the user, Alpaca's `input` to it, and pictures it is about."""
 
     messages: tuple[Message, ...]
     input: str = ""
+    media: tuple[Media, ...] = ()
 
     @staticmethod
-    def of(instruction: str, input: str = "") -> "Prompt":
+    def of(instruction: str, input: str = "", media: tuple[Media, ...] = ()) -> "Prompt":
         """One instruction without history."""
-        return Prompt((Message("user", instruction),), input)
+        return Prompt((Message("user", instruction),), input, media)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Session:
     tokenizer: Tokenizer
     adapters: tuple[str, ...]
     templates: Mapping[str | None, WrittenAs]
+    perceptions: Mapping[str, Perception] = field(default_factory=dict)
 
     def answer(
         self,
@@ -71,7 +74,8 @@ class Session:
             on_text: called with each piece of text as it comes; takes a single prompt.
 
         Raises:
-            DataError: a prompt does not fit into the base's context.
+            DataError: a prompt does not fit into the base's context, or a file cannot be read.
+            AdapterError: pictures for an adapter that has no condition.
         """
         template = self.templates[adapter]
         rows = [encode_prompt(p.messages, template, self.tokenizer, p.input, raw=template == "raw") for p in prompts]
@@ -82,7 +86,7 @@ class Session:
         if config.seed is not None:
             torch.manual_seed(config.seed)
         began = time.perf_counter()
-        with self._using(adapter):
+        with self.using(adapter, [prompt.media for prompt in prompts]):
             out = self.model.generate(
                 input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer
             )
@@ -93,8 +97,27 @@ class Session:
             for new, row in zip(out[:, input_ids.shape[1] :].tolist(), rows, strict=True)
         ]
 
-    def _using(self, adapter: str | None) -> Any:
-        return use_adapter(self.model, adapter) if self.adapters else torch.no_grad()
+    def using(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> Any:
+        """A context in which `adapter` serves the model's forwards, under the condition of each row's files.
+
+        Raises:
+            DataError: a file cannot be read.
+            AdapterError: files for an adapter that has no condition.
+        """
+        if not self.adapters:
+            return torch.no_grad()
+        perception = self.perceptions.get(adapter or "")
+        if perception is None:
+            if adapter is not None and any(media):
+                raise AdapterError(
+                    f"The adapter '{adapter}' was trained on text alone and cannot look at files: leave them out, or "
+                    "take an adapter that was trained with --condition."
+                )
+            return use_adapter(self.model, adapter)
+        module = get_adapter(self.model, adapter).condition
+        assert module is not None  # as there is a perception
+        with torch.no_grad():
+            return use_adapter(self.model, adapter, perception.condition(module, media))
 
     def _read(self, ids: list[int], prompt_tokens: int, stops: set[int], seconds: float) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in stops), None)
@@ -158,6 +181,9 @@ def load_session(
     for name, folder in adapters.items():
         check_base(configs[name], shape, folder)
         read_tensors(folder, configs[name])
+    perceptions = {
+        name: Perception(config.condition, device) for name, config in configs.items() if config.condition is not None
+    }
     tokenizer = load_tokenizer(model)
     base = load_base(model, device, precision, load_in_4bit)
     for name, folder in adapters.items():
@@ -168,7 +194,7 @@ def load_session(
         templates[name] = template or config.template or fallback
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
-    return Session(base, tokenizer, tuple(adapters), templates)
+    return Session(base, tokenizer, tuple(adapters), templates, perceptions)
 
 
 def default_device() -> torch.device:
@@ -180,7 +206,7 @@ def default_device() -> torch.device:
 def read_prompts(source: str) -> list[Prompt]:
     """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
 
-    A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user.
+    A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user; `image` names pictures.
 
     Raises:
         DataError: the file cannot be read, or a record has none of these.
@@ -202,9 +228,10 @@ def read_prompts(source: str) -> list[Prompt]:
 def _prompt_of(record: object, source: str, number: int) -> Prompt:
     try:
         example = parse_record(_with_placeholder_answer(record))
+        media = tuple(name if isinstance(name, bytes) else find_media(name, source) for name in example.media)
     except DataError as error:
         raise DataError(f"{source}, record {number}: {error}.") from None
-    return Prompt(example.messages[:-1], example.input)
+    return Prompt(example.messages[:-1], example.input, media)
 
 
 def _with_placeholder_answer(record: object) -> object:
@@ -214,9 +241,9 @@ def _with_placeholder_answer(record: object) -> object:
     messages = record.get("messages")
     if isinstance(messages, list):
         asked = messages[:-1] if messages and _role(messages[-1]) == "assistant" else messages
-        return {"messages": [*asked, {"role": "assistant", "content": "?"}]}
+        return {**record, "messages": [*asked, {"role": "assistant", "content": "?"}]}
     if "prompt" in record and "instruction" not in record:
-        return {"instruction": record["prompt"], "input": record.get("input"), "output": "?"}
+        return {**record, "instruction": record["prompt"], "output": "?"}
     return {**record, "output": "?"}
 
 

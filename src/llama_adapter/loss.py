@@ -9,7 +9,12 @@ from llama_adapter.data.batches import MicroBatch
 
 
 def response_loss(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Summed cross-entropy of a micro-batch's response tokens, fp32.
+    """Summed cross-entropy of a micro-batch's response tokens, fp32."""
+    return response_losses(model, batch, device).sum()
+
+
+def response_losses(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Summed cross-entropy of each row's response tokens, [B] fp32.
 
     The output head runs only on positions that predict a response token of some row.
     """
@@ -19,4 +24,5 @@ def response_loss(model: PreTrainedModel, batch: MicroBatch, device: torch.devic
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=columns, use_cache=False
     ).logits
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(targets).sum(-1)

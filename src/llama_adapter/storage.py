@@ -130,7 +130,7 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
         raise AdapterError(f"{folder} has no {WEIGHTS_FILE}: the copy is incomplete.") from None
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
-    wanted = _expected_shapes(config)
+    wanted = tensor_shapes(config)
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise AdapterError(
@@ -146,7 +146,8 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
     return tensors
 
 
-def _expected_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an adapter whose `adapter_layers` and `base_shape` are known."""
     shape = config.base_shape or {}
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}

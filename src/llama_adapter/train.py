@@ -22,18 +22,20 @@ from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from llama_adapter.adapter import Adapter, add_adapter, resolve_layers
+from llama_adapter.adapter import Adapter, add_adapter, resolve_layers, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
-from llama_adapter.config import TrainConfig
+from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.config import ConditionConfig, TrainConfig
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import (
+    MicroBatch,
     global_batch,
     micro_batches,
     response_tokens,
     steps_per_epoch,
 )
 from llama_adapter.data.prepare import Prepared, prepare
-from llama_adapter.errors import Interrupted, TrainingError
+from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.families import max_positions
 from llama_adapter.loss import response_loss
 from llama_adapter.plots import plot_gates, plot_loss
@@ -74,11 +76,15 @@ def train(config: TrainConfig) -> TrainResult:
     for sentence in data.skipped[:5]:
         log.warning("skipped: %s", sentence)
 
+    condition = condition_of(config)
+    perception = None if condition is None else Perception(condition, accelerator.device, config.feature_cache)
+    look(perception, data, accelerator)
+
     model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     torch.manual_seed(config.seed)
-    adapter_config = config.adapter_config()
+    adapter_config = replace(config.adapter_config(), condition=condition)
     adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
     optimizer = torch.optim.AdamW(
         adapter.parameters(), lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
@@ -86,7 +92,7 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         folder.claim(config)
     accelerator.wait_for_everyone()
-    run = Run(config, accelerator, folder, data, model, adapter, optimizer)
+    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
     run.loop()
     return run.finish()
 
@@ -101,6 +107,48 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.peak_lr * (step + 1) / warmup
     done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def condition_of(config: TrainConfig) -> ConditionConfig | None:
+    """The condition that a recipe asks for; only the tower's configuration is read.
+
+    Raises:
+        LlamaAdapterError: see `llama_adapter.conditions.perception.describe`.
+    """
+    if config.condition is None:
+        return None
+    return describe(
+        config.condition,
+        config.tower,
+        config.tower_depths,
+        width=config.condition_width,
+        activation=config.condition_activation,
+        absent=config.absent,
+        blocks=config.visual_blocks,
+        block_width=config.visual_width,
+        block_heads=config.visual_heads,
+    )
+
+
+def look(perception: Perception | None, data: Prepared, accelerator: Accelerator) -> None:
+    """Compute the features of every file that the data name, or say that nobody looks at them.
+
+    Raises:
+        ConfigError: there is a condition and nothing to perceive.
+        DataError: a file is damaged or of another kind.
+    """
+    files = [file for example in (*data.train, *data.val) for file in example.media]
+    if perception is None:
+        if files:
+            log.warning("%d files in the data are not looked at: pass --condition image", len(set(files)))
+        return
+    if not files:
+        raise ConfigError(
+            f"condition is {perception.config.kind}, and no record names a file: give data with 'image' keys, or "
+            "leave --condition out."
+        )
+    with accelerator.main_process_first():  # with a feature cache the others find everything there
+        perception.prepare(files)
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -152,9 +200,10 @@ class Run:
         model: PreTrainedModel,
         adapter: Adapter,
         optimizer: torch.optim.AdamW,
+        perception: Perception | None = None,
     ) -> None:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
-        self.model, self.adapter, self.optimizer = model, adapter, optimizer
+        self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
         self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
@@ -204,7 +253,7 @@ class Run:
         total = torch.zeros((), device=accelerator.device)
         share = micro_batches(batch, self.config.micro_batch_size, accelerator.process_index, accelerator.num_processes)
         for micro_batch in share:
-            loss = response_loss(self.model, micro_batch, accelerator.device) / tokens
+            loss = self._loss(micro_batch) / tokens
             loss.backward()
             total += loss.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
@@ -227,6 +276,14 @@ class Run:
         self.optimizer.step()
         return float(flags[0]), norm, bool(flags[1])
 
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
+        if self.perception is None or self.adapter.condition is None:
+            return response_loss(self.model, batch, self.accelerator.device)
+        condition = self.perception.condition(self.adapter.condition, batch.media)
+        with use_adapter(self.model, self.adapter.name, condition):
+            return response_loss(self.model, batch, self.accelerator.device)
+
     @staticmethod
     def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
         if parameter.grad is None:  # a process whose share of the batch was empty
@@ -240,7 +297,7 @@ class Run:
         total = torch.zeros((), device=accelerator.device)
         size = 2 * self.config.micro_batch_size
         for batch in micro_batches(examples, size, accelerator.process_index, accelerator.num_processes):
-            total += response_loss(self.model, batch, accelerator.device)
+            total += self._loss(batch)
         return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
 
     def _validate(self, bar: "tqdm[Any]") -> None:

@@ -1,5 +1,7 @@
 """Check a recipe, its base's configuration and its data, without reading weights."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from llama_adapter.adapter import resolve_layers
@@ -8,6 +10,8 @@ from llama_adapter.config import TrainConfig
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.prepare import prepare
 from llama_adapter.families import max_positions, shape_of
+from llama_adapter.storage import tensor_shapes
+from llama_adapter.train import condition_of
 
 
 def check(config: TrainConfig) -> dict[str, Any]:
@@ -20,7 +24,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
     layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
-    parameters = layers * (config.adapter_len * int(shape["hidden_size"]) + int(shape["num_attention_heads"]))
+    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition_of(config))
+    parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
     return {
         "model": config.model,
         "family": shape["model_type"],

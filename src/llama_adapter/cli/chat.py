@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
 from llama_adapter.config import GenerateConfig, unknown_name
-from llama_adapter.errors import DataError
+from llama_adapter.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
     from llama_adapter.generate import Session
 
 EXAMPLES = """
 llama-adapter chat --adapter runs/first
+llama-adapter chat --adapter runs/pictures --image dog.jpg
 llama-adapter chat --adapter poet=runs/poet --adapter clerk=runs/clerk
 """
 HELP = """/reset          forget the conversation
 /adapter NAME   switch to another adapter ('none': the bare base)
+/image FILE     show a picture; '/image' alone takes it away
 /help           this list
 /exit           leave (also Ctrl-D)"""
 
@@ -27,13 +29,17 @@ def add_parser(commands: Any) -> None:
     description = "Talk to the model. It remembers the conversation; /help lists the commands."
     parser = add_command(commands, "chat", run, description, EXAMPLES)
     parser.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="picture to talk about; repeatable"
+    )
     options.add_session_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Read, answer, repeat."""
     config = options.decoding_from(args)
-    conversation = Conversation(options.open_session(args), config, args.system)
+    images = options.existing(args.image)
+    conversation = Conversation(options.open_session(args), config, args.system, images)
     _note(f"adapter: {conversation.adapter or 'none'}; /help lists the commands")
     while True:
         try:
@@ -58,10 +64,12 @@ def _note(text: str) -> None:
 class Conversation:
     """The history, and which adapter answers next."""
 
-    def __init__(self, session: "Session", config: GenerateConfig, system: str | None) -> None:
+    def __init__(
+        self, session: "Session", config: GenerateConfig, system: str | None, images: tuple[str, ...] = ()
+    ) -> None:
         from llama_adapter.data import Message
 
-        self.session, self.config = session, config
+        self.session, self.config, self.images = session, config, images
         self.opening = () if system is None else (Message("system", system),)
         self.messages: tuple[Message, ...] = self.opening
         self.adapter = session.adapters[-1] if session.adapters else None
@@ -76,7 +84,16 @@ class Conversation:
             return "The conversation starts anew."
         if word == "/adapter":
             return self._switch(argument.strip())
-        return unknown_name("command", word, ["/reset", "/adapter", "/help", "/exit"])
+        if word == "/image":
+            return self._show(argument.strip())
+        return unknown_name("command", word, ["/reset", "/adapter", "/image", "/help", "/exit"])
+
+    def _show(self, file: str) -> str:
+        try:
+            self.images = options.existing([file] if file else [])
+        except DataError as error:
+            return str(error)
+        return f"Looking at {file}." if file else "Looking at nothing."
 
     def _switch(self, name: str) -> str:
         choices = [*self.session.adapters, "none"]
@@ -92,9 +109,14 @@ class Conversation:
 
         asked = (*self.messages, Message("user", text))
         try:
-            answer = self.session.answer([Prompt(asked)], self.adapter, self.config, on_text=_print)[0]
+            answer = self.session.answer([Prompt(asked, media=self.images)], self.adapter, self.config, on_text=_print)[
+                0
+            ]
         except KeyboardInterrupt:
             _note("\n(cut short)")
+            return
+        except AdapterError as error:
+            _note(f"{error} /image takes the picture away.")
             return
         except DataError as error:
             _note(f"{error} /reset starts anew.")

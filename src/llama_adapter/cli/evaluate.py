@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter.cli import options
+from llama_adapter.cli import evaluate_scienceqa, options
 from llama_adapter.cli.parser import Parser, add_command
 from llama_adapter.errors import ConfigError
 
@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
     instructions.add_argument("--plot", type=Path, metavar="PNG", help="write a bar chart there")
     instructions.add_argument("--json", dest="as_json", action="store_true", help="print the scores as JSON")
     options.add_session_options(instructions, max_new_tokens=32, sampling=False)
+    evaluate_scienceqa.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,10 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 RULES = ("official", "mm-cot", "letter")
 FALLBACKS = ("random", "wrong", "recorded")
 EXAMPLES = """
+llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --save answers.json
+llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --by likelihood --split minival
 llama-adapter evaluate scienceqa --data scienceqa --predictions results/gpt3.json
 llama-adapter evaluate scienceqa --data scienceqa --predictions answers.jsonl --rule mm-cot --all-rows
 llama-adapter evaluate scienceqa --data scienceqa --split minitest --predictions a.json --fallback wrong --json
 """
 DESCRIPTION = """\
-Score answers to ScienceQA, by category and beside the paper's table. Predictions are the result file of the dataset's
-own code, a JSON object {pid: text}, or JSON lines {"pid": ..., "text": ...}.
+Score answers to ScienceQA, by category and beside the paper's table: a model's, or those in a --predictions file. That
+is the result file of the dataset's own code, a JSON object {pid: text}, or JSON lines {"pid": ..., "text": ...}.
 
 How an answer is read (--rule):
   official   "The answer is X.", once; does not see "(X)"
@@ -45,29 +48,56 @@ def add_parser(kinds: Any) -> None:
         help="folder with problems.json and pid_splits.json, or with the hub mirror's parquet files",
     )  # fmt: skip
     parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score")
-    parser.add_argument("--rule", choices=RULES, default="official", help="default: %(default)s")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score; no model is loaded")
+    parser.add_argument("--rule", choices=RULES, help="default: official; mm-cot for a model in the paper's style")
     parser.add_argument("--fallback", choices=FALLBACKS, help="default: recorded where there is one, else random")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of the split")
     parser.add_argument("--allow-missing", action="store_true", help="leave questions without a prediction out")
+    answering = parser.add_argument_group("answering with a model")
+    answering.add_argument("--style", default="paper", help="paper, or QCM-A and its kin (default: %(default)s)")
+    answering.add_argument(
+        "--by", choices=("decoding", "likelihood"), default="decoding", help="default: %(default)s"
+    )  # fmt: skip
+    answering.add_argument("--blind", action="store_true", help="show the model no pictures")
+    answering.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions answered at once")
+    answering.add_argument("--save", type=Path, metavar="FILE", help="write the answers there as JSON")
+    options.add_session_options(parser, max_new_tokens=32, sampling=False)
     parser.add_argument("--all-rows", action="store_true", help="show every row of the paper's table")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the score as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Score the answers and print the table."""
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit is {args.limit}; it must be at least 1.")
-    from llama_adapter.data.scienceqa import read_scienceqa
-    from llama_adapter.evaluate.scienceqa import PAPER_ROWS, SHOWN_ROWS, as_table, score
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if args.predictions is not None and (args.adapter or args.model):
+        raise ConfigError("--predictions are answers already: leave --adapter and --model out, or --predictions.")
+    if args.predictions is None and not (args.adapter or args.model):
+        raise ConfigError(
+            "Nobody answers: pass --adapter FOLDER (or --model NAME for a bare base), or --predictions FILE."
+        )
+    if len(args.adapter) > 1:
+        raise ConfigError(f"evaluate scienceqa takes one --adapter, not {len(args.adapter)}.")
+    from llama_adapter.data.scienceqa import PAPER, parse_style, read_scienceqa
+    from llama_adapter.evaluate.scienceqa import PAPER_ROWS, SHOWN_ROWS, as_table, read_predictions, score
 
-    # The whole split, as a file that answers all of it is no mistake under --limit.
-    questions = read_scienceqa(args.data, args.split, images=False)
-    predictions = _predictions(args, questions)
-    recorded = predictions.recorded is not None and args.rule == "official"
+    if args.style != PAPER:
+        parse_style(args.style)
+    if args.predictions is not None:
+        # The whole split, as a file that answers all of it is no mistake under --limit.
+        questions = read_scienceqa(args.data, args.split, images=False)
+        predictions = read_predictions(args.predictions, questions)
+        rule = args.rule or "official"
+    else:
+        questions = read_scienceqa(args.data, args.split, images=not args.blind, limit=args.limit)
+        predictions = _answers(args, questions)
+        rule = args.rule or ("mm-cot" if args.style == PAPER else "official")
+    recorded = predictions.recorded is not None and rule == "official"
     fallback = args.fallback or ("recorded" if recorded else "random")
-    result = score(questions[: args.limit], predictions, args.rule, fallback, args.seed, args.allow_missing)
+    result = score(questions[: args.limit], predictions, rule, fallback, args.seed, args.allow_missing)
     for note in _notes(result, args.split):
         print(note, file=sys.stderr)
     if args.as_json:
@@ -76,15 +106,29 @@ def run(args: argparse.Namespace) -> None:
         _print(result, as_table(result, tuple(PAPER_ROWS) if args.all_rows else SHOWN_ROWS))
 
 
-def _predictions(args: argparse.Namespace, questions: Sequence["Question"]) -> "Predictions":
-    """What is scored: a file's answers."""
-    from llama_adapter.evaluate.scienceqa import read_predictions
+def _answers(args: argparse.Namespace, questions: Sequence["Question"]) -> "Predictions":
+    """What the model answers."""
+    from tqdm.auto import tqdm
 
-    if args.predictions is None:
-        # Answering with a model belongs here: Predictions(evaluate.scienceqa_answer.answer_questions(...)) for
-        # questions[: args.limit], with --adapter and the other session options.
-        raise ConfigError("--predictions names no file: pass --predictions FILE with the answers to score.")
-    return read_predictions(args.predictions, questions)
+    from llama_adapter.data.scienceqa import render_target
+    from llama_adapter.evaluate.scienceqa import Predictions
+    from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
+    from llama_adapter.files import write_atomically
+
+    session = options.open_session(args)
+    adapter = session.adapters[0] if session.adapters else None
+    asked = [replace(question, image=None) for question in questions] if args.blind else questions
+    with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
+        if args.by == "decoding":
+            texts = answer_questions(
+                session, adapter, asked, args.style, args.max_new_tokens, args.batch_size, bar.update
+            )
+        else:
+            letters = choose_letters(session, adapter, asked, args.style, bar.update)
+            texts = {q.pid: render_target(replace(q, answer=letters[q.pid]), args.style) for q in asked}
+    if args.save is not None:
+        write_atomically(args.save, json.dumps(texts, indent=0, ensure_ascii=False).encode())
+    return Predictions(texts)
 
 
 def _notes(result: "Score", split: str) -> list[str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 llama-adapter generate --adapter runs/first "What is the capital of France?"
+llama-adapter generate --adapter runs/pictures --image dog.jpg "What colour is the dog?"
 llama-adapter generate --adapter runs/first --file questions.txt --json > answers.jsonl
 echo "Name a colour." | llama-adapter generate --adapter runs/first --temperature 0
 """
@@ -26,6 +27,10 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "generate", run, description, EXAMPLES)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the instruction; '-' or nothing reads stdin")
     parser.add_argument("--input", default="", metavar="TEXT", help="context of the instruction (Alpaca's input)")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE",
+        help="picture (or recording, or video) that the prompt is about; repeatable",
+    )  # fmt: skip
     parser.add_argument("-f", "--file", help="prompts: .json, .jsonl, or a text file with one a line")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of a --file answered at once")
     parser.add_argument("--json", dest="as_json", action="store_true", help="one JSON object per answer")
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    prompts = _prompts(args.prompt, args.input, args.file)
+    prompts = _prompts(args.prompt, args.input, args.file, options.existing(args.image))
     session = options.open_session(args)
     name = session.adapters[0] if session.adapters else None
     if args.file is None and not args.as_json:
@@ -53,12 +58,14 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(line, ensure_ascii=False) if args.as_json else answer.text, flush=True)
 
 
-def _prompts(prompt: str | None, input: str, file: str | None) -> "list[Prompt]":
+def _prompts(prompt: str | None, input: str, file: str | None, images: tuple[str, ...]) -> "list[Prompt]":
     from llama_adapter.generate import Prompt, read_prompts
 
     if file is not None:
-        if prompt is not None or input:
-            raise ConfigError("--file excludes a prompt and --input: put them into the file, or leave --file out.")
+        if prompt is not None or input or images:
+            raise ConfigError(
+                "--file excludes a prompt, --input and --image: put them into the file, or leave --file out."
+            )
         return read_prompts(file)
     if prompt in (None, "-"):
         if sys.stdin.isatty():
@@ -66,4 +73,4 @@ def _prompts(prompt: str | None, input: str, file: str | None) -> "list[Prompt]"
         prompt = sys.stdin.read()
     if not prompt or not prompt.strip():
         raise ConfigError("The prompt is empty: give it as an argument, with --file, or on stdin.")
-    return [Prompt.of(prompt.strip(), input)]
+    return [Prompt.of(prompt.strip(), input, images)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from llama_adapter.config import GenerateConfig, Precision, WrittenAs
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from llama_adapter.generate import Session
@@ -57,6 +57,18 @@ def open_session(args: argparse.Namespace) -> "Session":
     return load_session(
         args.model, name_adapters(args.adapter), default_device(), args.precision, args.load_in_4bit, args.template
     )
+
+
+def existing(files: Sequence[str]) -> tuple[str, ...]:
+    """The files of --image, checked to be there before a model is loaded.
+
+    Raises:
+        DataError: one of them is not.
+    """
+    for file in files:
+        if not os.path.exists(file):
+            raise DataError(f"--image {file} does not exist: check the path.")
+    return tuple(files)
 
 
 def name_adapters(given: Sequence[str]) -> dict[str, str]:

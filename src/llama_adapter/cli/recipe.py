@@ -35,7 +35,8 @@ def recipe_from(args: argparse.Namespace) -> TrainConfig:
 
 def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
     flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].rstrip(".")
-    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if isinstance(hint, types.UnionType) else hint
+    optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return

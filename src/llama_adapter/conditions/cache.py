@@ -20,6 +20,8 @@ from llama_adapter.files import write_atomically
 Compute = Callable[[list[Any]], Sequence[Tensor] | Tensor]
 LONG_WORK = 64
 """From this many missing inputs on, a progress bar is shown."""
+CHUNK = 48
+"""How many inputs `fill` holds the features of at a time."""
 
 
 class FeatureCache:
@@ -36,6 +38,19 @@ class FeatureCache:
         self.batch_size = batch_size
         self._folder = None if folder is None else Path(folder) / hashlib.sha256(tower_key.encode()).hexdigest()[:16]
         self._memory: dict[str, Tensor] = {}
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    def fill(self, inputs: Sequence[Any], compute: Compute) -> None:
+        """Compute what is missing, without holding the features of all inputs at once.
+
+        Raises:
+            DataError: as `get_many`.
+        """
+        with tqdm(
+            total=len(inputs), desc="features", unit="input", disable=len(inputs) < CHUNK, file=sys.stderr
+        ) as bar:
+            for start in range(0, len(inputs), CHUNK):
+                bar.update(len(self.get_many(inputs[start : start + CHUNK], compute)))
 
     def get_many(self, inputs: Sequence[Any], compute: Compute) -> list[Tensor]:
         """The features of every input, in order, on the CPU.
@@ -48,7 +63,7 @@ class FeatureCache:
         Raises:
             DataError: an input cannot be read, or the folder cannot be written to.
         """
-        digests = [content_digest(given) for given in inputs]
+        digests = [self._digest(given) for given in inputs]
         found = {digest: kept for digest in dict.fromkeys(digests) if (kept := self._read(digest)) is not None}
         missing = {digest: given for digest, given in zip(digests, inputs, strict=True) if digest not in found}
         for batch in self._batches(list(missing.items())):
@@ -58,6 +73,16 @@ class FeatureCache:
                 found[digest] = tensor.detach().cpu().clone().contiguous()
                 self._write(digest, found[digest])
         return [found[digest] for digest in digests]
+
+    def _digest(self, given: Any) -> str:
+        """Of the content; a file that has not been touched is not read again."""
+        if not isinstance(given, str) or not os.path.isfile(given):
+            return content_digest(given)
+        stat = os.stat(given)
+        state = (given, stat.st_mtime_ns, stat.st_size)
+        if state not in self._digests:
+            self._digests[state] = content_digest(given)
+        return self._digests[state]
 
     def _batches(self, items: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
         short = len(items) < LONG_WORK

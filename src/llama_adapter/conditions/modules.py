@@ -34,28 +34,27 @@ class Condition(nn.Module):
         # Zero is where "no picture" already is; what a learnt one is worth, training says.
         self.absent = nn.Parameter(torch.zeros(shape)) if absent == "learnt" else None
 
-    def forward(self, features: Tensor, present: Tensor | None = None) -> Tensor:
-        """The condition of each row.
+    def forward(self, features: Tensor, owner: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """The condition of each row of a batch: the mean over its pictures, or `absent` where it has none.
 
         Args:
-            features: [B, ...]; rows that are not present may hold anything, NaN included.
-            present: [B] bool, whether a row has a picture; None stands for all of them.
+            features: [N, ...], one entry a picture.
+            owner: [N] int64, the row that each picture belongs to; None stands for one picture a row, in order.
+            rows: B; None stands for N.
 
         Returns:
             [B, hidden] or [B, K, hidden], fp32.
         """
-        features = features.float()
-        if present is None:
-            return self.project(features)
-        present = present.to(features.device, torch.bool)
-        # Both sides of `where` are needed: NaN times a zero gradient is NaN, so it must not get as far as a weight.
-        seen = torch.where(spread(present, features.dim()), features, 0.0)
-        condition = self.project(seen)
-        absent = condition.new_zeros(self.shape) if self.absent is None else self.absent
-        return torch.where(spread(present, condition.dim()), condition, absent)
+        found = self.project(features.float())
+        if owner is None or rows is None:
+            return found
+        owner = owner.to(found.device)
+        count = torch.bincount(owner, minlength=rows).reshape(-1, *[1] * (found.dim() - 1))
+        condition = found.new_zeros(rows, *self.shape).index_add(0, owner, found) / count.clamp(min=1)
+        return condition if self.absent is None else torch.where(count == 0, self.absent, condition)
 
     def project(self, features: Tensor) -> Tensor:
-        """The condition of rows that all have a picture: fp32 features [B, ...] -> [B, hidden] or [B, K, hidden]."""
+        """One condition a picture: fp32 features [N, ...] -> [N, hidden] or [N, K, hidden]."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Condition":
@@ -194,8 +193,3 @@ def build_condition(config: ConditionConfig, hidden_size: int, adapter_len: int)
         config.bias,
         config.absent,
     )
-
-
-def spread(present: Tensor, dimensions: int) -> Tensor:
-    """[B] -> [B, 1, ...] with that many dimensions."""
-    return present.reshape(-1, *[1] * (dimensions - 1))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llama_adapter.config.adapter import AdapterConfig, GateActivation, Template
 from llama_adapter.config.checks import Problems, parse
+from llama_adapter.config.condition import Absent, Activation, Kind
 from llama_adapter.errors import ConfigError
 
 BUNDLED = "bundled"
@@ -27,7 +28,7 @@ class TrainConfig:
     model: str = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
     data: tuple[str, ...] = setting(
         ("bundled",),
-        "Training data: .json or .jsonl files, hub names, or 'bundled'. Repeatable.",
+        "Training data: .json or .jsonl files, hub names, scienceqa:FOLDER, coco:FILE, or 'bundled'. Repeatable.",
         "Model and data",
     )
     val_data: tuple[str, ...] = setting((), "Validation data; else a part of --data is held out.", "Model and data")
@@ -36,12 +37,26 @@ class TrainConfig:
     )
     output_dir: str = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
     template: Template = setting("alpaca", "Prompt format; 'chat' is the tokenizer's own.", "Model and data")
+    scienceqa_style: str = setting("paper", "How ScienceQA is written: paper, or QCM-A and its kin.", "Model and data")
     max_length: int = setting(512, "Longest example in tokens; longer ones are truncated.", "Model and data")
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
     adapter_len: int = setting(10, "K, prompt vectors per adapted layer.", "Adapter")
     adapter_layers: int | None = setting(None, "L, top layers adapted (default: all but the lowest two).", "Adapter")
     gate_activation: GateActivation = setting("tanh", "Applied to the gates.", "Adapter")
+
+    condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
+    tower: str = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
+    tower_depths: tuple[int, ...] = setting(
+        (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
+    )
+    condition_width: int = setting(64, "Width of the bottleneck.", "Condition")
+    condition_activation: Activation = setting("gelu", "Of the bottleneck.", "Condition")
+    absent: Absent = setting("zero", "Condition of an example without a picture.", "Condition")
+    visual_blocks: int = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
+    visual_width: int = setting(768, "Their width.", "Condition")
+    visual_heads: int = setting(16, "Their heads.", "Condition")
+    feature_cache: str | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: float = setting(5.0, "Passes over the training data.", "Optimisation")
     max_steps: int | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
@@ -81,6 +96,11 @@ class TrainConfig:
             problems.above_zero(name, getattr(self, name))
         for name in ("warmup_epochs", "min_lr", "weight_decay", "val_size"):
             problems.at_least(name, getattr(self, name), 0)
+        for name in ("condition_width", "visual_blocks", "visual_width", "visual_heads"):
+            problems.at_least(name, getattr(self, name), 1)
+        problems.one_of("condition", self.condition, Kind)
+        problems.one_of("condition_activation", self.condition_activation, Activation)
+        problems.one_of("absent", self.absent, Absent)
         problems.seed(self.seed)
         problems.one_of("gate_activation", self.gate_activation, GateActivation)
         problems.one_of("template", self.template, Template)

@@ -1,8 +1,9 @@
 """Data: records -> examples -> text -> tokens and labels, one module a step."""
 
 from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
-from llama_adapter.data.formats import Example, Loaded, Message, load_examples, parse_record
+from llama_adapter.data.formats import Example, Media, Message, parse_record
 from llama_adapter.data.records import read_records
+from llama_adapter.data.sources import Loaded, find_media, load_examples, question_example
 from llama_adapter.data.templates import TEMPLATES, Rendered, check_template, render, render_prompt
 
 __all__ = [
@@ -11,14 +12,17 @@ __all__ = [
     "Encoded",
     "Example",
     "Loaded",
+    "Media",
     "Message",
     "Rendered",
     "check_template",
     "encode",
     "encode_all",
     "encode_prompt",
+    "find_media",
     "load_examples",
     "parse_record",
+    "question_example",
     "read_records",
     "render",
     "render_prompt",

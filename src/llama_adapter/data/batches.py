@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.data.encode import IGNORE, Encoded
+from llama_adapter.data.formats import Media
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,20 @@ class MicroBatch:
         input_ids: [B, T] int64; padding repeats token 0 and is masked.
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64, aligned with `input_ids`, -100 where no loss is wanted.
+        media: the files of each row.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    media: tuple[tuple[Media, ...], ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`."""
-        return MicroBatch(
-            *(x.to(device, non_blocking=True) for x in (self.input_ids, self.attention_mask, self.labels))
+        ids, mask, labels = (
+            x.to(device, non_blocking=True) for x in (self.input_ids, self.attention_mask, self.labels)
         )
+        return MicroBatch(ids, mask, labels, self.media)
 
 
 def collate(examples: Sequence[Encoded]) -> MicroBatch:
@@ -41,6 +45,7 @@ def collate(examples: Sequence[Encoded]) -> MicroBatch:
         padded([example.input_ids for example in examples], 0),
         padded([[1] * len(example.input_ids) for example in examples], 0),
         padded([example.labels for example in examples], IGNORE),
+        tuple(example.media for example in examples),
     )
 
 

@@ -1,12 +1,12 @@
 """From text to tokens and labels: one tokenisation of the whole text, labels by character spans."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from llama_adapter.data.formats import Example, Message
+from llama_adapter.data.formats import Example, Media, Message
 from llama_adapter.data.templates import (
     Rendered,
     check_template,
@@ -34,11 +34,13 @@ class Encoded:
         input_ids: the whole text, at most `max_length` tokens.
         labels: as long as `input_ids` and not shifted: the token itself where it carries loss, else `IGNORE`.
         truncated: whether tokens were cut off.
+        media: files that belong to the example.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    media: tuple[Media, ...] = ()
 
 
 def encode(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
@@ -68,14 +70,15 @@ def encode_all(
         check_template(template, tokenizer)
     encoded = []
     for first in range(0, len(examples), _BATCH):
-        batch = [_render(example, template, tokenizer) for example in examples[first : first + _BATCH]]
-        for rendered, (ids, offsets) in zip(batch, _tokenise(batch, tokenizer), strict=True):
+        chosen = examples[first : first + _BATCH]
+        batch = [_render(example, template, tokenizer) for example in chosen]
+        for example, rendered, (ids, offsets) in zip(chosen, batch, _tokenise(batch, tokenizer), strict=True):
             labels = _label(rendered, ids, offsets)
             if not rendered.ends_with_eos:
                 ids.append(tokenizer.eos_token_id)
                 labels.append(tokenizer.eos_token_id)
             bos_length = 1 if ids[0] == tokenizer.bos_token_id else 0
-            encoded.append(_truncate(ids, labels, max_length, bos_length))
+            encoded.append(replace(_truncate(ids, labels, max_length, bos_length), media=example.media))
     return encoded
 
 

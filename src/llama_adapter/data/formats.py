@@ -1,10 +1,10 @@
 """From raw records to examples: the record formats that are understood, and nothing else."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llama_adapter.data.records import read_records
 from llama_adapter.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
@@ -19,6 +19,10 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "model": "assistant",
     "bot": "assistant",
 }
+Media = str | bytes
+"""A file's path, or its content."""
+MEDIA_KEYS = ("image", "images", "audio", "video")
+_TAG = re.compile(r"\s*<(?:image|audio|video)>\s*")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Example:
         input: Alpaca's extra input; it belongs to the last user message. Empty where there is none.
         raw: prompt-completion text that takes no template; `messages` are then a user's and an assistant's.
         origin: where the example comes from, such as "data.json, record 17", for error messages.
+        media: pictures, recordings or videos that belong to the conversation: paths of files, or their content.
 
     Raises:
         DataError: the messages are in another order than this.
@@ -47,6 +52,7 @@ class Example:
     input: str = ""
     raw: bool = False
     origin: str = ""
+    media: tuple[Media, ...] = ()
 
     def __post_init__(self) -> None:
         roles = [message.role for message in self.messages]
@@ -63,37 +69,6 @@ class Example:
             raise DataError("a raw example has exactly one user and one assistant message")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What `load_examples` found: the examples, and one sentence for each record it skipped."""
-
-    examples: list[Example]
-    skipped: list[str]
-
-
-def load_examples(sources: Sequence[str], skip_bad_records: bool = False) -> Loaded:
-    """Read all `sources` (see `read_records`), in their order, and parse every record.
-
-    Raises:
-        DataError: a source cannot be read; a record is bad and `skip_bad_records` is false; nothing is left.
-    """
-    examples: list[Example] = []
-    skipped: list[str] = []
-    for source in sources:
-        for number, record in read_records(source):
-            origin = f"{source}, record {number}"
-            try:
-                examples.append(replace(parse_record(record), origin=origin))
-            except DataError as error:
-                if not skip_bad_records:
-                    raise DataError(f"{origin}: {error}; fix it or pass --skip-bad-records.") from error
-                skipped.append(f"{origin}: {error}.")
-    if not examples:
-        first = f" The first: {skipped[0]}" if skipped else " Give at least one data source."
-        raise DataError(f"No record is left to use ({len(skipped)} skipped).{first}")
-    return Loaded(examples, skipped)
-
-
 def parse_record(record: object) -> Example:
     """Turn one record into an example, by the first entry of `FORMATS` whose keys it has.
 
@@ -108,10 +83,31 @@ def parse_record(record: object) -> Example:
         raise DataError(f"a record must be an object, not {_type_name(record)}")
     for keys, parse in FORMATS:
         if all(key in record for key in keys):
-            return parse(record)
+            return _without_tags(replace(parse(record), media=_media(record)))
     accepted = "; ".join(" + ".join(keys) for keys, _ in FORMATS)
     found = ", ".join(str(key) for key in record) or "none"
     raise DataError(f"its keys ({found}) fit no known format; the formats are: {accepted}")
+
+
+def _media(record: dict[str, Any]) -> tuple[str, ...]:
+    """The files under `MEDIA_KEYS`: one name, or a list of them; null and "" stand for none."""
+    found: list[str] = []
+    for key in MEDIA_KEYS:
+        given = record.get(key)
+        names = given if isinstance(given, list) else [given] if given else []
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise DataError(f"'{key}' must be a file name or a list of them, not {_type_name(name)}")
+            found.append(name)
+    return tuple(found)
+
+
+def _without_tags(example: Example) -> Example:
+    """LLaVA's data say where a picture stood; here it enters beside the text, through the prompts."""
+    if not example.media:
+        return example
+    messages = tuple(replace(m, content=_TAG.sub("", m.content).strip() or m.content) for m in example.messages)
+    return replace(example, messages=messages)
 
 
 def _parse_messages(record: dict[str, Any]) -> Example:

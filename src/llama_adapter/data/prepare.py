@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llama_adapter.config import TrainConfig
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_all
-from llama_adapter.data.formats import load_examples
+from llama_adapter.data.sources import load_examples
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
-    loaded = load_examples(config.data, config.skip_bad_records)
+    loaded = load_examples(config.data, config.skip_bad_records, config.scienceqa_style)
     train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
     skipped = list(loaded.skipped)
     if config.val_data:
-        held_out = load_examples(config.val_data, config.skip_bad_records)
+        held_out = load_examples(config.val_data, config.skip_bad_records, config.scienceqa_style)
         val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
         skipped += held_out.skipped
     else:

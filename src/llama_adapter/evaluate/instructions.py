@@ -1,14 +1,13 @@
 """Exact match and response loss on an instruction set, per task family, for the bare base and adapters side by side."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from llama_adapter.adapter import use_adapter
 from llama_adapter.config import GenerateConfig
-from llama_adapter.data import Example, encode_all, parse_record, read_records
+from llama_adapter.data import Example, encode_all, find_media, parse_record, read_records
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.errors import DataError
 from llama_adapter.generate import Prompt, Session
@@ -28,7 +27,7 @@ class Task:
     @property
     def prompt(self) -> Prompt:
         """What the model is asked."""
-        return Prompt(self.example.messages[:-1], self.example.input)
+        return Prompt(self.example.messages[:-1], self.example.input, self.example.media)
 
     @property
     def answer(self) -> str:
@@ -63,10 +62,11 @@ def read_tasks(source: str) -> list[Task]:
     for number, record in read_records(source):
         try:
             example = parse_record(record)
+            media = tuple(m if isinstance(m, bytes) else find_media(m, source) for m in example.media)
         except DataError as error:
             raise DataError(f"{source}, record {number}: {error}.") from None
         family = record.get("family") if isinstance(record, dict) else None
-        tasks.append(Task(example, str(family) if family else ALL))
+        tasks.append(Task(replace(example, media=media), str(family) if family else ALL))
     return tasks
 
 
@@ -128,7 +128,7 @@ def _loss(session: Session, adapter: str | None, tasks: Sequence[Task], batch_si
     template = session.templates[adapter]
     examples = encode_all([task.example for task in tasks], template, session.tokenizer, 1 << 20)
     device, total = session.model.device, 0.0
-    with use_adapter(session.model, adapter) if session.adapters else torch.no_grad():
-        for batch in micro_batches(examples, batch_size):
+    for batch in micro_batches(examples, batch_size):
+        with session.using(adapter, batch.media):
             total += float(response_loss(session.model, batch, device))
     return total / max(1, response_tokens(examples))

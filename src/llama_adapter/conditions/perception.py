@@ -1,0 +1,100 @@
+"""From files to the condition of a batch: read, encode with the frozen tower, keep the features, ask the adapter."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_adapter.conditions.cache import FeatureCache
+from llama_adapter.conditions.modules import Condition
+from llama_adapter.conditions.pictures import read_picture, read_video
+from llama_adapter.conditions.recordings import read_audio
+from llama_adapter.conditions.tower_families import check_tower, spread_depths, tower_width
+from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
+from llama_adapter.config import ConditionConfig, Kind
+
+READERS: dict[Kind, Callable[[Any], Any]] = {
+    "image": read_picture,
+    "visual_prompt": read_picture,
+    "audio": read_audio,
+    "video": read_video,
+}
+
+
+def describe(kind: Kind, tower: str, depths: Sequence[int] = (), **settings: Any) -> ConditionConfig:
+    """A condition for a tower, whose width is read from its configuration.
+
+    Args:
+        kind: what is perceived.
+        tower: folder, hub name or 'bundled'.
+        depths: hidden states that are pooled; empty takes up to six, evenly spread ("visual_prompt": the last).
+        settings: other fields of `ConditionConfig`.
+
+    Raises:
+        ModelError, UnsupportedModelError: there is no such tower.
+        AdapterError: the tower does not fit the kind, or has no such hidden state.
+        ConfigError: a setting breaks its rule.
+    """
+    encoder = load_tower_config(tower)
+    chosen = tuple(depths) or ((-1,) if kind == "visual_prompt" else spread_depths(encoder))
+    config = ConditionConfig(kind, tower, tower_width(encoder), chosen, **settings)
+    check_tower(config, encoder, tower)
+    return config
+
+
+class Perception:
+    """The senses of an adapter: its frozen tower, and features already computed.
+
+    Args:
+        config: the adapter's condition.
+        device: where the tower runs.
+        cache: folder in which features are kept between runs; None keeps them in memory.
+
+    Raises:
+        ModelError, UnsupportedModelError: there is no such tower, or it is damaged.
+        AdapterError: the tower has another width or fewer layers than the adapter was made for.
+    """
+
+    def __init__(self, config: ConditionConfig, device: torch.device, cache: str | Path | None = None) -> None:
+        self.config = config
+        check_tower(config, load_tower_config(config.tower), config.tower)
+        self.tower: Tower = load_tower(config.tower, device)
+        depths = None if config.kind == "visual_prompt" else config.depths
+        self.cache = FeatureCache(cache, self.tower.key(depths))
+
+    def features(self, files: Sequence[str | bytes]) -> list[Tensor]:
+        """Features of each file, on the CPU; what was computed before is not computed again.
+
+        Raises:
+            DataError: a file that is missing, damaged or of another kind; the message names it.
+        """
+        return self.cache.get_many(files, self._encode)
+
+    def prepare(self, files: Sequence[str | bytes]) -> None:
+        """Compute the features of all files that a run will need.
+
+        Raises:
+            DataError: as `features`.
+        """
+        self.cache.fill(list(dict.fromkeys(files)), self._encode)
+
+    def condition(self, module: Condition, rows: Sequence[Sequence[str | bytes]]) -> Tensor:
+        """The condition of each row, given the files of each: [B, hidden] or [B, K, hidden].
+
+        Raises:
+            DataError: as `features`.
+        """
+        device = next(module.parameters()).device
+        found = self.features([file for files in rows for file in files])
+        scales = len(self.config.depths)  # one token would do as well for a visual prompt of no picture
+        features = torch.stack(found) if found else torch.empty(0, scales, self.tower.width)
+        owner = torch.tensor([i for i, files in enumerate(rows) for _ in files], dtype=torch.int64)
+        return module(features.to(device), owner.to(device), len(rows))
+
+    def _encode(self, files: list[str | bytes]) -> Tensor:
+        inputs = [READERS[self.config.kind](file) for file in files]
+        if self.config.kind == "visual_prompt":
+            return self.tower.tokens(inputs)
+        return self.tower.features(inputs, self.config.depths)
