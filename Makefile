@@ -1,12 +1,13 @@
 # make demo    set up, train on the bundled base, show answers before and after
 # make test    set up, run the test suite
+# make evidence  set up, measure the paper's claims on the bundled base and rebuild docs/evidence.md (about an hour)
 # make check   set up, lint, format check, type check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test check format clean
+.PHONY: install demo evidence test check format clean
 
 install: $(READY)
 
@@ -19,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python recipes/demo.py
+
+evidence: install
+	$(BIN)/python recipes/evidence/run.py
 
 test: install
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from plan import BEST_LR, EPOCH_FACTORS, EPOCHS, GAP, LAYERS, LENGTHS, RATES
-from trial import Trial
+from trial import BUNDLED, Trial
 
 from llama_adapter.plots import smooth
 
@@ -26,9 +27,10 @@ NAMES = {
 def write_report(base: Result, results: list[Result], trials: list[Trial], folder: Path) -> None:
     """Write `folder`.md and the pictures in `folder`."""
     found = Found(results, trials)
+    folder.mkdir(parents=True, exist_ok=True)
     sections = [intro(base, found), methods(base, found, folder), gates(found, folder), layers(found, folder)]
     sections += [lengths(found, folder), epochs(found), damage(base, found), gap(found), families(base, found, folder)]
-    sections.append(rates(found))
+    sections += [rates(found), base_training(folder)]
     folder.with_suffix(".md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 
 
@@ -157,7 +159,7 @@ def gates(found: Found, folder: Path) -> str:
     ]  # fmt: skip
     rows += [
         [f"{labels['random']}, rate {rate}", "", "", "", spread(r, facts), spread(r, val_loss, "{:.3f}")]
-        for rate in ("0.01", "0.06") if (r := found.get("gates", f"random {rate}"))
+        for rate in ("0.03", "0.06") if (r := found.get("gates", f"random {rate}"))
     ]  # fmt: skip
     curves([(k, found.get("gates", k)) for k in labels], folder / "gates.png", "Zero-init against random-init", labels)
     head = ["start", "loss at step 5", "step 20", "step 60", "held-out facts", "validation loss"]
@@ -272,6 +274,28 @@ def rates(found: Found) -> str:
 One seed each; the rate with the lowest validation loss is the one used above.
 
 {table(["method", "rate", "validation loss", "held-out facts"], rows)}"""
+
+
+def base_training(folder: Path) -> str:
+    """What made the bundled base."""
+    training = json.loads((BUNDLED / "base" / "training.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (BUNDLED / "base" / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title="Pre-training of the bundled base")
+    axes.grid(alpha=0.3)
+    save(figure, folder / "pretraining.png")
+    options = training["options"]
+    return f"""## The base
+
+{training["parameters"]:,} parameters, {training["facts"]:,} facts; {training["steps"]:,} steps of
+{options["batch"]} rows of {options["length"]} tokens, {training["tokens"] / 1e6:.1f}M tokens in all,
+seed {options["seed"]}, {training["hours"]} hours on a {training["device"].upper()} ({options["threads"]} threads).
+Rebuild it with
+`python recipes/base/pretrain.py --output src/llama_adapter/bundled/base`.
+
+![Pre-training loss](evidence/pretraining.png)"""
 
 
 def loss_at(results: list[Result], step: int) -> str:
