@@ -14,14 +14,15 @@ import llama_adapter
 SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "config", "files", "prompt_cache", "attention", "families", "base", "conditions", "routing", "adapter",
-    "storage", "data", "loss", "plots", "run_folder", "train", "inspection", "validate", "generate", "evaluate", "cli",
+    "errors", "config", "files", "prompt_cache", "packed_attention", "attention", "families", "base", "conditions",
+    "routing", "adapter", "storage", "data", "loss", "plots", "run_folder", "train", "inspection", "validate",
+    "generate", "evaluate", "cli",
 ]  # fmt: skip
 """A module may import those before it, and no other."""
 INSIDE = {
     "config": ["checks", "condition", "adapter", "train", "generate"],
     "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache", "perception"],
-    "data": ["records", "formats", "scienceqa", "sources", "templates", "encode", "batches", "prepare"],
+    "data": ["records", "formats", "scienceqa", "sources", "templates", "encode", "batches", "packing", "prepare"],
     "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "__main__"],
     "cli": [
         "parser",

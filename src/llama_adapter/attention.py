@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.packed_attention import SEGMENTS, Segments, attend
 from llama_adapter.prompt_cache import PromptCache
 
 SLOT = "zero_init"
@@ -179,7 +180,11 @@ def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         choice: Choice | None = kwargs.pop(CHOICE, None)
-        text, weights = text_attention(module, query, key, value, attention_mask, **kwargs)
+        segments: Segments | None = kwargs.pop(SEGMENTS, None)
+        if segments is None:
+            text, weights = text_attention(module, query, key, value, attention_mask, **kwargs)
+        else:
+            text, weights = attend(segments, text_attention, module, query, key, value, **kwargs), None
         slot: AdapterSlot | None = getattr(module, SLOT, None)
         if slot is None or choice is None:
             return text, weights

@@ -6,11 +6,44 @@ from transformers import PreTrainedModel
 
 from llama_adapter.data import IGNORE
 from llama_adapter.data.batches import MicroBatch
+from llama_adapter.data.packing import PackedRow
+from llama_adapter.families import text_config
+from llama_adapter.packed_attention import SEGMENTS
 
 
-def response_loss(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+def response_loss(model: PreTrainedModel, batch: MicroBatch | PackedRow, device: torch.device) -> torch.Tensor:
     """Summed cross-entropy of a micro-batch's response tokens, fp32."""
+    if isinstance(batch, PackedRow):
+        return packed_loss(model, batch.to(device))
     return response_losses(model, batch, device).sum()
+
+
+def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+    """Summed cross-entropy of a packed row's response tokens, fp32; the output head runs on no other position.
+
+    `model` must have an adapter, active or not: its attention is what keeps the examples apart.
+    """
+    logits = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        # A mask of four dimensions is taken as it is; this one is not read, and saves building one of T x T.
+        attention_mask=row.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        logits_to_keep=row.predicting,
+        use_cache=False,
+        **{SEGMENTS: row.segments},
+    ).logits
+    return cross_entropy(logits.flatten(0, 1).float(), row.targets, reduction="sum")
+
+
+def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why examples of up to `longest` tokens cannot be packed on this model, or None where they can."""
+    name = model.config._attn_implementation
+    if name != "sdpa":
+        return f"packing needs sdpa attention, and this base uses {name}"
+    window = getattr(text_config(model.config), "sliding_window", None)
+    if window and window < longest:
+        return f"examples of {longest} tokens are longer than the base's sliding window of {window}"
+    return None
 
 
 def response_losses(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:

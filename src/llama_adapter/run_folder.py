@@ -33,7 +33,7 @@ from llama_adapter.storage import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
-    "micro_batch_size", "gradient_checkpointing",
+    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than before: they do not change what is learnt."""
 

@@ -34,10 +34,11 @@ from llama_adapter.data.batches import (
     response_tokens,
     steps_per_epoch,
 )
+from llama_adapter.data.packing import PackedRow, packed_rows
 from llama_adapter.data.prepare import Prepared, prepare
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.families import max_positions
-from llama_adapter.loss import response_loss
+from llama_adapter.loss import response_loss, why_not_packed
 from llama_adapter.plots import plot_gates, plot_loss
 from llama_adapter.run_folder import Progress, RunFolder
 from llama_adapter.storage import save_adapter
@@ -208,6 +209,16 @@ class Run:
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
         self.is_main = accelerator.is_main_process
+        self.packed = self._may_pack()
+
+    def _may_pack(self) -> bool:
+        """Whether examples are packed; the log says which, and why not."""
+        longest = max(len(example.input_ids) for example in (*self.data.train, *self.data.val))
+        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, longest)
+        if self.perception is not None:
+            reason = "pictures give every example prompts of its own"
+        log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
+        return reason is None
 
     def loop(self) -> None:
         """Train from where the run stands to its end."""
@@ -251,8 +262,7 @@ class Run:
         parameters = list(self.adapter.parameters())
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=accelerator.device)
-        share = micro_batches(batch, self.config.micro_batch_size, accelerator.process_index, accelerator.num_processes)
-        for micro_batch in share:
+        for micro_batch in self._batches(batch, self.config.micro_batch_size):
             loss = self._loss(micro_batch) / tokens
             loss.backward()
             total += loss.detach()
@@ -276,9 +286,14 @@ class Run:
         self.optimizer.step()
         return float(flags[0]), norm, bool(flags[1])
 
-    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
+        """This process's share, `size` examples a forward."""
+        make = packed_rows if self.packed else micro_batches
+        return make(examples, size, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
         """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
-        if self.perception is None or self.adapter.condition is None:
+        if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
             return response_loss(self.model, batch, self.accelerator.device)
         condition = self.perception.condition(self.adapter.condition, batch.media)
         with use_adapter(self.model, self.adapter.name, condition):
@@ -295,8 +310,7 @@ class Run:
         """Loss per response token over `examples`, in nats."""
         accelerator = self.accelerator
         total = torch.zeros((), device=accelerator.device)
-        size = 2 * self.config.micro_batch_size
-        for batch in micro_batches(examples, size, accelerator.process_index, accelerator.num_processes):
+        for batch in self._batches(examples, 2 * self.config.micro_batch_size):
             total += self._loss(batch)
         return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
 

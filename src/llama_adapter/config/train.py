@@ -76,6 +76,9 @@ class TrainConfig:
         "auto", "Of the frozen base; 'auto' is bf16 on hardware that has it. Adapters stay fp32.", "Running"
     )
     load_in_4bit: bool = setting(False, "Quantise the base with bitsandbytes (CUDA).", "Running")
+    packing: bool = setting(
+        True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
     eval_every: int | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
     save_every: int = setting(100, "Steps between checkpoints.", "Running")
