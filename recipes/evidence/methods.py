@@ -5,15 +5,17 @@ Every method gets the same base, batches, loss and schedule (`trial.py`); only w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from llama_adapter import AdapterConfig, add_adapter
+from llama_adapter.data.batches import micro_batches
+from llama_adapter.data.packing import packed_rows
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Prepared:
     Attributes:
         model: what is called; PEFT wraps the base.
         groups: parameters with the factor on the learning rate that each group takes.
+        batches: how a batch becomes micro-batches; packed where that is possible, as `llama-adapter train` does.
     """
 
     model: Any
     groups: list[tuple[list[nn.Parameter], float]]
+    batches: Callable[..., Iterator[Any]] = micro_batches
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -77,7 +81,7 @@ def zero_init(model: PreTrainedModel, options: Options) -> Prepared:
     for parameter in extra:
         parameter.requires_grad_(True)
     # V2's extra weights start at the base's values: they take a tenth of the prompts' rate.
-    return Prepared(model, [(prompts, 1.0), (gates, options.gate_lr), (extra, 0.1)])
+    return Prepared(model, [(prompts, 1.0), (gates, options.gate_lr), (extra, 0.1)], packed_rows)
 
 
 def lora(model: PreTrainedModel, options: Options) -> Prepared:
@@ -118,20 +122,3 @@ def _trainable(model: Any) -> Prepared:
 def _add_bias(linear: nn.Linear) -> nn.Parameter:
     linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     return linear.bias
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Trained tensors, kept to go back to the best validation loss."""
-
-    tensors: list[Tensor] = field(repr=False)
-
-    @staticmethod
-    def of(parameters: list[nn.Parameter]) -> Snapshot:
-        """Copies of the parameters as they are now."""
-        return Snapshot([parameter.detach().clone() for parameter in parameters])
-
-    @property
-    def bytes(self) -> int:
-        """What they take on disk."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)

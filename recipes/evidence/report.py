@@ -143,7 +143,8 @@ def methods(base: Result, found: Found, folder: Path) -> str:
 
 Same base, batches, steps and schedule; each method at the best of four learning rates ([below](#learning-rates)). LoRA
 has rank 2 on the query and value projections (PEFT's default places), about as many parameters as the adapter. Seconds
-are those of training, one CPU thread each, two trials side by side.
+are those of training, one CPU thread each, two trials side by side; the adapter trains on packed rows, as
+`llama-adapter train` does, the others on batches of like lengths.
 
 {table(head, rows)}
 

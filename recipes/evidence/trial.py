@@ -98,7 +98,7 @@ def fit(
             validations.append((step, mean_loss(prepared.model, val, config.micro_batch_size)))
         batch = [train[i] for i in global_batch(len(train), config.batch_size, step, config.seed)]
         tokens, loss = response_tokens(batch), 0.0
-        for micro_batch in micro_batches(batch, config.micro_batch_size):
+        for micro_batch in prepared.batches(batch, config.micro_batch_size):
             part = response_loss(prepared.model, micro_batch, CPU) / tokens
             part.backward()
             loss += part.item()
