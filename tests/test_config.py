@@ -359,7 +359,18 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "val_size": ("0.5", 0.5),
         "output_dir": ("out", "out"),
         "template": ("chat", "chat"),
+        "scienceqa_style": ("QCM-A", "QCM-A"),
         "max_length": ("99", 99),
+        "condition": ("video", "video"),
+        "tower": ("t", "t"),
+        "tower_depths": ("3", (3,)),
+        "condition_width": ("8", 8),
+        "condition_activation": ("silu", "silu"),
+        "absent": ("learnt", "learnt"),
+        "visual_blocks": ("2", 2),
+        "visual_width": ("64", 64),
+        "visual_heads": ("4", 4),
+        "feature_cache": ("cache", "cache"),
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),
         "gate_activation": ("identity", "identity"),
@@ -383,7 +394,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     for field in dataclasses.fields(TrainConfig):
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
-            arguments, value = [flag], True
+            arguments, value = [f"--no{flag[1:]}" if field.default else flag], not field.default
         else:
             text, value = examples[field.name]
             arguments = [flag, text]

@@ -27,10 +27,10 @@ class AdapterConfig:
         gate_activation: "tanh" (the authors' training code) or "identity" (their first release, PEFT, LitGPT).
         template: how prompts were written in training, so that generation writes them alike: "alpaca", "chat"
             (the tokenizer's own chat template), "raw" (as they are), or None where nobody said.
-        condition: what else the prompts depend on, such as a picture; None for text alone.
         base_model_name_or_path: the base the adapter was made for, as it was named.
         base_shape: that base's dimensions; an adapter is refused on a base of another shape.
         format_version: version of the files on disk.
+        condition: what else the prompts depend on, such as a picture; None for text alone.
 
     Raises:
         ConfigError: a value breaks its rule.
@@ -40,10 +40,10 @@ class AdapterConfig:
     adapter_layers: int | None = None
     gate_activation: GateActivation = "tanh"
     template: WrittenAs | None = None
-    condition: ConditionConfig | None = None
     base_model_name_or_path: str | None = None
     base_shape: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
+    condition: ConditionConfig | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()
