@@ -620,7 +620,7 @@ def test_command_says_what_the_data_do_not_tell(answers_file, capsys):
 
 
 def test_command_refuses_what_it_cannot_do(answers_file):
-    with pytest.raises(ConfigError, match="--predictions names no file: pass --predictions FILE"):
+    with pytest.raises(ConfigError, match="Nobody answers: pass --adapter FOLDER"):
         run("--data", answers_file.parent)
     with pytest.raises(ConfigError, match="--limit is 0; it must be at least 1"):
         run("--data", answers_file.parent, "--predictions", answers_file, "--limit", "0")

@@ -95,6 +95,7 @@ def test_the_config_file_holds_every_field(saved):
             "head_dim": 8,
         },
         "format_version": FORMAT_VERSION,
+        "condition": None,
     }
 
 
