@@ -325,6 +325,14 @@ def test_a_tower_of_another_width(tower):
         Perception(ConditionConfig("image", str(tower), tower_width=6), torch.device("cpu"))
 
 
+def test_the_bundled_tower_tells_colours_apart(pictures):
+    perception = Perception(describe("image", "bundled"), torch.device("cpu"))
+    first, second, third = perception.features([str(pictures / f"{i}.png") for i in range(3)])
+    assert first.shape == (6, 128)
+    alike, apart = (first[-1] - third[-1]).norm(), (first[-1] - second[-1]).norm()
+    assert alike < 0.5 * apart
+
+
 def test_describe_reads_the_tower_s_width(tower):
     config = describe("image", str(tower), width=8)
     assert (config.tower_width, config.depths, config.width) == (20, (1, 2, 3), 8)
