@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -17,22 +17,22 @@ from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.families import family_of
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, kind: Literal["base", "tower"] = "base") -> str:
     """What transformers is asked for: the package's own folder for 'bundled', else the name itself.
 
     Raises:
         ModelError: it looks like a path and is no folder.
     """
     if name == BUNDLED:
-        return str(Path(__file__).parent / "bundled" / "base")
+        return str(Path(__file__).parent / "bundled" / kind)
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ModelError(f"The base '{name}' is a file: give the folder that holds its config.json.")
+        raise ModelError(f"The {kind} '{name}' is a file: give the folder that holds its config.json.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"The base '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
+            f"The {kind} '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
         )
     return name
 
@@ -48,7 +48,7 @@ def load_config(name: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(resolve_model(name))
     except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
         raise ModelError(
-            f"The base '{name}' cannot be read: {_first_sentence(error)} "
+            f"The base '{name}' cannot be read: {first_sentence(error)} "
             "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
         ) from None
     family_of(config)
@@ -64,7 +64,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
     except Exception as error:  # tokenizers raise bare Exception on malformed files
-        raise ModelError(f"The tokenizer of '{name}' cannot be read: {_first_sentence(error)}") from None
+        raise ModelError(f"The tokenizer of '{name}' cannot be read: {first_sentence(error)}") from None
 
 
 def load_base(
@@ -99,7 +99,7 @@ def load_base(
             f"The base '{name}' does not fit on {device} in {dtype}: use --load-in-4bit or a smaller base."
         ) from None
     except Exception as error:  # safetensors and pickle readers raise their own kinds on damaged files
-        raise ModelError(f"The weights of '{name}' cannot be read: {_first_sentence(error)}") from None
+        raise ModelError(f"The weights of '{name}' cannot be read: {first_sentence(error)}") from None
     return model.eval()
 
 
@@ -134,6 +134,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
+    """The first sentence of what another library has to say, for one of ours to quote."""
     text = " ".join(str(error).split())
     return (text.split(". ")[0] or type(error).__name__).rstrip(".:") + "."

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from llama_adapter.base import first_sentence, resolve_model
 from llama_adapter.conditions.inputs import PictureSteps, Piece, Steps
 from llama_adapter.conditions.tower_families import (
     TowerFamily,
@@ -24,7 +25,6 @@ from llama_adapter.conditions.tower_families import (
     tower_layers,
     tower_width,
 )
-from llama_adapter.config import BUNDLED
 from llama_adapter.errors import DataError, ModelError
 
 CPU = torch.device("cpu")
@@ -134,12 +134,12 @@ def load_tower_config(name: str) -> PretrainedConfig:
         ModelError: there is no such tower.
         UnsupportedModelError: its family cannot be one.
     """
-    folder = _resolve(name)
+    folder = resolve_model(name, "tower")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
         raise ModelError(
-            f"The tower '{name}' cannot be read: {_first_sentence(error)} "
+            f"The tower '{name}' cannot be read: {first_sentence(error)} "
             "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
         ) from None
     tower_family(config)
@@ -166,12 +166,12 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
     try:
         with _quiet():
             model, info = model_class(config).from_pretrained(
-                _resolve(name), **options, **checked, **(family.load_options or {})
+                resolve_model(name, "tower"), **options, **checked, **(family.load_options or {})
             )
     except torch.OutOfMemoryError:
         raise ModelError(f"The tower '{name}' does not fit on {device} in {dtype}: use a smaller one.") from None
     except Exception as error:  # safetensors and pickle readers raise their own kinds on damaged files
-        raise ModelError(f"The weights of the tower '{name}' cannot be read: {_first_sentence(error)}") from None
+        raise ModelError(f"The weights of the tower '{name}' cannot be read: {first_sentence(error)}") from None
     # transformers would go on with random numbers in their place.
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     wrong = sorted(absent - set(family.optional))
@@ -183,30 +183,14 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
     return Tower(name, config, model, steps)
 
 
-def _resolve(name: str) -> str:
-    """What transformers is asked for."""
-    if name == BUNDLED:
-        return str(Path(__file__).parents[1] / "bundled" / "tower")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelError(f"The tower '{name}' is a file: give the folder that holds its config.json.")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"The tower '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
-        )
-    return name
-
-
 def _settings(name: str) -> Mapping[str, Any]:
     """What the tower's folder says about preprocessing; empty where it says nothing."""
     for file in ("preprocessor_config.json", "processor_config.json"):
         try:
-            path = cached_file(_resolve(name), file, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(resolve_model(name, "tower"), file, _raise_exceptions_for_missing_entries=False)
             values = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelError(f"{file} of the tower '{name}' cannot be read: {_first_sentence(error)}") from None
+            raise ModelError(f"{file} of the tower '{name}' cannot be read: {first_sentence(error)}") from None
         if file == "processor_config.json" and isinstance(values, dict):
             values = values.get("image_processor", values.get("feature_extractor", {}))
         if not isinstance(values, dict):
@@ -221,7 +205,7 @@ def _steps(name: str, config: PretrainedConfig, settings: Mapping[str, Any]) -> 
     try:
         steps = family.steps(encoder, settings)
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"a size has no {error}" if isinstance(error, KeyError) else _first_sentence(error).rstrip(".")
+        reason = f"a size has no {error}" if isinstance(error, KeyError) else first_sentence(error).rstrip(".")
         raise ModelError(f"preprocessor_config.json of the tower '{name}' cannot be used: {reason}.") from None
     if not isinstance(steps, PictureSteps):
         return steps
@@ -246,8 +230,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text.split(". ")[0] or type(error).__name__).rstrip(".:") + "."
