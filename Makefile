@@ -1,13 +1,15 @@
 # make demo    set up, train on the bundled base, show answers before and after
 # make test    set up, run the test suite
 # make evidence  set up, measure the paper's claims on the bundled base and rebuild docs/evidence.md (about an hour)
+# make bench   set up, measure speed beside PEFT and LoRA on the CPU (about six minutes)
+# make bench-gpu  set up, the same at LLaMA-7B's shape on an NVIDIA GPU (about eight minutes)
 # make check   set up, lint, format check, type check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo evidence test check format clean
+.PHONY: install demo evidence bench bench-gpu test check format clean
 
 install: $(READY)
 
@@ -23,6 +25,12 @@ demo: install
 
 evidence: install
 	$(BIN)/python recipes/evidence/run.py
+
+bench: install
+	$(BIN)/python -m benchmarks cpu
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks gpu
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,0 +1,141 @@
+"""Many adapters in one batch: what it costs to decode with 1, 8 or 64 experts side by side.
+
+    python -m benchmarks.adapters --shape tiny --json benchmarks/results/cpu.json
+
+Before anything is timed, rows of a mixed batch must get what they get when their adapter serves the whole batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, shapes
+from benchmarks.decode import TOLERANCE, generate
+from benchmarks.harness import BenchmarkError, Contender, Setting
+from benchmarks.lengths import random_prompts
+from llama_adapter import AdapterConfig, add_adapter, use_adapter
+
+CHECKED = 3
+"""Adapters whose rows are compared with a batch of their own."""
+
+
+def names_of(rows: int, distinct: int) -> list[str]:
+    """Whose row is whose when `distinct` adapters take turns."""
+    return [f"expert-{row % distinct}" for row in range(rows)]
+
+
+def adapted(setting: Setting, count: int) -> Any:
+    """A base with `count` different adapters, all gates open."""
+    shape = setting.shape
+    model = shapes.build(shape, setting.device, setting.dtype, setting.options.seed)
+    config = AdapterConfig(adapter_len=shape.adapter_len, adapter_layers=shape.adapter_layers)
+    for number in range(count):
+        shapes.open_gates(add_adapter(model, config, f"expert-{number}"), setting.dtype)
+    return model
+
+
+@torch.no_grad()
+def check_parity(model: Any, ids: Tensor, distinct: int, dtype: torch.dtype) -> float:
+    """How far a mixed batch's logits are from those of batches with one adapter, as a share of their size.
+
+    Raises:
+        BenchmarkError: further than `TOLERANCE`, or adapters differ so little that this shows nothing.
+    """
+    names = names_of(len(ids), distinct)
+    with use_adapter(model, names):
+        mixed = model(input_ids=ids).logits.float()
+    worst, apart = 0.0, float("inf")
+    for row in range(min(CHECKED, distinct, len(ids))):
+        with use_adapter(model, names[row]):
+            alone = model(input_ids=ids).logits.float()
+        worst = max(worst, float((mixed[row] - alone[row]).norm() / alone[row].norm()))
+        if distinct > 1 and len(ids) > 1:
+            other = (row + 1) % len(ids)
+            apart = min(apart, float((mixed[other] - alone[other]).norm() / alone[other].norm()))
+    if not worst <= TOLERANCE[dtype]:
+        raise BenchmarkError(
+            f"With {distinct} adapters in a batch, logits differ by {worst:.2g} of their size from what each adapter "
+            f"gives alone, where {TOLERANCE[dtype]:g} is allowed: nothing was timed."
+        )
+    if not apart > 2 * worst:
+        raise BenchmarkError(f"The adapters differ by {apart:.2g} only, so equality would show nothing.")
+    return worst
+
+
+def decode_step(model: Any, prompts: Tensor, names: list[str] | None, new_tokens: int) -> None:
+    """Generate for the whole batch, a row each under its adapter."""
+    with use_adapter(model, names):
+        generate(model, prompts, new_tokens)
+
+
+def title_of(distinct: int) -> str:
+    """A row's title."""
+    return "bare base" if distinct == 0 else f"{distinct} adapter{'s' if distinct > 1 else ''}"
+
+
+def show(found: Sequence[dict[str, Any]], setting: Setting, parity: float) -> str:
+    """The table."""
+    options = setting.options
+    rows = [
+        [
+            row["name"], row["failure"] or harness.with_range(row["tokens_per_second"]),
+            harness.with_range(row["time_against_one"], "{:.3f}"), str(len(row["seconds"])),
+            harness.gibibytes(row["peak_bytes"]),
+        ]
+        for row in found
+    ]  # fmt: skip
+    title = (
+        f"Adapters in one batch, {setting.line()}: {options.rows} rows, {options.prompt_tokens} prompt tokens and "
+        f"{options.new_tokens} new ones, median (quartiles)"
+    )
+    head = ["adapters in the batch", "tokens/s", "time against 1 adapter", "turns", "peak GiB"]
+    return harness.table(title, head, rows) + f"\nMixed and separate batches agree to {parity:.1g}.\n"
+
+
+def parse(arguments: Sequence[str] | None) -> Any:
+    """The options."""
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=64, help="decoded together")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64], help="distinct ones in a batch")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of every row")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of every row")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, time, report."""
+    setting = Setting.of(parse(arguments))
+    options = setting.options
+    # More adapters than rows would be 64 in name only; the single adapter is what all others are measured against.
+    counts = sorted({1, *options.adapters})
+    if counts[-1] > options.rows:
+        raise BenchmarkError(f"--adapters {counts[-1]} needs as many --rows, which is {options.rows}.")
+    model = adapted(setting, counts[-1])
+    prompts = random_prompts(options.rows, options.prompt_tokens, setting.shape.vocab, setting.device, options.seed)
+    parity = max(check_parity(model, prompts[:, :16], count, setting.dtype) for count in counts)
+    choices = {title_of(count): names_of(options.rows, count) if count else None for count in (0, *counts)}
+    turn_takers = [
+        Contender(name, lambda _, names=choices[name]: decode_step(model, prompts, names, options.new_tokens))
+        for name in setting.chosen(list(choices))
+    ]
+    timings = harness.interleave(turn_takers, options.turns, options.warmup, setting.device, setting.budget)
+    tokens, one = options.rows * options.new_tokens, timings.get(title_of(1))
+    rows = [
+        {
+            "name": name,
+            "failure": timing.failure,
+            "tokens_per_second": harness.spread([tokens / s for s in timing.seconds]) if timing.seconds else None,
+            "time_against_one": harness.ratios(timing, one) if one else None,
+            "seconds": timing.seconds,
+            "peak_bytes": timing.peak_bytes,
+        }
+        for name, timing in timings.items()
+    ]
+    setting.report("adapters", {"parity": parity, "rows": rows})
+    print(show(rows, setting, parity))
+
+
+if __name__ == "__main__":
+    harness.run(main)

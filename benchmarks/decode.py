@@ -1,0 +1,164 @@
+"""Decoding speed: greedy generation of a forced length, prefill included, by the same loop for everyone.
+
+    python -m benchmarks.decode --shape tiny --json benchmarks/results/cpu.json
+
+Before anything is timed, our logits and PEFT's must be equal, teacher-forced and token by token with a cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, shapes
+from benchmarks.harness import BenchmarkError, Contender, Setting
+from benchmarks.lengths import random_prompts
+
+BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""Largest difference of two sets of logits, as a share of their size."""
+CACHED_STEPS = 4
+"""Tokens that the cached half of the parity check goes through."""
+
+
+def models(setting: Setting) -> dict[str, Any]:
+    """The base and three ways to adapt it, on the same weights."""
+    base = shapes.build(setting.shape, setting.device, setting.dtype, setting.options.seed)
+    ours, adapter = shapes.with_ours(base, setting.shape)
+    return {
+        BASE: base,
+        OURS: ours,
+        PEFT: shapes.with_adaption_prompt(base, setting.shape, adapter),
+        LORA: shapes.with_lora(base, setting.options.lora_rank),
+    }
+
+
+def generate(model: Any, prompts: Tensor, new_tokens: int, static: bool = False) -> Tensor:
+    """Exactly `new_tokens` greedy tokens for every prompt."""
+    more = {"cache_implementation": "static"} if static else {}
+    return model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        **more,
+    )
+
+
+@torch.no_grad()
+def forced_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits of every position in one forward, and behind them those of the last positions one by one with a cache."""
+    whole = model(input_ids=ids).logits
+    split = ids.shape[1] - CACHED_STEPS
+    out = model(input_ids=ids[:, :split], use_cache=True)
+    steps = []
+    for position in range(split, ids.shape[1]):
+        out = model(
+            input_ids=ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True
+        )  # fmt: skip
+        steps.append(out.logits)
+    return torch.cat([whole, *steps], 1).float()
+
+
+def check_parity(found: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> float:
+    """How far our logits are from PEFT's, as a share of their size.
+
+    Raises:
+        BenchmarkError: further than `TOLERANCE`, or the adapter changes so little that this shows nothing.
+    """
+    ours, peft, base = (forced_logits(found[name], ids) for name in (OURS, PEFT, BASE))
+    difference, effect = float((ours - peft).norm() / peft.norm()), float((ours - base).norm() / base.norm())
+    if not difference <= TOLERANCE[dtype]:
+        raise BenchmarkError(
+            f"Our logits differ from PEFT's by {difference:.2g} of their size, where {TOLERANCE[dtype]:g} is allowed: "
+            "nothing was timed."
+        )
+    if not effect > 2 * difference:
+        raise BenchmarkError(f"The adapter changes logits by {effect:.2g} only, so equality would show nothing.")
+    return difference
+
+
+def contenders(setting: Setting, found: dict[str, Any], prompts: Tensor) -> list[Contender]:
+    """Who is timed at one batch size."""
+    count, chosen = setting.options.new_tokens, setting.chosen(list(found))
+    plain = [Contender(name, lambda _, m=found[name]: generate(m, prompts, count)) for name in chosen]
+    if not setting.options.static:
+        return plain
+    # transformers compiles the decoding step by itself when the cache is static and the device is a GPU.
+    static = [
+        Contender(f"{name}, static cache", lambda _, m=found[name]: generate(m, prompts, count, True), optional=True)
+        for name in chosen
+    ]
+    return plain + static
+
+
+def measure(setting: Setting, found: dict[str, Any], batch: int, budget: harness.Budget) -> list[dict[str, Any]]:
+    """The figures of every contender at one batch size."""
+    options = setting.options
+    prompts = random_prompts(batch, options.prompt_tokens, setting.shape.vocab, setting.device, options.seed)
+    timings = harness.interleave(
+        contenders(setting, found, prompts), options.turns, options.warmup, setting.device, budget
+    )
+    tokens = batch * options.new_tokens
+    return [
+        {
+            "name": name,
+            "batch": batch,
+            "failure": timing.failure,
+            "tokens_per_second": harness.spread([tokens / s for s in timing.seconds]) if timing.seconds else None,
+            "seconds": timing.seconds,
+            "peak_bytes": timing.peak_bytes,
+            "ours_faster_by": harness.ratios(timing, timings[OURS]) if OURS in timings else None,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def show(found: Sequence[dict[str, Any]], setting: Setting, parity: float) -> str:
+    """The table."""
+    options = setting.options
+    rows = [
+        [
+            str(row["batch"]), row["name"], row["failure"] or harness.with_range(row["tokens_per_second"]),
+            harness.with_range(row["ours_faster_by"], "{:.2f}"), str(len(row["seconds"])),
+            harness.gibibytes(row["peak_bytes"]),
+        ]
+        for row in found
+    ]  # fmt: skip
+    title = (
+        f"Decoding, {setting.line()}: {options.prompt_tokens} prompt tokens and {options.new_tokens} new ones, "
+        "median (quartiles)"
+    )
+    head = ["batch", "row", "tokens/s", "ours faster by", "turns", "peak GiB"]
+    return harness.table(title, head, rows) + f"\nOur logits and PEFT's agree to {parity:.1g}.\n"
+
+
+def parse(arguments: Sequence[str] | None) -> Any:
+    """The options."""
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="rows decoded together")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of every row")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of every row")
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--static", action="store_true", help="rows with a static cache as well, compiled on a GPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, time, report."""
+    setting = Setting.of(parse(arguments))
+    options = setting.options
+    found = models(setting)
+    ids = random_prompts(2, options.prompt_tokens, setting.shape.vocab, setting.device, options.seed + 1)
+    parity = check_parity(found, ids, setting.dtype)
+    rows: list[dict[str, Any]] = []
+    for done, batch in enumerate(options.batches):
+        rows += measure(setting, found, batch, setting.budget.share(len(options.batches) - done))
+    setting.report("decode", {"parity": parity, "rows": rows})
+    print(show(rows, setting, parity))
+
+
+if __name__ == "__main__":
+    harness.run(main)
