@@ -23,7 +23,7 @@ INSIDE = {
     "config": ["checks", "condition", "adapter", "train", "generate"],
     "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache", "perception"],
     "data": ["records", "formats", "scienceqa", "sources", "templates", "encode", "batches", "packing", "prepare"],
-    "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "__main__"],
+    "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "lmms", "__main__"],
     "cli": [
         "parser",
         "options",

@@ -424,6 +424,13 @@ def test_llava_conversations_lose_their_tags(pictures, tmp_path):
     assert example.media == (str(pictures / "0.png"),)
 
 
+def test_a_tag_inside_a_sentence_leaves_a_blank():
+    from llama_adapter.data import parse_record
+
+    record = {"instruction": "Compare <image> and <image> now.", "output": "Alike.", "images": ["a.png", "b.png"]}
+    assert parse_record(record).messages[0].content == "Compare and now."
+
+
 def test_coco_captions(pictures):
     from llama_adapter.data import load_examples
 

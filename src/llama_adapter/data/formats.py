@@ -106,7 +106,7 @@ def _without_tags(example: Example) -> Example:
     """LLaVA's data say where a picture stood; here it enters beside the text, through the prompts."""
     if not example.media:
         return example
-    messages = tuple(replace(m, content=_TAG.sub("", m.content).strip() or m.content) for m in example.messages)
+    messages = tuple(replace(m, content=_TAG.sub(" ", m.content).strip() or m.content) for m in example.messages)
     return replace(example, messages=messages)
 
 
