@@ -1,25 +1,30 @@
 """Conditions on a model: the arithmetic, files, training and answering with pictures."""
 
 import json
+import os
+import signal
 import wave
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import recipe, write_base
+from runs import recipe, tiny_tokenizer, write_base
 from tiny import HIDDEN, adapted, open_gates, tiny_model, tokens
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, WhisperConfig, WhisperModel
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, remove_adapter, save_adapter, use_adapter
 from llama_adapter.cli import main
 from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.conditions.towers import Tower
 from llama_adapter.config import ConditionConfig, GenerateConfig
-from llama_adapter.errors import AdapterError, ConfigError, DataError
+from llama_adapter.data.prepare import prepare
+from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupted
 from llama_adapter.evaluate.instructions import evaluate_instructions, read_tasks
 from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
 from llama_adapter.generate import Prompt, load_session, read_prompts
-from llama_adapter.train import train
+from llama_adapter.train import Run, train
+from llama_adapter.validate import check
 
 CONDITION = ConditionConfig("image", "nowhere", tower_width=6, depths=(0, -1))
 FAMILIES = ["llama", "qwen3", "olmo2", "phi3", "gpt_neox", "gpt2", "gemma2"]
@@ -220,13 +225,25 @@ def test_another_picture_changes_the_answer(trained, pictures):
     assert scores[-1].exact_match == 1.0
 
 
-def test_resume_equals_one_go(base, tower, pictures, tmp_path):
-    settings = {"condition": "image", "tower": str(tower), "max_steps": 4, "feature_cache": str(tmp_path / "cache")}
-    whole = recipe(base, pictures / "data.json", tmp_path / "whole", **settings)
-    train(whole)
-    assert list((tmp_path / "cache").rglob("*.safetensors"))
-    halves = recipe(base, pictures / "data.json", tmp_path / "halves", **settings)
-    train(halves)
+def test_a_stopped_run_resumes_to_the_same_bits_from_kept_features(base, tower, pictures, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    settings = {"condition": "image", "tower": str(tower), "max_steps": 4, "absent": "learnt"}
+    train(recipe(base, pictures / "data.json", tmp_path / "whole", **settings))
+    step = Run._step
+
+    def interrupted(run, *args):
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, *args)
+
+    kept = {**settings, "feature_cache": str(cache)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", interrupted)
+        with pytest.raises(Interrupted):
+            train(recipe(base, pictures / "data.json", tmp_path / "halves", **kept))
+    assert list(cache.rglob("*.safetensors"))
+    monkeypatch.setattr(Tower, "features", None)  # nothing is left to compute
+    train(recipe(base, pictures / "data.json", tmp_path / "halves", resume=True, **kept))
     for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
@@ -310,13 +327,23 @@ def test_pictures_for_an_adapter_that_has_never_seen_any(base, pictures, tmp_pat
 
 def test_a_condition_without_anything_to_look_at(base, tower, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 8), encoding="utf-8")
-    with pytest.raises(ConfigError, match="condition is image, and no record names a file"):
-        train(recipe(base, tmp_path / "data.json", tmp_path / "run", condition="image", tower=str(tower)))
+    config = recipe(base, tmp_path / "data.json", tmp_path / "run", condition="image", tower=str(tower))
+    for stops in (train, check):  # validate says what train would
+        with pytest.raises(ConfigError, match="condition is image, and no record names a file"):
+            stops(config)
+
+
+def test_a_picture_and_nobody_to_look_at_it(pictures, capsys):
+    for command in (["generate", "colour?"], ["chat"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--model", "bundled", "--image", str(pictures / "0.png")])
+        assert stop.value.code == 2
+        assert "--image needs an adapter that was trained with --condition" in capsys.readouterr().err
 
 
 def test_a_missing_picture_is_named(pictures, tmp_path):
     (tmp_path / "ask.json").write_text(json.dumps([{"instruction": "colour?", "image": "no.png"}]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"record 1: 'no.png' is neither there nor beside"):
+    with pytest.raises(DataError, match=r"record 1: 'no.png' is neither there nor in "):
         read_prompts(str(tmp_path / "ask.json"))
 
 
@@ -403,6 +430,25 @@ def test_scienceqa_from_folder_to_table(base, tower, scienceqa, tmp_path, capsys
     assert set(choose_letters(session, "run", questions).values()) <= {0, 1}
 
 
+def test_text_alone_needs_no_pictures(base, scienceqa, tmp_path, capsys):
+    """The paper's LLaMA-Adapter_T, from a folder without any picture."""
+    for name in ("problems.json", "pid_splits.json"):
+        (tmp_path / name).write_bytes((scienceqa / name).read_bytes())
+    train(recipe(base, f"scienceqa:{tmp_path}:train", tmp_path / "run", max_steps=1, val_size=0))
+    arguments = ["--data", str(tmp_path), "--adapter", str(tmp_path / "run"), "--by", "likelihood", "--json"]
+    main(["evaluate", "scienceqa", *arguments])
+    assert json.loads(capsys.readouterr().out)["count"] == 4
+
+
+def test_another_picture_is_another_data_set(base, pictures):
+    config, tokenizer = recipe(base, pictures / "data.json", "unused"), tiny_tokenizer()
+    records = json.loads((pictures / "data.json").read_text(encoding="utf-8"))
+    records[0]["image"], records[2]["image"] = records[2]["image"], records[0]["image"]
+    (pictures / "swapped.json").write_text(json.dumps(records), encoding="utf-8")
+    swapped = recipe(base, pictures / "swapped.json", "unused")
+    assert prepare(config, tokenizer).digest != prepare(swapped, tokenizer).digest
+
+
 def test_scienceqa_needs_somebody_who_answers(scienceqa, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "scienceqa", "--data", str(scienceqa)])
@@ -442,5 +488,10 @@ def test_coco_captions(pictures):
     assert example.media == (str(pictures / "0.png"),)
     captions["annotations"][0]["image_id"] = 8
     (pictures / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-    with pytest.raises(DataError, match="annotation 1 has no caption, or no entry of 'images'"):
+    captions["annotations"] += [5, {"image_id": 7, "caption": "Red."}]
+    (pictures / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    with pytest.raises(DataError, match="annotation 1: it has no caption, or its image_id is not among 'images'"):
         load_examples([f"coco:{pictures / 'captions.json'}"])
+    loaded = load_examples([f"coco:{pictures / 'captions.json'}"], skip_bad_records=True)
+    assert [example.messages[1].content for example in loaded.examples] == ["Red."]
+    assert len(loaded.skipped) == 2

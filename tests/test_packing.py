@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny import VOCAB, adapted, tiny_llama, tiny_model
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, response_tokens
@@ -95,6 +97,16 @@ def test_rows_hold_every_example_once_and_like_beginnings_together():
     assert [len(row.segments.bounds) for row in split] == [2, 1]
     shares = [row for process in range(2) for row in packed_rows([*first, *second], 8, process, 2)]
     assert sum(len(row.targets) for row in shares) == response_tokens([*first, *second])
+
+
+def test_attention_that_knows_no_segments_fails_instead_of_mixing_examples():
+    wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", getattr(wrapped, "wraps", wrapped))
+    try:
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            response_loss(tiny_model(), pack(examples()), CPU)
+    finally:
+        AttentionInterface.register("sdpa", wrapped)
 
 
 def test_what_cannot_be_packed_says_why():

@@ -23,7 +23,7 @@ from everyday import (
 )
 from prose import training_passages
 from scenes import options, scene_page
-from world import Fact, World, all_facts, render, upper_first
+from world import Fact, World, render, upper_first
 
 FORBIDDEN = (
     "### Instruction:",
@@ -307,8 +307,3 @@ def documents(world: World, seed: int) -> Iterator[str]:
             sort, text = "facts", fact_document(deck)
         written[sort] += len(text)
         yield text
-
-
-def fact_count(world: World) -> int:
-    """How many facts there are, for reports."""
-    return len(all_facts(world))

@@ -1,6 +1,6 @@
 """Muon for the matrices of a small model: momentum whose update is made orthogonal before it is applied.
 
-Facts that a corpus states rarely are learnt from about half the tokens that AdamW needs. PyTorch's own
+At equal tokens it learnt more facts of this corpus than AdamW (docs/decisions.md has the figures). PyTorch's own
 `torch.optim.Muon` orthogonalises one matrix at a time in bfloat16, which CPUs without bf16 units only emulate; here
 all matrices of one shape go through together, in float32.
 """

@@ -100,8 +100,8 @@ def intro(base: Result, found: Found) -> str:
     share = statistics.mean(map(facts, ours)) / base["recall"]["all"] if ours else 0.0
     return f"""# Evidence
 
-Does zero-init attention do what its paper says? Every figure here comes from `make evidence`, which trains some eighty
-adapters on the bundled base (a Llama of 3 million parameters, see [recipes/base](../recipes/base/README.md)) on two CPU
+Does zero-init attention do what its paper says? Every figure here comes from `make evidence`, which trains some seventy
+models on the bundled base (a Llama of 3 million parameters, see [recipes/base](../recipes/base/README.md)) on two CPU
 cores and writes this page; single results are in [evidence/trials.jsonl](evidence/trials.jsonl). Nothing here was
 measured on a 7B model.
 
@@ -142,7 +142,7 @@ def methods(base: Result, found: Found, folder: Path) -> str:
     head = [
         "method",
         "parameters",
-        "on disk",
+        "fp32 size",
         "rate",
         "held-out facts",
         "held-out wordings",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from methods import METHODS, Options, Prepared
 import llama_adapter
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.config import load_recipe
-from llama_adapter.data import Encoded, encode_all
+from llama_adapter.data import Encoded
 from llama_adapter.data.batches import global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.data.prepare import prepare
 from llama_adapter.evaluate.instructions import Task, evaluate_instructions, read_tasks
@@ -148,10 +147,7 @@ def base_figures() -> dict[str, Any]:
         by_family.setdefault(fact.family, []).append(hit)
     shares = {family: round(sum(found) / len(found), 4) for family, found in by_family.items()}
     session = Session(model, tokenizer, (), {None: "alpaca"})
-    uniform = encode_all([task.example for task in tasks("heldout_facts")], "alpaca", tokenizer, 1 << 20)
     return {
         "recall": shares | {"all": round(sum(hits) / len(hits), 4)},
-        "uniform_loss": round(math.log(len(tokenizer)), 4),
-        "heldout_tokens": response_tokens(uniform),
         **measure(session),
     }

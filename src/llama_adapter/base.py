@@ -16,8 +16,10 @@ from llama_adapter.config import BUNDLED, Precision
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.families import family_of
 
+Kind = Literal["base", "tower"]
 
-def resolve_model(name: str, kind: Literal["base", "tower"] = "base") -> str:
+
+def resolve_model(name: str, kind: Kind = "base") -> str:
     """What transformers is asked for: the package's own folder for 'bundled', else the name itself.
 
     Raises:
@@ -44,15 +46,26 @@ def load_config(name: str) -> PretrainedConfig:
         ModelError: there is no such base.
         UnsupportedModelError: its family cannot be adapted.
     """
-    try:
-        config = AutoConfig.from_pretrained(resolve_model(name))
-    except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
-        raise ModelError(
-            f"The base '{name}' cannot be read: {first_sentence(error)} "
-            "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
-        ) from None
+    config = read_config(name)
     family_of(config)
     return config
+
+
+def read_config(name: str, kind: Kind = "base") -> PretrainedConfig:
+    """The configuration of a base or a tower of any family.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name, kind))
+    except ModelError:
+        raise
+    except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
+        raise ModelError(
+            f"The {kind} '{name}' cannot be read: {first_sentence(error)} "
+            "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
+        ) from None
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -92,7 +105,7 @@ def load_base(
             raise ModelError(f"--load-in-4bit needs a CUDA device, and this is {device.type}: leave the flag out.")
         options["quantization_config"] = _four_bit(dtype)
     try:
-        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else _quiet():
+        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
             model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -123,13 +136,19 @@ def _four_bit(dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar: for a base that is read in milliseconds, or when nobody watches, it is noise."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def quiet(reports: bool = True) -> Iterator[None]:
+    """No progress bar: for weights that are read in milliseconds, or when nobody watches, it is noise.
+
+    Without `reports` transformers says nothing of missing and left-out weights either: the caller checks them.
+    """
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    if not reports:
+        transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -14,7 +14,16 @@ from llama_adapter.adapter import check_name, get_adapter, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.config import GenerateConfig, Precision, WrittenAs
-from llama_adapter.data import Example, Media, Message, encode, encode_prompt, find_media, parse_record, read_records
+from llama_adapter.data import (
+    Example,
+    Media,
+    Message,
+    encode,
+    encode_prompt,
+    parse_record,
+    read_records,
+    with_found_media,
+)
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.families import max_positions, shape_of
 from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
@@ -227,11 +236,10 @@ def read_prompts(source: str) -> list[Prompt]:
 
 def _prompt_of(record: object, source: str, number: int) -> Prompt:
     try:
-        example = parse_record(_with_placeholder_answer(record))
-        media = tuple(name if isinstance(name, bytes) else find_media(name, source) for name in example.media)
+        example = with_found_media(parse_record(_with_placeholder_answer(record)), source)
     except DataError as error:
         raise DataError(f"{source}, record {number}: {error}.") from None
-    return Prompt(example.messages[:-1], example.input, media)
+    return Prompt(example.messages[:-1], example.input, example.media)
 
 
 def _with_placeholder_answer(record: object) -> object:

@@ -26,8 +26,9 @@ def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
     logits = model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
-        # A mask of four dimensions is taken as it is; this one is not read, and saves building one of T x T.
-        attention_mask=row.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        # A mask of four dimensions is taken as it is, which saves building one of T x T. Ours is not read; being
+        # empty, it fits no attention that would read it: one that knows no segments fails instead of mixing examples.
+        attention_mask=row.input_ids.new_ones(1, 1, 0, 0, dtype=torch.bool),
         logits_to_keep=row.predicting,
         use_cache=False,
         **{SEGMENTS: row.segments},
@@ -47,9 +48,24 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
 
 
 def response_losses(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Summed cross-entropy of each row's response tokens, [B] fp32.
+    """Summed cross-entropy of each row's response tokens, [B] fp32."""
+    logits, targets = response_logits(model, batch, device)
+    return row_losses(logits, targets)
 
-    The output head runs only on positions that predict a response token of some row.
+
+def row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of each row, [B], from what `response_logits` gives."""
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(targets).sum(-1)
+
+
+def response_logits(
+    model: PreTrainedModel, batch: MicroBatch, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, R, vocabulary], fp32, and the labels [B, R] that they predict.
+
+    The output head runs only on the R positions that predict a response token of some row; the labels of other rows
+    are `IGNORE` there.
     """
     targets = batch.labels[:, 1:]
     columns = (targets != IGNORE).any(0).nonzero()[:, 0]
@@ -57,5 +73,4 @@ def response_losses(model: PreTrainedModel, batch: MicroBatch, device: torch.dev
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=columns, use_cache=False
     ).logits
-    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(targets).sum(-1)
+    return logits.float(), targets

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -77,9 +77,8 @@ def train(config: TrainConfig) -> TrainResult:
     for sentence in data.skipped[:5]:
         log.warning("skipped: %s", sentence)
 
-    condition = condition_of(config)
-    perception = None if condition is None else Perception(condition, accelerator.device, config.feature_cache)
-    look(perception, data, accelerator)
+    condition = condition_of(config, data)
+    perception = None if condition is None else look(condition, config, data, accelerator)
 
     model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
     if config.gradient_checkpointing:
@@ -110,14 +109,23 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def condition_of(config: TrainConfig) -> ConditionConfig | None:
+def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
     """The condition that a recipe asks for; only the tower's configuration is read.
 
     Raises:
+        ConfigError: there is a condition and nothing in the data to perceive.
         LlamaAdapterError: see `llama_adapter.conditions.perception.describe`.
     """
+    files = data.media()
     if config.condition is None:
+        if files:
+            log.warning("%d files in the data are not looked at: pass --condition image", len(files))
         return None
+    if not files:
+        raise ConfigError(
+            f"condition is {config.condition}, and no record names a file: give data with 'image' keys, or leave "
+            "--condition out."
+        )
     return describe(
         config.condition,
         config.tower,
@@ -131,25 +139,18 @@ def condition_of(config: TrainConfig) -> ConditionConfig | None:
     )
 
 
-def look(perception: Perception | None, data: Prepared, accelerator: Accelerator) -> None:
-    """Compute the features of every file that the data name, or say that nobody looks at them.
+def look(condition: ConditionConfig, config: TrainConfig, data: Prepared, accelerator: Accelerator) -> Perception:
+    """Load the tower and compute the features of every file that the data name.
 
     Raises:
-        ConfigError: there is a condition and nothing to perceive.
+        ModelError: the tower is damaged.
         DataError: a file is damaged or of another kind.
     """
-    files = [file for example in (*data.train, *data.val) for file in example.media]
-    if perception is None:
-        if files:
-            log.warning("%d files in the data are not looked at: pass --condition image", len(set(files)))
-        return
-    if not files:
-        raise ConfigError(
-            f"condition is {perception.config.kind}, and no record names a file: give data with 'image' keys, or "
-            "leave --condition out."
-        )
-    with accelerator.main_process_first():  # with a feature cache the others find everything there
-        perception.prepare(files)
+    perception = Perception(condition, accelerator.device, config.feature_cache)
+    # With a feature cache the first process fills it for all; without, each of them needs features of its own.
+    with accelerator.main_process_first() if config.feature_cache else nullcontext():
+        perception.prepare(data.media())
+    return perception
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

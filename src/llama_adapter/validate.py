@@ -24,7 +24,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
     layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
-    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition_of(config))
+    condition = condition_of(config, data)
+    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition)
     parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
     return {
         "model": config.model,

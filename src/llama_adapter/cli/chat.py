@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
 from llama_adapter.config import GenerateConfig, unknown_name
-from llama_adapter.errors import AdapterError, DataError
+from llama_adapter.errors import AdapterError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from llama_adapter.generate import Session
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read, answer, repeat."""
     config = options.decoding_from(args)
-    images = options.existing(args.image)
+    images = options.existing(args.image, args.adapter)
     conversation = Conversation(options.open_session(args), config, args.system, images)
     _note(f"adapter: {conversation.adapter or 'none'}; /help lists the commands")
     while True:
@@ -90,8 +90,8 @@ class Conversation:
 
     def _show(self, file: str) -> str:
         try:
-            self.images = options.existing([file] if file else [])
-        except DataError as error:
+            self.images = options.existing([file] if file else [], self.session.adapters)
+        except (ConfigError, DataError) as error:
             return str(error)
         return f"Looking at {file}." if file else "Looking at nothing."
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         predictions = read_predictions(args.predictions, questions)
         rule = args.rule or "official"
     else:
-        questions = read_scienceqa(args.data, args.split, images=not args.blind, limit=args.limit)
+        questions = read_scienceqa(args.data, args.split, images=_looks(args), limit=args.limit)
         predictions = _answers(args, questions)
         rule = args.rule or ("mm-cot" if args.style == PAPER else "official")
     recorded = predictions.recorded is not None and rule == "official"
@@ -104,6 +104,14 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"split": args.split, **asdict(result)}))
     else:
         _print(result, as_table(result, tuple(PAPER_ROWS) if args.all_rows else SHOWN_ROWS))
+
+
+def _looks(args: argparse.Namespace) -> bool:
+    """Whether pictures are needed: a bare base, and an adapter trained on text alone, see none."""
+    from llama_adapter.storage import read_config
+
+    folders = options.name_adapters(args.adapter).values()
+    return not args.blind and any(read_config(folder).condition is not None for folder in folders)
 
 
 def _answers(args: argparse.Namespace, questions: Sequence["Question"]) -> "Predictions":

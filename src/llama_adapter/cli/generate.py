@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    prompts = _prompts(args.prompt, args.input, args.file, options.existing(args.image))
+    prompts = _prompts(args.prompt, args.input, args.file, options.existing(args.image, args.adapter))
     session = options.open_session(args)
     name = session.adapters[0] if session.adapters else None
     if args.file is None and not args.as_json:

@@ -59,12 +59,15 @@ def open_session(args: argparse.Namespace) -> "Session":
     )
 
 
-def existing(files: Sequence[str]) -> tuple[str, ...]:
-    """The files of --image, checked to be there before a model is loaded.
+def existing(files: Sequence[str], adapters: Sequence[str]) -> tuple[str, ...]:
+    """The files of --image, checked to be there, and somebody to look at them, before a model is loaded.
 
     Raises:
-        DataError: one of them is not.
+        ConfigError: no adapter is given.
+        DataError: a file does not exist.
     """
+    if files and not adapters:
+        raise ConfigError("--image needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     for file in files:
         if not os.path.exists(file):
             raise DataError(f"--image {file} does not exist: check the path.")

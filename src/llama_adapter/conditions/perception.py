@@ -78,7 +78,7 @@ class Perception:
         Raises:
             DataError: as `features`.
         """
-        self.cache.fill(list(dict.fromkeys(files)), self._encode)
+        self.cache.fill(files, self._encode)
 
     def condition(self, module: Condition, rows: Sequence[Sequence[str | bytes]]) -> Tensor:
         """The condition of each row, given the files of each: [B, hidden] or [B, K, hidden].

@@ -3,18 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from llama_adapter.base import first_sentence, resolve_model
+from llama_adapter.base import first_sentence, quiet, read_config, resolve_model
 from llama_adapter.conditions.inputs import PictureSteps, Piece, Steps
 from llama_adapter.conditions.tower_families import (
     TowerFamily,
@@ -134,14 +132,7 @@ def load_tower_config(name: str) -> PretrainedConfig:
         ModelError: there is no such tower.
         UnsupportedModelError: its family cannot be one.
     """
-    folder = resolve_model(name, "tower")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
-        raise ModelError(
-            f"The tower '{name}' cannot be read: {first_sentence(error)} "
-            "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
-        ) from None
+    config = read_config(name, "tower")
     tower_family(config)
     return config
 
@@ -164,7 +155,7 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
     options = {"config": encoder_config(config), "dtype": dtype, "device_map": {"": device}}
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with _quiet():
+        with quiet(reports=False):
             model, info = model_class(config).from_pretrained(
                 resolve_model(name, "tower"), **options, **checked, **(family.load_options or {})
             )
@@ -216,17 +207,3 @@ def _steps(name: str, config: PretrainedConfig, settings: Mapping[str, Any]) -> 
             f"{encoder.image_size} x {encoder.image_size}: restore the two files."
         )
     return steps
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar, and no report on the text model's weights, which are left out on purpose."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -1,9 +1,9 @@
 """Data: records -> examples -> text -> tokens and labels, one module a step."""
 
 from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
-from llama_adapter.data.formats import Example, Media, Message, parse_record
+from llama_adapter.data.formats import Example, Media, Message, parse_record, without_tags
 from llama_adapter.data.records import read_records
-from llama_adapter.data.sources import Loaded, find_media, load_examples, question_example
+from llama_adapter.data.sources import Loaded, load_examples, question_example, with_found_media
 from llama_adapter.data.templates import TEMPLATES, Rendered, check_template, render, render_prompt
 
 __all__ = [
@@ -19,11 +19,12 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_prompt",
-    "find_media",
     "load_examples",
     "parse_record",
     "question_example",
     "read_records",
     "render",
     "render_prompt",
+    "with_found_media",
+    "without_tags",
 ]

@@ -83,7 +83,11 @@ def parse_record(record: object) -> Example:
         raise DataError(f"a record must be an object, not {_type_name(record)}")
     for keys, parse in FORMATS:
         if all(key in record for key in keys):
-            return _without_tags(replace(parse(record), media=_media(record)))
+            example, media = parse(record), _media(record)
+            if not media:
+                return example
+            plain = (replace(m, content=without_tags(m.content) or m.content) for m in example.messages)
+            return replace(example, messages=tuple(plain), media=media)
     accepted = "; ".join(" + ".join(keys) for keys, _ in FORMATS)
     found = ", ".join(str(key) for key in record) or "none"
     raise DataError(f"its keys ({found}) fit no known format; the formats are: {accepted}")
@@ -102,12 +106,9 @@ def _media(record: dict[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _without_tags(example: Example) -> Example:
-    """LLaVA's data say where a picture stood; here it enters beside the text, through the prompts."""
-    if not example.media:
-        return example
-    messages = tuple(replace(m, content=_TAG.sub(" ", m.content).strip() or m.content) for m in example.messages)
-    return replace(example, messages=messages)
+def without_tags(text: str) -> str:
+    """The text without the tags that say where a picture stands: it enters beside the text, through the prompts."""
+    return _TAG.sub(lambda tag: "\n" if "\n" in tag[0] else " ", text).strip() if _TAG.search(text) else text
 
 
 def _parse_messages(record: dict[str, Any]) -> Example:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from llama_adapter.config import TrainConfig
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_all
-from llama_adapter.data.sources import load_examples
+from llama_adapter.data.formats import Media
+from llama_adapter.data.sources import Loaded, load_examples
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Prepared:
         val: encoded validation examples; may be empty.
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
-        digest: SHA-256 of all token ids and labels; a resumed run must have the same.
+        digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same.
     """
 
     train: list[Encoded]
@@ -33,6 +34,10 @@ class Prepared:
     raw: bool
     skipped: list[str]
     digest: str
+
+    def media(self) -> list[Media]:
+        """Every file that an example names, once."""
+        return list(dict.fromkeys(media for example in (*self.train, *self.val) for media in example.media))
 
     def report(self) -> dict[str, int | float]:
         """Counts worth seeing before a run: examples, truncations, tokens."""
@@ -60,11 +65,11 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
-    loaded = load_examples(config.data, config.skip_bad_records, config.scienceqa_style)
+    loaded = _load(config, config.data)
     train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
     skipped = list(loaded.skipped)
     if config.val_data:
-        held_out = load_examples(config.val_data, config.skip_bad_records, config.scienceqa_style)
+        held_out = _load(config, config.val_data)
         val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
         skipped += held_out.skipped
     else:
@@ -77,6 +82,11 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
         )
     raw = all(example.raw for example in loaded.examples)
     return Prepared(train, val, raw, skipped, _digest((*train, *val)))
+
+
+def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
+    looking = config.condition is not None
+    return load_examples(sources, config.skip_bad_records, config.scienceqa_style, pictures=looking)
 
 
 def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
@@ -100,4 +110,6 @@ def _digest(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+        for media in example.media:
+            digest.update(media if isinstance(media, bytes) else media.encode())
     return digest.hexdigest()

@@ -65,6 +65,13 @@ class Question:
     lecture: str | None = None
     solution: str | None = None
 
+    @property
+    def media(self) -> tuple[str | bytes, ...]:
+        """The picture, as an `Example` has it; empty where there is none."""
+        if self.image is None:
+            return ()
+        return (self.image if isinstance(self.image, bytes) else str(self.image),)
+
     def __post_init__(self) -> None:
         count = len(self.choices)
         if not 2 <= count <= len(LETTERS):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_adapter.data.formats import Example, Message, parse_record
+from llama_adapter.data.formats import Example, Media, Message, parse_record
 from llama_adapter.data.records import read_records
 from llama_adapter.data.scienceqa import PAPER, Question, load_json, read_scienceqa, render_question
 from llama_adapter.errors import DataError
@@ -27,13 +27,16 @@ class Loaded:
     skipped: list[str]
 
 
-def load_examples(sources: Sequence[str], skip_bad_records: bool = False, style: str = PAPER) -> Loaded:
+def load_examples(
+    sources: Sequence[str], skip_bad_records: bool = False, style: str = PAPER, pictures: bool = True
+) -> Loaded:
     """Read all `sources`, in their order, and parse every record.
 
     Args:
         sources: see the head of this module.
         skip_bad_records: leave unusable records out instead of stopping at the first.
         style: how ScienceQA's questions are written, see `data/scienceqa.py`.
+        pictures: whether ScienceQA's must be there; training on text alone does without.
 
     Raises:
         DataError: a source cannot be read; a record is bad and `skip_bad_records` is false; nothing is left.
@@ -41,7 +44,7 @@ def load_examples(sources: Sequence[str], skip_bad_records: bool = False, style:
     examples: list[Example] = []
     skipped: list[str] = []
     for source in sources:
-        for origin, record in _entries(source):
+        for origin, record in _entries(source, pictures):
             try:
                 examples.append(replace(_example(record, source, style), origin=origin))
             except DataError as error:
@@ -54,17 +57,22 @@ def load_examples(sources: Sequence[str], skip_bad_records: bool = False, style:
     return Loaded(examples, skipped)
 
 
-def find_media(name: str, source: str) -> str:
-    """The path of a file that a record of `source` names: as it is, else beside the data file.
+def with_found_media(example: Example, source: str) -> Example:
+    """The example with the paths of its files: as a record of `source` names them, else beside `source`.
 
     Raises:
-        DataError: it is in neither place.
+        DataError: a file is in neither place.
     """
-    beside = Path(source).expanduser().parent / name
-    for path in (Path(name).expanduser(), beside):
+    return replace(example, media=tuple(_found(media, Path(source).expanduser().parent) for media in example.media))
+
+
+def _found(media: Media, folder: Path) -> Media:
+    if isinstance(media, bytes):
+        return media
+    for path in (Path(media).expanduser(), folder / media):
         if path.exists():
             return str(path)
-    raise DataError(f"'{name}' is neither there nor beside {source}")
+    raise DataError(f"'{media}' is neither there nor in {folder}")
 
 
 def question_example(question: Question, style: str = PAPER) -> Example:
@@ -74,19 +82,23 @@ def question_example(question: Question, style: str = PAPER) -> Example:
         DataError: its answer is not known.
     """
     prompt, target = render_question(question, style)
-    media = (
-        ()
-        if question.image is None
-        else (question.image if isinstance(question.image, bytes) else str(question.image),)
-    )
-    return Example((Message("user", prompt), Message("assistant", target)), media=media)
+    return Example((Message("user", prompt), Message("assistant", target)), media=question.media)
 
 
-def _entries(source: str) -> Iterator[tuple[str, object]]:
+@dataclass(frozen=True)
+class _Caption:
+    """One annotation of a COCO file: its text, the name of its picture, and the file."""
+
+    text: object
+    picture: object
+    file: Path
+
+
+def _entries(source: str, pictures: bool) -> Iterator[tuple[str, object]]:
     """What a source holds, each with a name for error messages."""
     if source.startswith(SCIENCEQA):
         folder, split = _folder_and_split(source.removeprefix(SCIENCEQA))
-        for question in read_scienceqa(folder, split):
+        for question in read_scienceqa(folder, split, images=pictures):
             yield f"{folder}, {split}, question {question.pid}", question
     elif source.startswith(COCO):
         yield from _captions(Path(source.removeprefix(COCO)).expanduser())
@@ -98,11 +110,20 @@ def _entries(source: str) -> Iterator[tuple[str, object]]:
 def _example(record: object, source: str, style: str) -> Example:
     if isinstance(record, Question):
         return question_example(record, style)
-    if isinstance(record, Example):
-        return record
-    example = parse_record(record)
-    media = tuple(name if isinstance(name, bytes) else find_media(name, source) for name in example.media)
-    return replace(example, media=media)
+    if isinstance(record, _Caption):
+        return _caption_example(record)
+    return with_found_media(parse_record(record), source)
+
+
+def _caption_example(caption: _Caption) -> Example:
+    if not isinstance(caption.text, str) or not caption.text.strip() or not isinstance(caption.picture, str):
+        raise DataError("it has no caption, or its image_id is not among 'images'")
+    folder = caption.file.parent
+    for path in (folder / caption.picture, folder / "images" / caption.picture):
+        if path.exists():
+            messages = (Message("user", CAPTION), Message("assistant", caption.text.strip()))
+            return Example(messages, media=(str(path),))
+    raise DataError(f"'{caption.picture}' lies neither beside the file nor in {folder / 'images'}")
 
 
 def _folder_and_split(text: str) -> tuple[str, str]:
@@ -111,19 +132,13 @@ def _folder_and_split(text: str) -> tuple[str, str]:
     return (folder, split) if colon and split and not Path(text).expanduser().exists() else (text, "train")
 
 
-def _captions(file: Path) -> Iterator[tuple[str, Example]]:
-    """The captions of a COCO annotation file, each with its picture."""
+def _captions(file: Path) -> Iterator[tuple[str, _Caption]]:
+    """The annotations of a COCO file."""
     data = load_json(file)
-    if not isinstance(data, dict) or not isinstance(data.get("images"), list) or "annotations" not in data:
-        raise DataError(f"{file} holds no COCO captions: it must have 'images' and 'annotations'.")
-    names = {image.get("id"): image.get("file_name") for image in data["images"] if isinstance(image, dict)}
-    for number, annotation in enumerate(data["annotations"], start=1):
-        origin = f"{file}, annotation {number}"
-        caption, name = annotation.get("caption"), names.get(annotation.get("image_id"))
-        if not isinstance(caption, str) or not caption.strip() or not isinstance(name, str):
-            raise DataError(f"{origin} has no caption, or no entry of 'images' for its image_id: repair the file.")
-        picture = next((p for p in (file.parent / name, file.parent / "images" / name) if p.exists()), None)
-        if picture is None:
-            raise DataError(f"{origin}: '{name}' lies neither beside {file} nor in {file.parent / 'images'}.")
-        messages = (Message("user", CAPTION), Message("assistant", caption.strip()))
-        yield origin, Example(messages, media=(str(picture),))
+    lists = [data.get(key) for key in ("images", "annotations")] if isinstance(data, dict) else [None]
+    if not all(isinstance(found, list) for found in lists):
+        raise DataError(f"{file} holds no COCO captions: it must have lists 'images' and 'annotations'.")
+    images, annotations = ([entry if isinstance(entry, dict) else {} for entry in found or ()] for found in lists)
+    names = {image.get("id"): image.get("file_name") for image in images}
+    for number, entry in enumerate(annotations, start=1):
+        yield f"{file}, annotation {number}", _Caption(entry.get("caption"), names.get(entry.get("image_id")), file)

@@ -1,13 +1,13 @@
 """Exact match and response loss on an instruction set, per task family, for the bare base and adapters side by side."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llama_adapter.config import GenerateConfig
-from llama_adapter.data import Example, encode_all, find_media, parse_record, read_records
+from llama_adapter.data import Example, encode_all, parse_record, read_records, with_found_media
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.errors import DataError
 from llama_adapter.generate import Prompt, Session
@@ -61,12 +61,11 @@ def read_tasks(source: str) -> list[Task]:
     tasks = []
     for number, record in read_records(source):
         try:
-            example = parse_record(record)
-            media = tuple(m if isinstance(m, bytes) else find_media(m, source) for m in example.media)
+            example = with_found_media(parse_record(record), source)
         except DataError as error:
             raise DataError(f"{source}, record {number}: {error}.") from None
         family = record.get("family") if isinstance(record, dict) else None
-        tasks.append(Task(replace(example, media=media), str(family) if family else ALL))
+        tasks.append(Task(example, str(family) if family else ALL))
     return tasks
 
 

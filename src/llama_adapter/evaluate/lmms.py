@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from llama_adapter.config import GenerateConfig
-from llama_adapter.data import IGNORE, Encoded, Example, Media, Message, encode_all
+from llama_adapter.data import IGNORE, Encoded, Example, Media, Message, encode_all, without_tags
 from llama_adapter.data.batches import MicroBatch, collate
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.families import max_positions
 from llama_adapter.generate import Prompt, Session, default_device, load_session
+from llama_adapter.loss import response_logits, row_losses
 
 try:
     from lmms_eval.api.model import lmms
@@ -34,7 +34,6 @@ except ImportError:
 
 ANSWER_TOKENS = 256
 """Longest answer where neither the caller nor the task says."""
-_TAG = re.compile(r"\s*<image>\s*")
 _LETTER = re.compile(r"The answer is (?:\(([A-Z])\)|([A-Z])(?=\.|$))")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
@@ -171,16 +170,9 @@ class LlamaAdapterLmms(lmms):
     @torch.no_grad()
     def _losses(self, batch: MicroBatch) -> tuple[list[float], list[bool]]:
         """-log p of each row's labels, and whether each of them is the likeliest token at its place."""
-        model = self.session.model
-        columns = (batch.labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0].to(model.device)
-        batch = batch.to(model.device)
-        targets = batch.labels[:, 1:][:, columns]
-        logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=columns, use_cache=False
-        ).logits.float()
-        losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(-1)
+        logits, targets = response_logits(self.session.model, batch, self.session.model.device)
         greedy = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
-        return losses.tolist(), greedy.tolist()
+        return row_losses(logits, targets).tolist(), greedy.tolist()
 
 
 def decoding(settings: Mapping[str, Any], max_new_tokens: int | None = None) -> GenerateConfig:
@@ -210,11 +202,6 @@ def bare_letter(text: str) -> str:
     """The letter, where the text says once "The answer is (A)" or "The answer is A."; else the text as it is."""
     found = _LETTER.findall(text)
     return found[0][0] or found[0][1] if len(found) == 1 else text
-
-
-def without_tags(context: str) -> str:
-    """The text without the tags that say where a picture stands: it enters beside the text, through the prompts."""
-    return _TAG.sub(lambda tag: "\n" if "\n" in tag[0] else " ", context).strip() if "<image>" in context else context
 
 
 def as_media(visual: object) -> Media:

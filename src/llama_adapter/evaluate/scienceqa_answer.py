@@ -77,6 +77,4 @@ def choose_letters(
 
 def _seen(session: Session, adapter: str | None, question: Question) -> tuple[str | bytes, ...]:
     """The picture, where the question has one and the adapter can look at it."""
-    if question.image is None or adapter not in session.perceptions:
-        return ()
-    return (question.image if isinstance(question.image, bytes) else str(question.image),)
+    return question.media if adapter in session.perceptions else ()
