@@ -487,10 +487,10 @@ class SwitchingKey:
 
 @torch.no_grad()
 def test_the_prompt_cache_never_hands_out_what_another_thread_stored_meanwhile():
-    cache, like = PromptCache(), torch.zeros(1)
-    assert cache.get(SwitchingKey(), [], like, lambda: "mine") == "mine"
-    switching = SwitchingKey(lambda: cache.get("theirs", [], like, lambda: "theirs"))
-    assert cache.get(switching, [], like, lambda: "mine") == "mine"
+    cache = PromptCache()
+    assert cache.keep(SwitchingKey(), "mine", []) == "mine"
+    assert cache.find(SwitchingKey(lambda: cache.keep("theirs", "theirs", []))) == "mine"
+    assert cache.find("theirs") == "theirs"
 
 
 def test_gradients_reach_the_chosen_adapter_alone(pair):

@@ -56,8 +56,8 @@ def test_adapter_matches_the_formula_on_the_module_s_own_query(family):
             super().__init__()
             self.slot = slot
 
-        def forward(self, attention, query, choice, scaling, softcap):
-            out = self.slot(attention, query, choice, scaling, softcap)
+        def read(self, attention, query, choice, scaling, softcap):
+            out = self.slot.read(attention, query, choice, scaling, softcap)
             captured.update(query=query, out=out, scaling=scaling, softcap=softcap)
             return out
 

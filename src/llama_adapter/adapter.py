@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_adapter.attention import CHOICE, SLOT, AdapterSlot, ZeroInitAdapter, module_key
+from llama_adapter.attention import CHOICE, SLOT, AdapterSlot, Choice, Prompts, ZeroInitAdapter, module_key
 from llama_adapter.conditions.modules import Condition, build_condition
 from llama_adapter.config import AdapterConfig, unknown_name
 from llama_adapter.errors import AdapterError, ConfigError
@@ -81,6 +81,7 @@ class _Adapters:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
+        self.standing = Use(None)
         self.attention = attention_modules(model)
         if any(hasattr(module, SLOT) for module in self.attention):
             raise AdapterError(
@@ -90,8 +91,9 @@ class _Adapters:
         family = family_of(model.config)
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        for module in self.attention:
-            module.add_module(SLOT, AdapterSlot(family.project, family.modules))
+        self.slots = [AdapterSlot(family.project, family.modules) for _ in self.attention]
+        for module, slot in zip(self.attention, self.slots, strict=True):
+            module.add_module(SLOT, slot)
         model.base_model.add_module(CONDITIONS, nn.ModuleDict())
         self.hook = model.base_model.register_forward_pre_hook(self.attach_choice, with_kwargs=True)
 
@@ -114,9 +116,27 @@ class _Adapters:
         route_attention(self.attention[0].config)
         if CHOICE in kwargs:
             return None
-        use = _override.get({}).get(id(self)) or Use(self.active)
-        choice = use.choice(batch_of(args, kwargs))
-        return None if choice is None else (args, {**kwargs, CHOICE: choice})
+        use = _override.get({}).get(id(self))
+        if use is None:
+            if self.standing.names != self.active:
+                self.standing = Use(self.active)
+            use = self.standing
+        batch = batch_of(args, kwargs)
+        choice = use.choice(batch)
+        if choice is None:
+            return None
+        if not torch.is_grad_enabled():
+            choice = replace(choice, prepared=self.prepared(choice, len(batch)))
+        return args, {**kwargs, CHOICE: choice}
+
+    def prepared(self, choice: Choice, batch: int) -> dict[int, Prompts]:
+        """What each adapted layer reads, by its index."""
+        dtype, found = self.model.dtype, {}
+        for module, slot in zip(self.attention, self.slots, strict=True):
+            prompts = slot.prepare(module, choice, batch, dtype)
+            if prompts is not None:
+                found[module.layer_idx] = prompts
+        return found
 
     def add(self, name: str, config: AdapterConfig) -> Adapter:
         """Give the top layers new parameters, and the decoder the condition that `config` asks for."""

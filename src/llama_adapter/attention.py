@@ -14,15 +14,16 @@ as a picture (section 3.3), is one vector per example that is added to P in ever
 Shape letters: B rows, T tokens, H query heads, K = adapter_len, D = head_dim, A distinct adapters in a batch.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from llama_adapter.packed_attention import SEGMENTS, Segments, attend
-from llama_adapter.prompt_cache import PromptCache
+from llama_adapter.prompt_cache import Place, PromptCache
 
 SLOT = "zero_init"
 """Name under which an attention module holds its `AdapterSlot`."""
@@ -35,17 +36,19 @@ Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(attention module, prompt [K, hidden]) -> keys and values [kv heads, K, D]; `families.py` has one per layout."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """Which adapter serves which row of a batch, and under which condition.
+    """Which adapter serves which row of a batch, and under which condition; equal to itself alone.
 
     `names` are the distinct adapters (None: the bare base) and `rows` [B] indexes into them; `rows` is None when one
-    adapter serves every row. `condition` [B, 1, hidden] or [B, K, hidden] is added to each row's prompts.
+    adapter serves every row. `condition` [B, 1, hidden] or [B, K, hidden] is added to each row's prompts. `prepared`
+    has what `AdapterSlot.prepare` gave for layers by their index, where nothing is to be learnt.
     """
 
     names: tuple[str | None, ...]
     rows: Tensor | None = None
     condition: Tensor | None = None
+    prepared: Mapping[int, "Prompts"] = field(default_factory=dict)
 
 
 class ZeroInitAdapter(nn.Module):
@@ -71,6 +74,14 @@ class ZeroInitAdapter(nn.Module):
         return self
 
 
+class Prompts(NamedTuple):
+    """What the second softmax reads: keys and gated values [B, H, K, D], and None or a bias [B, 1, 1, K] on scores."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
 class AdapterSlot(nn.Module):
     """The adapters of one attention module, and the second softmax that reads them."""
 
@@ -78,13 +89,14 @@ class AdapterSlot(nn.Module):
         super().__init__()
         self._projection = projection
         self._projection_modules = projection_modules
-        self._cache: PromptCache[tuple[Tensor, Tensor, Tensor | None]] = PromptCache()
+        self._bank: PromptCache[Prompts] = PromptCache()
+        self._kept: PromptCache[Prompts] = PromptCache()
 
     def get(self, name: str | None) -> ZeroInitAdapter | None:
         """The adapter called `name`, or None where this layer has none of that name."""
         return None if name is None else self._modules.get(module_key(name))  # type: ignore[return-value]
 
-    def forward(
+    def read(
         self, attention: nn.Module, query: Tensor, choice: Choice, scaling: float, softcap: float | None
     ) -> Tensor | None:
         """act(g) * softmax(s q (Wk P)') (Wv P) for `query` [B, H, T, D].
@@ -92,75 +104,97 @@ class AdapterSlot(nn.Module):
         Returns:
             [B, T, H, D] in the query's dtype, or None when none of the chosen adapters has this layer.
         """
-        adapters = [self.get(name) for name in choice.names]
-        if not any(adapters):
-            return None
-        key, value, bias = self._cache.get(
-            choice.names,
-            self._sources(attention, adapters, choice),
-            query,
-            lambda: self._project(attention, adapters, choice, query),
-        )
-        if choice.rows is not None and choice.condition is None:
-            key, value, bias = of_rows(choice.rows, key, value, bias)
-        scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, K]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + bias
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        return (weights.to(value.dtype) @ value).transpose(1, 2)
+        prompts = choice.prepared.get(attention.layer_idx)  # type: ignore[call-overload]
+        if prompts is None or prompts.key.dtype != query.dtype:  # learning, or under autocast
+            if not any(self.get(name) for name in choice.names):
+                return None
+            prompts = self._prompts(attention, choice, query.shape[0], query.dtype)
+        return second_softmax(query, prompts, scaling, softcap).transpose(1, 2)
 
-    def _project(
-        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], choice: Choice, query: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
+        """What a batch of so many rows reads, computed once for as long as nothing changes; for use without gradients.
+
+        Returns:
+            None when none of the chosen adapters has this layer.
+        """
+        wanted = (choice, batch, dtype)
+        prompts = self._kept.find(wanted)
+        if prompts is None and any(self.get(name) for name in choice.names):
+            tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
+            prompts = self._prompts(attention, choice, batch, dtype)
+            self._kept.keep(wanted, prompts, self._places(attention, choice), tensors)
+        return prompts
+
+    def _prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts:
+        if choice.condition is not None:
+            return self._project(attention, choice, dtype)
+        wanted = (choice.names, dtype)
+        bank = self._bank.find(wanted)  # outlives a batch and who is in it
+        if bank is None:
+            bank = self._project(attention, choice, dtype)
+            self._bank.keep(wanted, bank, self._places(attention, choice))
+        return of_batch(choice.rows, batch, bank)
+
+    def _places(self, attention: nn.Module, choice: Choice) -> list[Place]:
+        """Where the parameters are held that prompts are computed from."""
+        adapters: list[Place] = [(self, module_key(name)) for name in choice.names if name is not None]
+        return adapters + [(attention, name) for name in self._projection_modules]
+
+    def _project(self, attention: nn.Module, choice: Choice, dtype: torch.dtype) -> Prompts:
         """Keys and gated values [A, H, K, D] of the prompts, and -inf [A, 1, 1, K] past the end of shorter ones.
 
         Under a condition every row has prompts of its own, and A is B.
         """
-        prompt, strength, bias = self._stack(adapters, query)
+        prompt, strength, bias = self._stack([self.get(name) for name in choice.names], dtype)
         if choice.condition is not None:
             if choice.rows is not None:
                 prompt, strength, bias = of_rows(choice.rows, prompt, strength, bias)
             prompt = prompt + choice.condition.to(prompt)
-        key, value = self._projection(attention, prompt.to(query.dtype))  # [A, kv heads, K, D]
-        group = query.shape[1] // key.shape[-3]
+        key, value = self._projection(attention, prompt.to(dtype))  # [A, kv heads, K, D]
+        group = strength.shape[1] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
         gated = value * strength[:, :, None, None]  # product in fp32, as the gates are
-        return key.to(query.dtype), gated.to(query.dtype), bias
+        return Prompts(key.to(dtype), gated.to(dtype), bias)
 
-    def _stack(self, adapters: list[ZeroInitAdapter | None], query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _stack(
+        self, adapters: list[ZeroInitAdapter | None], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prompts [A, K, hidden], act(g) [A, H] and the bias; the bare base has strength 0, which adds exactly 0."""
-        present = [adapter for adapter in adapters if adapter is not None]
-        longest = max(len(adapter.prompt) for adapter in present)
-        no_prompt = present[0].prompt.new_zeros(0, present[0].prompt.shape[1])
-        no_strength = present[0].gate.new_zeros(query.shape[1])
+        first = next(adapter for adapter in adapters if adapter is not None)
+        longest = max(len(adapter.prompt) for adapter in adapters if adapter is not None)
+        no_prompt, no_strength = first.prompt.new_zeros(0, first.prompt.shape[1]), torch.zeros_like(first.gate)
         prompts = [no_prompt if adapter is None else adapter.prompt for adapter in adapters]
         strength = torch.stack([no_strength if adapter is None else adapter.strength() for adapter in adapters])
-        padded = torch.stack([nn.functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
-        bias = query.new_zeros(len(adapters), 1, 1, longest)
+        padded = torch.stack([pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
+        bias = first.prompt.new_zeros(len(adapters), 1, 1, longest, dtype=dtype)
         for row, prompt in zip(bias, prompts, strict=True):
             row[..., len(prompt) or longest :] = float("-inf")
         ragged = any(0 < len(prompt) < longest for prompt in prompts)
-        return padded.to(query.device), strength.to(query.device), bias if ragged else None
-
-    def _sources(
-        self, attention: nn.Module, adapters: list[ZeroInitAdapter | None], choice: Choice
-    ) -> Iterable[Tensor]:
-        if choice.condition is not None:
-            yield choice.condition
-            if choice.rows is not None:
-                yield choice.rows
-        for adapter in adapters:
-            if adapter is not None:
-                yield from (adapter.prompt, adapter.gate)
-        for name in self._projection_modules:
-            yield from getattr(attention, name, nn.Identity()).parameters()
+        return padded, strength, bias if ragged else None
 
 
 def of_rows(rows: Tensor, *tensors: Tensor | None) -> list[Any]:
     """Each row's own slice of tensors that have one slice per adapter."""
     return [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in tensors]
+
+
+def of_batch(rows: Tensor | None, batch: int, prompts: Prompts) -> Prompts:
+    """The prompts of every row of a batch; where one adapter serves them all, no memory is taken."""
+    if rows is not None:
+        return Prompts(*of_rows(rows, *prompts))
+    key, value, bias = prompts
+    of_all = (batch, -1, -1, -1)
+    return Prompts(key.expand(of_all), value.expand(of_all), None if bias is None else bias.expand(of_all))
+
+
+def second_softmax(query: Tensor, prompts: Prompts, scaling: float, softcap: float | None) -> Tensor:
+    """softmax(s q K') V over the prompts alone, [B, H, T, D]."""
+    key, value, bias = prompts
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)  # [B, H, T, K]
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
 
 
 def module_key(name: str) -> str:
@@ -190,7 +224,7 @@ def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
             return text, weights
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        adapter = slot(module, query, choice, scaling, kwargs.get("softcap"))
+        adapter = slot.read(module, query, choice, scaling, kwargs.get("softcap"))
         return text if adapter is None else text + adapter, weights
 
     attention.wraps = text_attention  # type: ignore[attr-defined]

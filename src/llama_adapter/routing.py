@@ -32,14 +32,22 @@ class Use:
 
     names: Names
     condition: Tensor | None = None
-    _rows: Tensor | None = field(default=None, repr=False)
+    _made: tuple[int, torch.device, Choice | None] | None = field(default=None, repr=False)
 
     def choice(self, batch: Tensor) -> Choice | None:
         """The `Choice` for a batch of so many rows; None where all of them are on the bare base.
 
+        The same object at every step of a generation, so that what is computed from it can be kept.
+
         Raises:
             AdapterError: names or conditions are not as many as the batch's rows.
         """
+        made = self._made
+        if made is None or made[0] != len(batch) or made[1] != batch.device:
+            self._made = made = (len(batch), batch.device, self._make(batch))
+        return made[2]
+
+    def _make(self, batch: Tensor) -> Choice | None:
         if self.condition is not None:
             self._check_count("conditions", len(self.condition), batch)
         if self.names is None or isinstance(self.names, str):
@@ -50,10 +58,7 @@ class Use:
             return None
         if len(distinct) == 1:
             return Choice(distinct, None, self.condition)
-        rows = self._rows  # the same tensor at every step of a generation: what is computed from it can be kept
-        if rows is None or rows.device != batch.device:
-            rows = torch.tensor([distinct.index(name) for name in self.names], device=batch.device)
-            self._rows = rows
+        rows = torch.tensor([distinct.index(name) for name in self.names], device=batch.device)
         return Choice(distinct, rows, self.condition)
 
     def _check_count(self, what: str, count: int, batch: Tensor) -> None:
@@ -67,8 +72,10 @@ class Use:
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The tensor among a decoder's arguments that tells how many rows there are, and where."""
-    candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-    return next((tensor for tensor in candidates if isinstance(tensor, Tensor)), torch.empty(0))
+    for tensor in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+        if isinstance(tensor, Tensor):
+            return tensor
+    return torch.empty(0)
 
 
 def route_attention(config: Any) -> None:
