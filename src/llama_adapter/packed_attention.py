@@ -71,15 +71,17 @@ def attend(
         [1, T, H, D].
     """
     shared = segments.prefix
+    sizes = [shared, *(end - start for start, end in segments.bounds)]
+    # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
+    (first_query, *queries), (first_key, *keys), (first_value, *values) = (
+        states.split(sizes, 2) for states in (query, key, value)
+    )
     outputs = []
     if shared:
-        first = (states[:, :, :shared] for states in (query, key, value))
-        outputs.append(text_attention(module, *first, None, **kwargs)[0])
-    for number, (start, end) in enumerate(segments.bounds):
-        own_key, own_value, mask = key[:, :, start:end], value[:, :, start:end], None
-        if shared:
-            own_key = torch.cat([key[:, :, :shared], own_key], 2)
-            own_value = torch.cat([value[:, :, :shared], own_value], 2)
-            mask = segments.masks[number]
-        outputs.append(text_attention(module, query[:, :, start:end], own_key, own_value, mask, **kwargs)[0])
+        outputs.append(text_attention(module, first_query, first_key, first_value, None, **kwargs)[0])
+        keys = [torch.cat([first_key, own], 2) for own in keys]
+        values = [torch.cat([first_value, own], 2) for own in values]
+    masks = segments.masks or [None] * len(queries)
+    for own in zip(queries, keys, values, masks, strict=True):
+        outputs.append(text_attention(module, *own, **kwargs)[0])
     return torch.cat(outputs, 1)
