@@ -364,6 +364,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "condition": ("video", "video"),
         "tower": ("t", "t"),
         "tower_depths": ("3", (3,)),
+        "condition_lr": ("0.01", 0.01),
         "condition_width": ("8", 8),
         "condition_activation": ("silu", "silu"),
         "absent": ("learnt", "learnt"),

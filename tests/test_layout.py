@@ -15,8 +15,8 @@ SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "config", "files", "prompt_cache", "packed_attention", "attention", "families", "base", "conditions",
-    "routing", "adapter", "storage", "data", "loss", "plots", "run_folder", "train", "inspection", "validate",
-    "generate", "evaluate", "cli",
+    "routing", "adapter", "storage", "data", "loss", "optimize", "plots", "run_folder", "train", "inspection",
+    "validate", "generate", "evaluate", "cli",
 ]  # fmt: skip
 """A module may import those before it, and no other."""
 INSIDE = {

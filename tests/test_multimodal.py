@@ -17,12 +17,13 @@ from llama_adapter import AdapterConfig, add_adapter, load_adapter, remove_adapt
 from llama_adapter.cli import main
 from llama_adapter.conditions.perception import Perception, describe
 from llama_adapter.conditions.towers import Tower
-from llama_adapter.config import ConditionConfig, GenerateConfig
+from llama_adapter.config import ConditionConfig, GenerateConfig, TrainConfig
 from llama_adapter.data.prepare import prepare
 from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupted
 from llama_adapter.evaluate.instructions import evaluate_instructions, read_tasks
 from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
 from llama_adapter.generate import Prompt, load_session, read_prompts
+from llama_adapter.optimize import build_optimizer
 from llama_adapter.train import Run, train
 from llama_adapter.validate import check
 
@@ -129,6 +130,15 @@ def test_prompts_of_a_step_are_projected_once_under_a_condition():
     with torch.no_grad(), use_adapter(model, "default", torch.randn(3, HIDDEN)):
         model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     assert sum(shape == (3, 4, HIDDEN) for shape in calls) == 1
+
+
+def test_the_condition_learns_at_a_rate_of_its_own():
+    adapter = add_adapter(tiny_model(), AdapterConfig(adapter_len=4, adapter_layers=2, condition=CONDITION))
+    for own, factor in ((None, 1.0), (0.003, 0.25)):
+        optimizer = build_optimizer(adapter, TrainConfig(lr=0.012, condition_lr=own))
+        found = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
+        of_condition = {id(p) for p in adapter.condition.parameters()}
+        assert found == {id(p): factor if id(p) in of_condition else 1.0 for p in adapter.parameters()}
 
 
 def test_gradients_reach_the_condition():

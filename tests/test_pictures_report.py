@@ -82,13 +82,18 @@ def test_cells_say_what_was_asked_and_answered(tmp_path):
     assert page.cells[8:] == ["(B) blue", "✓ B", "✗ The answer is (A).", "✓ The answer is (B)."]
 
 
+def test_an_answer_in_words_counts(tmp_path):
+    _, page = written(tmp_path, [row(adapter="Red.", blind="blue")])
+    assert page.cells[4:6] == ["✓ Red.", "✗ blue"]
+
+
 def test_no_text_becomes_markup(tmp_path):
     plain, before = written(tmp_path, [row()])
-    fields = {"question": EVIL, "options": (EVIL, "b"), "base": EVIL, "adapter": EVIL, "blind": EVIL}
+    fields = {"question": EVIL, "options": (f"{EVIL}!", "b"), "base": EVIL, "adapter": EVIL, "blind": EVIL}
     text, page = written(tmp_path, [row(**fields)], title=EVIL)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in before.tags]
     assert "<script" not in text
-    assert page.cells[1] == f"{EVIL}(A) {EVIL}(B) b"
+    assert page.cells[1] == f"{EVIL}(A) {EVIL}!(B) b"
     assert page.cells[3:] == [f"✗ {EVIL}"] * 3
     assert "Right answers to 1 question: Base 0, Adapter 1, Without the picture 0." in plain
 
@@ -127,11 +132,12 @@ def test_large_pictures_are_reduced(tmp_path):
         ("(B) blue", True),
         ("A", False),
         ("The answer is (A).", False),
-        ("blue", False),
+        ("blue", True),
+        ("red.", False),
         ("", False),
     ],
 )
-def test_answers_are_right_by_their_letter(text, right):
+def test_answers_are_right_by_letter_or_words(text, right):
     assert row(answer=1, base=text).is_right("base") is right
 
 

@@ -344,7 +344,15 @@ def test_two_blanks_become_one_in_a_single_pass():
 )
 def test_a_malformed_style_is_refused(style):
     message = error_of(parse_style, style, error=ConfigError)
-    assert message.startswith(f"The style {style!r} is unknown: write 'paper', or letters of QCMLE with Q and M")
+    assert message.startswith(
+        f"The style {style!r} is unknown: write 'paper', 'words', or letters of QCMLE with Q and M"
+    )
+
+
+def test_words_are_read_without_options_and_answered_without_letters():
+    told = Question("3", "What does Ada have?", ("a cup", "a key."), 1, hint="Ada has a key.")
+    assert render_question(told, "words") == ("Ada has a key.\nWhat does Ada have?", "a key.")
+    assert render_question(Question("3", "Which?", ("x", "y"), 0), "words") == ("Which?", "x.")
 
 
 def test_what_a_style_needs_must_be_there():
@@ -387,10 +395,14 @@ def test_what_a_style_needs_must_be_there():
         ("letter", "D", None),
         ("letter", "BC", None),
         ("letter", "The answer is B.", None),
+        ("words", "Fox.", 1),
+        ("words", " a  FERN ", 0),
+        ("words", "B", None),
+        ("words", "fox and fern", None),
     ],
 )
 def test_rules(rule, text, index):
-    assert RULES[rule](text, 3) == index
+    assert RULES[rule](text, ("a fern", "fox", "moss")) == index
 
 
 @pytest.mark.parametrize(

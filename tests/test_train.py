@@ -19,8 +19,9 @@ from llama_adapter.config import TrainConfig, load_recipe
 from llama_adapter.data.batches import collate, global_batch, micro_batches, response_tokens
 from llama_adapter.data.prepare import prepare
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
+from llama_adapter.optimize import learning_rate
 from llama_adapter.run_folder import read_metrics
-from llama_adapter.train import Run, learning_rate, response_loss, train
+from llama_adapter.train import Run, response_loss, train
 
 CPU = torch.device("cpu")
 WEIGHTS = "adapter_model.safetensors"

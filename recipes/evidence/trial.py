@@ -22,7 +22,7 @@ from llama_adapter.data.prepare import prepare
 from llama_adapter.evaluate.instructions import Task, evaluate_instructions, read_tasks
 from llama_adapter.generate import Session
 from llama_adapter.loss import response_loss
-from llama_adapter.train import learning_rate
+from llama_adapter.optimize import learning_rate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 import recall

@@ -6,6 +6,10 @@ Of every twenty questions fourteen are about a picture, three about a short tale
 that the bundled base knows. Test pictures show combinations of words that no other picture shows (`combos.py`), and
 test facts are those that no instruction of the bundled set mentions.
 
+`--scenes one` takes pictures of one sort of thing (some red stars, a big cross, a digit); `two` those of two, whose
+questions ask which of them is red, or where it stands: there the answer depends on who has which colour, and a
+condition that is added to all prompts alike can hardly tell. `all` has both.
+
 A picture's question cannot be answered without it. What is asked for is drawn first, evenly, and the rest of the scene
 around it; every choice could as well have been drawn. So each is right equally often, whatever the question names.
 """
@@ -17,7 +21,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,9 @@ DIGIT = Kind("language science", "writing", "Digits", "Read digits", 2, "Every d
 TALE = Kind("language science", "reading", "Short tales", "Find it in the text", 4, "Look for the name in the text.")
 
 
+Asker = Callable[[random.Random, bool], "Asking"]
+
+
 @dataclass(frozen=True)
 class Asking:
     """A scene, what is asked about it, and what the choices are taken from.
@@ -90,14 +97,23 @@ def how_many(rng: random.Random, unseen: bool) -> Asking:
     """A count."""
     shape = rng.choice(SHAPES)
     group = Group(rng.choice(counts_of(shape, unseen)), rng.choice(colours_of(shape, unseen)), shape)
-    pool = [NUMBER_WORDS[count] for count in counts_of(shape, unseen)]
-    return Asking(with_company(group, rng, unseen), "count", COUNT, pool)
+    return Asking(Counted((group,)), "count", COUNT, [NUMBER_WORDS[count] for count in counts_of(shape, unseen)])
 
 
 def group_colour(rng: random.Random, unseen: bool) -> Asking:
     """The colour of counted shapes."""
     group = random_group(rng, unseen)
-    return Asking(with_company(group, rng, unseen), "colour", COLOUR, colours_of(group.shape, unseen))
+    return Asking(Counted((group,)), "colour", COLOUR, colours_of(group.shape, unseen))
+
+
+def beside(asker: Asker) -> Asker:
+    """The same question, with something else in the picture, too."""
+
+    def ask(rng: random.Random, unseen: bool) -> Asking:
+        asking = asker(rng, unseen)
+        return replace(asking, scene=with_company(asking.scene.groups[0], rng, unseen))
+
+    return ask
 
 
 def shape_of_colour(rng: random.Random, unseen: bool) -> Asking:
@@ -170,19 +186,25 @@ def digit_colour(rng: random.Random, unseen: bool) -> Asking:
     return Asking(Digit(rng.choice(SIZES), colour, number), "colour", COLOUR, COLOURS)
 
 
-ASKINGS: dict[Callable[[random.Random, bool], Asking], float] = {
-    how_many: 4,
-    group_colour: 1.5,
+ONE: dict[Asker, float] = {
+    how_many: 3,
+    group_colour: 1,
+    size: 1.5,
+    sized_colour: 1,
+    shape: 2,
+    digit: 2,
+    digit_colour: 1,
+}
+TWO: dict[Asker, float] = {
+    beside(how_many): 1.5,
+    beside(group_colour): 1,
     shape_of_colour: 2,
     place: 3,
     shape_of_place: 2,
     placed_colour: 1.5,
-    size: 1.5,
-    sized_colour: 1,
-    shape: 1.5,
-    digit: 2,
-    digit_colour: 1,
 }
+SCENES = {"one": ONE, "two": TWO, "all": ONE | TWO}
+"""What is asked for and how often, by what the pictures show."""
 
 
 class Letters:
@@ -232,10 +254,10 @@ def record(kind: Kind, question: str, choices: tuple[list[str], int], hint: str,
     }
 
 
-def picture_question(letters: Letters, unseen: bool) -> Made:
+def picture_question(letters: Letters, unseen: bool, scenes: str) -> Made:
     """A question about a picture."""
-    rng = letters.rng
-    asking = rng.choices(list(ASKINGS), list(ASKINGS.values()))[0](rng, unseen)
+    rng, askers = letters.rng, SCENES[scenes]
+    asking = rng.choices(list(askers), list(askers.values()))[0](rng, unseen)
     about = asked(asking.scene)[asking.about]
     choices = letters.choices(about.answer, asking.pool, asking.near)
     hint = "Look at the picture." if rng.random() < HINT_SHARE else ""
@@ -265,7 +287,7 @@ def fact_question(letters: Letters, asking: facts.Asking) -> Made:
     return Made(record(kind, asking.question, choices, "", asking.statement))
 
 
-def questions(split: str, count: int, seed: int) -> Iterator[Made]:
+def questions(split: str, count: int, seed: int, scenes: str = "all") -> Iterator[Made]:
     """The questions of one split; fewer of them are the first of more."""
     pictures, tales, world = (Letters(random.Random(f"{seed}/{split}/{sort}")) for sort in ("picture", "tale", "fact"))
     known = facts.askings(split, random.Random(f"{seed}/facts"))
@@ -276,7 +298,7 @@ def questions(split: str, count: int, seed: int) -> Iterator[Made]:
         elif sort in (6, 13, 19):
             made = fact_question(world, next(known))
         else:
-            made = picture_question(pictures, unseen=split == "test")
+            made = picture_question(pictures, split == "test", scenes)
         yield Made(made.record | {"split": split}, made.scene)
 
 
@@ -320,6 +342,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the set; it must be empty or new")
     for split, count in (("train", 3000), ("val", 300), ("test", 600)):
         parser.add_argument(f"--{split}", type=int, default=count, help=f"questions for {split} ({count})")
+    parser.add_argument("--scenes", choices=SCENES, default="all", help="what the pictures show (all)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = Path(arguments.output)
@@ -327,7 +350,7 @@ def main() -> None:
         parser.error(f"--output {folder} is not empty: pictures of another set would stay among the new ones.")
     folder.mkdir(parents=True, exist_ok=True)
     counts = {split: getattr(arguments, split) for split in ("train", "val", "test")}
-    sets = {split: list(questions(split, count, arguments.seed)) for split, count in counts.items()}
+    sets = {split: list(questions(split, count, arguments.seed, arguments.scenes)) for split, count in counts.items()}
     check_held_out(sets)
     write(sets, folder, arguments.seed)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -62,9 +62,9 @@ class Row:
     blind: str
 
     def is_right(self, name: str) -> bool:
-        """Whether one of the answers of `HEADINGS` names the right option's letter."""
-        text, count = getattr(self, name), len(self.options)
-        read = (rule(text, count) for rule in RULES.values())
+        """Whether one of the answers of `HEADINGS` names the right option."""
+        text = getattr(self, name)
+        read = (rule(text, self.options) for rule in RULES.values())
         return next((index for index in read if index is not None), None) == self.answer
 
 

@@ -2,8 +2,10 @@
 
     python recipes/pictures/train_tower.py
 
-Pictures and captions are pulled together, and apart from all others of the batch, by the symmetric contrastive loss;
-the text encoder is thrown away. Only seen combinations are drawn (`combos.py`): what the test split of the question
+Pictures and captions are pulled together, and apart from all others of the batch, by the symmetric contrastive loss,
+and a linear layer says which words a picture's caption has. Contrast alone learns colours first and shapes, counts and
+digits slowly; words alone would not tell which colour belongs to which shape. The text encoder and the layer are thrown
+away. Only seen combinations are drawn (`combos.py`): what the test split of the question
 set shows is new to the tower, too. The learning rate follows whichever is further along, the steps or (with
 ``--max-minutes``) the clock, so that a run which ends early still ends annealed.
 """
@@ -25,7 +27,7 @@ from draw import Scene, draw
 from pool import GROUP, Batch, Pool, canonical
 from pretrain import Clock, learning_rate
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, normalize
 from torch.optim import AdamW
 from towers import TextEncoder, build_tower, normalised, save
 from tqdm import tqdm
@@ -35,11 +37,12 @@ from llama_adapter.base import load_tokenizer
 LOG_EVERY = 20
 ATTRIBUTES = ("colour", "shape", "count", "place", "digit", "size")
 CANDIDATES = 4
+WORDS_WEIGHT = 0.3
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pair(nn.Module):
-    """The tower, the text encoder, and how sharply they are compared."""
+    """The tower, the text encoder, how sharply they are compared, and what reads words off a picture."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class Pair(nn.Module):
         self.tower = build_tower(arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
         self.text = TextEncoder(len(self.tokenizer), 128, arguments.hidden)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.words = nn.Linear(arguments.hidden, len(self.tokenizer))
 
     def device(self) -> str:
         """Where the weights are."""
@@ -58,8 +62,24 @@ class Pair(nn.Module):
 
     def caption_vectors(self, texts: list[str]) -> Tensor:
         """Captions -> unit vectors."""
-        encoded = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device())
+        encoded = self.encoded(texts)
         return normalize(self.text(encoded["input_ids"], encoded["attention_mask"].bool()), dim=-1)
+
+    def losses(self, pixels: Tensor, texts: list[str], same: Tensor) -> tuple[Tensor, Tensor]:
+        """The contrastive loss, and that of the words of each picture's caption."""
+        pictures, encoded = self.tower(pixel_values=pixels), self.encoded(texts)
+        told = normalize(self.text(encoded["input_ids"], encoded["attention_mask"].bool()), dim=-1)
+        seen, scale = normalize(pictures.image_embeds, dim=-1), self.log_scale.exp().clamp(max=100)
+        contrast = contrastive_loss(seen.float(), told.float(), scale, same)
+        has = torch.zeros(len(texts), self.words.out_features, device=pixels.device)
+        has.scatter_(1, encoded["input_ids"], 1.0)
+        has[:, self.tokenizer.pad_token_id] = 0.0
+        guessed = self.words(pictures.image_embeds).float()
+        return contrast, binary_cross_entropy_with_logits(guessed, has, reduction="sum") / len(texts)
+
+    def encoded(self, texts: list[str]) -> Any:
+        """Their tokens [N, T], and a mask."""
+        return self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device())
 
 
 def contrastive_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
@@ -108,29 +128,30 @@ class Run:
         return pixels * light + 0.1 * torch.randn_like(pixels)
 
     def update(self) -> Tensor:
-        """One optimizer step; the loss before it."""
+        """One optimizer step; the two losses before it."""
         rate = learning_rate(self.clock.progress(self.step), self.step, self.arguments.rate, self.arguments.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.pool.refresh(self.arguments.fresh)
         batch, device = self.pool.batch(self.arguments.batch), self.pair.device()
         told = [self.rng.choice(captions(scene)) for scene in batch.scenes]
+        same = same_scenes(batch.scenes).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            pictures, texts = self.pair.picture_vectors(self.varied(batch)), self.pair.caption_vectors(told)
-        scale = self.pair.log_scale.exp().clamp(max=100)
-        loss = contrastive_loss(pictures.float(), texts.float(), scale, same_scenes(batch.scenes).to(device))
+            contrast, words = self.pair.losses(self.varied(batch), told, same)
+        loss = contrast + WORDS_WEIGHT * words
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.pair.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach()
+        return torch.stack([contrast.detach(), words.detach()])
 
-    def note(self, recent: list[Tensor]) -> float:
-        """Add the mean of the last losses to the curve."""
-        mean = round(torch.stack(recent).mean().item(), 4)
-        self.curve.append({"step": self.step, "minutes": round(self.clock.minutes(), 2), "loss": mean})
-        return mean
+    def note(self, recent: list[Tensor]) -> str:
+        """Add the means of the last losses to the curve, and say them."""
+        contrast, words = (round(value, 4) for value in torch.stack(recent).mean(0).tolist())
+        minutes = round(self.clock.minutes(), 2)
+        self.curve.append({"step": self.step, "minutes": minutes, "contrast": contrast, "words": words})
+        return f"{contrast:.2f}, words {words:.2f}"
 
     def write(self) -> dict[str, Any]:
         """Measure, and save the tower with its figures."""

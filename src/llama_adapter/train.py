@@ -39,6 +39,7 @@ from llama_adapter.data.prepare import Prepared, prepare
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.families import max_positions
 from llama_adapter.loss import response_loss, why_not_packed
+from llama_adapter.optimize import build_optimizer, learning_rate
 from llama_adapter.plots import plot_gates, plot_loss
 from llama_adapter.run_folder import Progress, RunFolder
 from llama_adapter.storage import save_adapter
@@ -86,27 +87,13 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(config.seed)
     adapter_config = replace(config.adapter_config(), condition=condition)
     adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(), lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
         folder.claim(config)
     accelerator.wait_for_everyone()
     run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
     run.loop()
     return run.finish()
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down to `min_lr`.
-
-    The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe).
-    """
-    warmup = total * config.warmup_epochs / config.epochs
-    if step + 1 < warmup:
-        return config.peak_lr * (step + 1) / warmup
-    done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
-    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
@@ -283,7 +270,7 @@ class Run:
                 f"{kept}. Lower --lr (it is {lr:.3g}), or set --max-grad-norm 1."
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.optimizer.step()
         return float(flags[0]), norm, bool(flags[1])
 

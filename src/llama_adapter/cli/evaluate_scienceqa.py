@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llama_adapter.evaluate.scienceqa import Predictions, Score
 
 # Written out, so that building the parser does not import the evaluation; a test compares them with its tables.
-RULES = ("official", "mm-cot", "letter")
+RULES = ("official", "mm-cot", "letter", "words")
 FALLBACKS = ("random", "wrong", "recorded")
 EXAMPLES = """
 llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --save answers.json
@@ -34,6 +34,7 @@ How an answer is read (--rule):
   official   "The answer is X.", once; does not see "(X)"
   mm-cot     "The answer is (X)", once
   letter     the letter alone, or in front as "X." or "(X)"
+  words      the choice itself, but for case and a full stop
 What an answer that cannot be read counts as (--fallback):
   recorded   the draw that a result file of the dataset's code holds; the default for such a file under official
   random     a draw among the question's choices, under mm-cot among five; the default for any other
@@ -49,13 +50,13 @@ def add_parser(kinds: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score; no model is loaded")
-    parser.add_argument("--rule", choices=RULES, help="default: official; mm-cot for a model in the paper's style")
+    parser.add_argument("--rule", choices=RULES, help="default: official; for a model mm-cot or words in these styles")
     parser.add_argument("--fallback", choices=FALLBACKS, help="default: recorded where there is one, else random")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of the split")
     parser.add_argument("--allow-missing", action="store_true", help="leave questions without a prediction out")
     answering = parser.add_argument_group("answering with a model")
-    answering.add_argument("--style", default="paper", help="paper, or QCM-A and its kin (default: %(default)s)")
+    answering.add_argument("--style", default="paper", help="paper, words, or QCM-A and its kin (default: %(default)s)")
     answering.add_argument(
         "--by", choices=("decoding", "likelihood"), default="decoding", help="default: %(default)s"
     )  # fmt: skip
@@ -81,11 +82,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if len(args.adapter) > 1:
         raise ConfigError(f"evaluate scienceqa takes one --adapter, not {len(args.adapter)}.")
-    from llama_adapter.data.scienceqa import PAPER, parse_style, read_scienceqa
+    from llama_adapter.data.scienceqa import PAPER, WORDS, parse_style, read_scienceqa
     from llama_adapter.evaluate.scienceqa import PAPER_ROWS, SHOWN_ROWS, as_table, read_predictions, score
 
-    if args.style != PAPER:
-        parse_style(args.style)
+    parse_style(args.style)
     if args.predictions is not None:
         # The whole split, as a file that answers all of it is no mistake under --limit.
         questions = read_scienceqa(args.data, args.split, images=False)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         questions = read_scienceqa(args.data, args.split, images=_looks(args), limit=args.limit)
         predictions = _answers(args, questions)
-        rule = args.rule or ("mm-cot" if args.style == PAPER else "official")
+        rule = args.rule or {PAPER: "mm-cot", WORDS: "words"}.get(args.style, "official")
     recorded = predictions.recorded is not None and rule == "official"
     fallback = args.fallback or ("recorded" if recorded else "random")
     result = score(questions[: args.limit], predictions, rule, fallback, args.seed, args.allow_missing)

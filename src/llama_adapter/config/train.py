@@ -37,7 +37,9 @@ class TrainConfig:
     )
     output_dir: str = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
     template: Template = setting("alpaca", "Prompt format; 'chat' is the tokenizer's own.", "Model and data")
-    scienceqa_style: str = setting("paper", "How ScienceQA is written: paper, or QCM-A and its kin.", "Model and data")
+    scienceqa_style: str = setting(
+        "paper", "How ScienceQA is written: paper, words, or QCM-A and its kin.", "Model and data"
+    )
     max_length: int = setting(512, "Longest example in tokens; longer ones are truncated.", "Model and data")
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
@@ -49,6 +51,9 @@ class TrainConfig:
     tower: str = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
+    )
+    condition_lr: float | None = setting(
+        None, "Peak learning rate of the condition (default: as prompts).", "Condition"
     )
     condition_width: int = setting(64, "Width of the bottleneck.", "Condition")
     condition_activation: Activation = setting("gelu", "Of the bottleneck.", "Condition")
@@ -95,7 +100,7 @@ class TrainConfig:
         for name in ("eval_every", "save_every"):
             problems.at_least(name, getattr(self, name), 1)
         problems.at_least("max_length", self.max_length, 8)
-        for name in ("epochs", "base_lr", "lr", "max_grad_norm"):
+        for name in ("epochs", "base_lr", "lr", "condition_lr", "max_grad_norm"):
             problems.above_zero(name, getattr(self, name))
         for name in ("warmup_epochs", "min_lr", "weight_decay", "val_size"):
             problems.at_least(name, getattr(self, name), 0)

@@ -1,8 +1,9 @@
 """ScienceQA: its questions from the official folder or the hub mirror, and their text as prompt and target.
 
 A question is written in a style. "paper" is LLaMA-Adapter's: question, context and options, answered by
-"The answer is (A).". Any other style is named in the dataset's own grammar, such as "QCM-ALE": before the hyphen
-what is read, after it what is written, in the order of the letters.
+"The answer is (A).". "words" reads context and question alone and answers with the choice itself ("red."), for bases
+too small to know letters from what stands behind them. Any other style is named in the dataset's own grammar, such as
+"QCM-ALE": before the hyphen what is read, after it what is written, in the order of the letters.
 
     Q  question      C  context: the hint, or N/A      M  multiple options      A  answer
     L  lecture       E  explanation, which the data call solution
@@ -21,6 +22,8 @@ from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 LETTERS = "ABCDE"
 PAPER = "paper"
 """Name of LLaMA-Adapter's own style."""
+WORDS = "words"
+"""Name of the style without options and letters."""
 
 _OPTIONAL = ("subject", "grade", "task", "topic", "category", "skill", "lecture", "solution")
 _COLUMNS = ("question", "choices", "answer", "hint", "image", *_OPTIONAL)
@@ -156,6 +159,8 @@ def render_prompt(question: Question, style: str = PAPER) -> str:
         DataError: the style needs a lecture or solution that the question has not.
     """
     read, _ = parse_style(style)
+    if style == WORDS:
+        return _collapse("\n".join(filter(None, (question.hint.strip(), question.question))))
     # Lectures and solutions that stand side by side share one line.
     lines = [_line(question, letters, style) for letters in re.findall("[LE]+|.", read)]
     return _collapse("\n".join(lines))
@@ -176,6 +181,8 @@ def render_target(question: Question, style: str = PAPER) -> str:
         return _collapse(f"Solution: {_reasoning(question, written, style)}").strip()
     if question.answer is None:
         raise DataError(f"Question {question.pid} has no answer to learn: leave it out, or only ask it.")
+    if style == WORDS:
+        return f"{question.choices[question.answer].strip().rstrip('.')}."
     letter = LETTERS[question.answer]
     if style == PAPER:
         return f"The answer is ({letter})."
@@ -194,12 +201,14 @@ def parse_style(style: str) -> tuple[str, str]:
     """
     if style == PAPER:
         return "QCM", "A"
+    if style == WORDS:
+        return "CQ", "A"
     read, _, written = style.partition("-")
     known = re.fullmatch("[QCMLE]+-[ALE]+", style) is not None
     if not known or not {"Q", "M"} <= set(read) or any(len(set(part)) < len(part) for part in (read, written)):
         raise ConfigError(
-            f"The style {style!r} is unknown: write '{PAPER}', or letters of QCMLE with Q and M, a hyphen and "
-            "letters of ALE, each at most once a side, such as QCM-ALE."
+            f"The style {style!r} is unknown: write '{PAPER}', '{WORDS}', or letters of QCMLE with Q and M, a "
+            "hyphen and letters of ALE, each at most once a side, such as QCM-ALE."
         )
     return read, written
 

@@ -62,25 +62,40 @@ class Score:
     accuracies: dict[str, float | None]
 
 
-def official(text: str, choices: int) -> int | None:
+def official(text: str, choices: Sequence[str]) -> int | None:
     """The dataset's rule: "The answer is X" and any one character, once; it does not see "(X)"."""
     # The last full stop is a wildcard in the dataset's own rule, too.
-    return _only("The answer is ([A-Z]).", text, LETTERS[:choices])
+    return _only("The answer is ([A-Z]).", text, LETTERS[: len(choices)])
 
 
-def mm_cot(text: str, choices: int) -> int | None:
+def mm_cot(text: str, choices: Sequence[str]) -> int | None:
     """Multimodal-CoT's rule: "The answer is (X)", once; a letter behind the last choice is a wrong answer."""
     return _only(r"The answer is \(([A-Z])\)", text, LETTERS)
 
 
-def letter(text: str, choices: int) -> int | None:
+def letter(text: str, choices: Sequence[str]) -> int | None:
     """The letter alone, or in front as "X." or "(X)"."""
     match = re.match(r"([A-Z])(?:\.|$)|\(([A-Z])\)", text.strip())
-    return _index(match[1] or match[2], LETTERS[:choices]) if match else None
+    return _index(match[1] or match[2], LETTERS[: len(choices)]) if match else None
 
 
-RULES: dict[str, Callable[[str, int], int | None]] = {"official": official, "mm-cot": mm_cot, "letter": letter}
-"""By name, what takes a text and the number of choices to the index of the answer, or None."""
+def words(text: str, choices: Sequence[str]) -> int | None:
+    """The one choice that the text is, but for case and a full stop at the end."""
+    same = [index for index, choice in enumerate(choices) if _bare(choice) == _bare(text)]
+    return same[0] if len(same) == 1 else None
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").casefold()
+
+
+RULES: dict[str, Callable[[str, Sequence[str]], int | None]] = {
+    "official": official,
+    "mm-cot": mm_cot,
+    "letter": letter,
+    "words": words,
+}
+"""By name, what takes a text and a question's choices to the index of the answer, or None."""
 _DRAWN_FROM_ALL_LETTERS = ("mm-cot",)
 
 
@@ -203,7 +218,7 @@ def score(
             "random or wrong."
         )
     asked = _answered(questions, predictions, allow_missing)
-    parsed = [RULES[rule](predictions.texts[question.pid], len(question.choices)) for question in asked]
+    parsed = [RULES[rule](predictions.texts[question.pid], question.choices) for question in asked]
     chosen: Sequence[int | None] = parsed
     if fallback == "recorded":
         chosen = _recorded(asked, parsed, predictions)
