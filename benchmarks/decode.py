@@ -6,6 +6,7 @@ Before anything is timed, our logits and PEFT's must be equal, teacher-forced an
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from benchmarks import harness, shapes
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
+from llama_adapter.compiled import compiled_steps, static_cache
 
 BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -34,17 +36,21 @@ def models(setting: Setting) -> dict[str, Any]:
     }
 
 
-def generate(model: Any, prompts: Tensor, new_tokens: int, static: bool = False) -> Tensor:
-    """Exactly `new_tokens` greedy tokens for every prompt."""
-    more = {"cache_implementation": "static"} if static else {}
-    return model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        **more,
-    )
+def generate(model: Any, prompts: Tensor, new_tokens: int, compiled: bool = False) -> Tensor:
+    """Exactly `new_tokens` greedy tokens for every prompt; `compiled` is this project's way, whoever the model is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows, length = prompts.shape
+    more = {"past_key_values": static_cache(inner, rows, length + new_tokens)} if compiled else {}
+    with compiled_steps(inner) if compiled else nullcontext():
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            disable_compile=True,
+            **more,
+        )
 
 
 @torch.no_grad()
@@ -84,14 +90,12 @@ def contenders(setting: Setting, found: dict[str, Any], prompts: Tensor) -> list
     """Who is timed at one batch size."""
     count, chosen = setting.options.new_tokens, setting.chosen(list(found))
     plain = [Contender(name, lambda _, m=found[name]: generate(m, prompts, count)) for name in chosen]
-    if not setting.options.static:
+    if not setting.options.compile:
         return plain
-    # transformers compiles the decoding step by itself when the cache is static and the device is a GPU.
-    static = [
-        Contender(f"{name}, static cache", lambda _, m=found[name]: generate(m, prompts, count, True), optional=True)
+    return plain + [
+        Contender(f"{name}, compiled", lambda _, m=found[name]: generate(m, prompts, count, True), optional=True)
         for name in chosen
     ]
-    return plain + static
 
 
 def measure(setting: Setting, found: dict[str, Any], batch: int, budget: harness.Budget) -> list[dict[str, Any]]:
@@ -142,7 +146,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of every row")
     parser.add_argument("--new-tokens", type=int, default=128, help="of every row")
     parser.add_argument("--lora-rank", type=int, default=8)
-    parser.add_argument("--static", action="store_true", help="rows with a static cache as well, compiled on a GPU")
+    parser.add_argument("--compile", action="store_true", help="rows with a static cache and a compiled step as well")
     return parser.parse_args(arguments)
 
 

@@ -216,12 +216,21 @@ class TestScripts:
             assert rows[name]["failure"] or len(rows[name]["seconds"]) == 2
 
     def test_decode(self, tmp_path, capsys):
-        options = ["--batches", "1", "3", "--prompt-tokens", "8", "--new-tokens", "4", "--static"]
+        options = ["--batches", "1", "3", "--prompt-tokens", "8", "--new-tokens", "4"]
         decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "decode")
-        assert len(rows) == 16
+        assert len(rows) == 8
         assert all(len(row["seconds"]) == 2 for row in rows.values())
         assert "| PEFT adaption prompt " in capsys.readouterr().out
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own
+    def test_decode_compiled(self, tmp_path):
+        options = ["--batches", "1", "--prompt-tokens", "8", "--new-tokens", "4", "--compile"]
+        decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
+        rows = rows_of(tmp_path / "x.json", "decode")
+        assert [name for name, row in rows.items() if row["failure"]] == []
+        assert len(rows) == 8
 
     def test_generation_has_the_length_that_was_asked_for(self):
         model = decode.models(Setting.of(decode.parse(SMOKE)))[decode.OURS]

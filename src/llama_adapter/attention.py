@@ -104,12 +104,12 @@ class AdapterSlot(nn.Module):
         Returns:
             [B, T, H, D] in the query's dtype, or None when none of the chosen adapters has this layer.
         """
-        prompts = choice.prepared.get(attention.layer_idx)  # type: ignore[call-overload]
-        if prompts is None or prompts.key.dtype != query.dtype:  # learning, or under autocast
-            if not any(self.get(name) for name in choice.names):
-                return None
-            prompts = self._prompts(attention, choice, query.shape[0], query.dtype)
-        return second_softmax(query, prompts, scaling, softcap).transpose(1, 2)
+        wanted = (attention, choice, query.shape[0], query.dtype)
+        layer: Any = attention.layer_idx
+        prompts = choice.prepared.get(layer) if choice.prepared else self._prompts(*wanted)
+        if prompts is not None and prompts.key.dtype != query.dtype:  # under autocast
+            prompts = self._prompts(*wanted)
+        return None if prompts is None else second_softmax(query, prompts, scaling, softcap).transpose(1, 2)
 
     def prepare(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
         """What a batch of so many rows reads, computed once for as long as nothing changes; for use without gradients.
@@ -119,13 +119,16 @@ class AdapterSlot(nn.Module):
         """
         wanted = (choice, batch, dtype)
         prompts = self._kept.find(wanted)
-        if prompts is None and any(self.get(name) for name in choice.names):
-            tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
+        if prompts is None:
             prompts = self._prompts(attention, choice, batch, dtype)
-            self._kept.keep(wanted, prompts, self._places(attention, choice), tensors)
+            if prompts is not None:
+                tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
+                self._kept.keep(wanted, prompts, self._places(attention, choice), tensors)
         return prompts
 
-    def _prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts:
+    def _prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
+        if not any(self.get(name) for name in choice.names):
+            return None
         if choice.condition is not None:
             return self._project(attention, choice, dtype)
         wanted = (choice.names, dtype)

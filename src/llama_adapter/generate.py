@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.generation.streamers import TextStreamer
 
 from llama_adapter.adapter import check_name, get_adapter, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.compiled import compiled_steps, static_cache
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.config import GenerateConfig, Precision, WrittenAs
 from llama_adapter.data import (
@@ -95,9 +97,14 @@ class Session:
         if config.seed is not None:
             torch.manual_seed(config.seed)
         began = time.perf_counter()
-        with self.using(adapter, [prompt.media for prompt in prompts]):
+        more: dict[str, Any] = {}
+        if config.compile:
+            settings.disable_compile = True  # transformers would compile around the hook that chooses adapters
+            more["past_key_values"] = static_cache(self.model, len(rows), input_ids.shape[1] + settings.max_new_tokens)
+        steps = compiled_steps(self.model) if config.compile else nullcontext()
+        with self.using(adapter, [prompt.media for prompt in prompts]), steps:
             out = self.model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer
+                input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer, **more
             )
         seconds = time.perf_counter() - began
         stops = set(settings.eos_token_id)

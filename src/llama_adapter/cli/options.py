@@ -34,6 +34,7 @@ def add_session_options(
     )  # fmt: skip
     if not sampling:
         return
+    decoding.add_argument("--compile", action="store_true", help="compile the step: slow start, quicker tokens")
     decoding.add_argument(
         "--temperature", type=float, default=default.temperature, metavar="X",
         help="0 always takes the likeliest token (default: %(default)s)",
@@ -47,7 +48,7 @@ def add_session_options(
 
 def decoding_from(args: argparse.Namespace) -> GenerateConfig:
     """The checked decoding settings."""
-    return GenerateConfig(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    return GenerateConfig(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.compile)
 
 
 def open_session(args: argparse.Namespace) -> "Session":

@@ -9,13 +9,15 @@ from llama_adapter.config.checks import Problems
 class GenerateConfig:
     """How an answer is decoded; the defaults are the paper's (temperature 0.1, top-p 0.75).
 
-    `temperature` 0 decodes greedily. `seed` None draws differently at every call.
+    `temperature` 0 decodes greedily. `seed` None draws differently at every call. `compile` takes some seconds at the
+    first answer of a batch size and length, and less for every token after it.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.1
     top_p: float = 0.75
     seed: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems()

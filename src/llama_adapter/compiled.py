@@ -1,0 +1,82 @@
+"""Decoding by a compiled step: torch.compile on forwards of one token a row, over a cache of fixed size.
+
+A step of decoding is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused
+and (there) replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another
+adapter, another condition or other weights need no new compilation, only another batch or cache size does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StaticCache
+
+from llama_adapter.errors import ModelError
+
+BACKEND = "inductor"
+ROUND = 256
+"""Cache sizes are multiples of it, so that answers of like lengths share a compilation."""
+
+
+_forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
+_caches: "WeakKeyDictionary[nn.Module, dict[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
+
+
+def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
+    """An empty cache for so many rows of at least so many tokens; the same object when asked for it again.
+
+    Args:
+        model: the base.
+        rows: of the batch.
+        tokens: prompt and answer together.
+    """
+    size = -(-tokens // ROUND) * ROUND
+    caches = _caches.setdefault(model, {})
+    cache = caches.get((rows, size))
+    if cache is None:
+        cache = caches[rows, size] = StaticCache(config=model.config, max_cache_len=size)
+    else:
+        cache.reset()
+    return cache
+
+
+@contextmanager
+def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the decoder's forwards of one token a row are compiled; prompts are read as ever.
+
+    Raises:
+        ModelError: there is nothing to compile with.
+    """
+    decoder = model.base_model
+    plain, compiled = decoder.forward, _compiled(decoder)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        one = isinstance(ids, Tensor) and ids.shape[1] == 1
+        return compiled(*args, **kwargs) if one else plain(*args, **kwargs)
+
+    decoder.forward = forward
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise ModelError(
+            f"--compile found no way to compile ({type(error.inner_exception).__name__}): install a C++ compiler, on a "
+            "GPU Triton, or leave the flag out."
+        ) from None
+    finally:
+        del decoder.forward
+
+
+def _compiled(decoder: nn.Module) -> Callable[..., Any]:
+    if decoder not in _forwards:
+        plain = type(decoder).forward.__get__(decoder)
+        _forwards[decoder] = torch.compile(plain, backend=BACKEND, mode=_mode(decoder))
+    return _forwards[decoder]
+
+
+def _mode(decoder: nn.Module) -> str:
+    """CUDA graphs where there is CUDA."""
+    return "reduce-overhead" if next(decoder.parameters()).device.type == "cuda" else "default"

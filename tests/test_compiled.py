@@ -1,0 +1,96 @@
+"""Decoding by a compiled step writes what plain decoding writes, and compiles no more often than it must."""
+
+import pytest
+import torch
+from tiny import adapted, open_gates, tiny_model
+from transformers import GenerationConfig
+
+from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.compiled import ROUND, compiled_steps, static_cache
+from llama_adapter.errors import ModelError
+
+PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+GRAPHS = {"llama": 1, "qwen3": 1, "gemma2": 2}
+"""How often one sort of batch is compiled; sliding windows count steps in a number, seen to change at the second."""
+
+
+def written(model, steps=6, prompt=PROMPT, compiled=False):
+    """Greedy tokens."""
+    cache = static_cache(model, len(prompt), prompt.shape[1] + steps) if compiled else None
+    settings = GenerationConfig(max_new_tokens=steps, do_sample=False, disable_compile=True, pad_token_id=0)
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, generation_config=settings, past_key_values=cache)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Compile with a backend that runs the graph as it is, and count the graphs."""
+    graphs = []
+    monkeypatch.setattr("llama_adapter.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr("llama_adapter.compiled._mode", lambda decoder: None)
+    torch._dynamo.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("family", GRAPHS)
+def test_one_graph_serves_every_step_adapter_and_weight(family, counted):
+    model = tiny_model(family)
+    adapter = adapted(model)
+    second = add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2), "second")
+    open_gates(second)
+    for change in (lambda: None, lambda: adapter.layers[2].prompt.data.mul_(-3)):
+        change()
+        for name in ("default", "second"):
+            with use_adapter(model, name):
+                plain = written(model)
+                with compiled_steps(model):
+                    assert torch.equal(written(model, compiled=True), plain)
+    assert len(counted) == GRAPHS[family]
+    for names in (["default", "second"], ["second", "default"]):
+        with use_adapter(model, names):
+            plain = written(model)
+            with compiled_steps(model):
+                assert torch.equal(written(model, compiled=True), plain)
+    assert len(counted) == GRAPHS[family] + 1
+
+
+@pytest.mark.slow
+def test_what_torch_compiles_writes_the_same():
+    model = tiny_model()
+    adapted(model)
+    torch._dynamo.reset()
+    plain = written(model)
+    with compiled_steps(model):
+        assert torch.equal(written(model, compiled=True), plain)
+
+
+def test_outside_the_block_the_model_is_as_it_was(counted):
+    model = tiny_model()
+    adapted(model)
+    before = model.base_model.forward
+    with compiled_steps(model):
+        assert model.base_model.forward != before
+    assert model.base_model.forward == before
+    written(model)
+    assert not counted
+
+
+def test_caches_are_kept_by_rows_and_rounded_size():
+    model = tiny_model()
+    cache = static_cache(model, 2, 5)
+    assert static_cache(model, 2, ROUND) is cache
+    assert static_cache(model, 3, 5) is not cache
+    assert static_cache(model, 2, ROUND + 1) is not cache
+
+
+def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr("llama_adapter.compiled.BACKEND", broken)
+    monkeypatch.setattr("llama_adapter.compiled._mode", lambda decoder: None)
+    torch._dynamo.reset()
+    model = tiny_model()
+    adapted(model)
+    with pytest.raises(ModelError, match="--compile found no way to compile"), compiled_steps(model):
+        written(model, compiled=True)
