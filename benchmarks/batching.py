@@ -36,7 +36,7 @@ def end_to_end(examples: Sequence[Encoded]) -> PackedRow:
         torch.cat([row.position_ids for row in rows], 1),
         torch.cat([row.predicting + start for row, start in zip(rows, starts, strict=False)]),
         torch.cat([row.targets for row in rows]),
-        Segments.of(0, lengths),
+        Segments(0, tuple(lengths)),
     )
 
 

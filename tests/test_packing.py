@@ -11,6 +11,8 @@ from llama_adapter.data.batches import collate, response_tokens
 from llama_adapter.data.packing import pack, packed_rows, shared_prefix
 from llama_adapter.families import FAMILIES
 from llama_adapter.loss import response_loss, why_not_packed
+from llama_adapter.packed_attention import Segments, attend
+from llama_adapter.varlen import attend_at_once, fits
 
 CPU = torch.device("cpu")
 EAGER = {"gemma2", "gpt_oss"}
@@ -60,6 +62,46 @@ def test_loss_and_gradients_are_those_of_the_examples_alone(family, prefix):
         assert theirs.abs().max() > 1e-4
 
 
+def kernel(query, key, value, queries, keys, most_queries, most_keys):
+    """What torch's varlen kernel is documented to do: each range apart, causal, aligned to the end."""
+    assert queries.dtype == keys.dtype == torch.int32
+    outputs = []
+    for i in range(len(queries) - 1):
+        q, k, v = query[queries[i] : queries[i + 1]], key[keys[i] : keys[i + 1]], value[keys[i] : keys[i + 1]]
+        assert len(q) <= most_queries
+        assert len(k) <= most_keys
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_one_call_over_all_examples_is_attention_to_each(prefix, scaling):
+    segments = Segments(prefix, (4, 1, 6))
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2
+    shapes = [(1, heads, prefix + 11, 8) for heads in (4, 2, 2)]
+    states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    apart = attend(segments, ALL_ATTENTION_FUNCTIONS["sdpa"], module, *states, scaling=scaling)
+    together = attend_at_once(segments.ranges, *states, scaling or 8**-0.5, kernel)
+    torch.testing.assert_close(together, apart)
+    weights = torch.randn_like(apart)
+    wanted = torch.autograd.grad((apart * weights).sum(), states)
+    found = torch.autograd.grad((together * weights).sum(), states)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)  # the prefix's are added in fp32
+
+
+def test_the_kernel_is_for_half_precision_on_cuda():
+    class Query:
+        device, dtype, shape = torch.device("cuda"), torch.float32, (1, 4, 9, 64)
+
+    assert not fits(torch.zeros(1, 4, 9, 64, dtype=torch.bfloat16), {})
+    assert not fits(Query(), {})
+
+
 def test_the_prefix_is_computed_once():
     batch = examples(4, (9, 5, 7))
     row = pack(batch)
@@ -90,11 +132,11 @@ def test_rows_hold_every_example_once_and_like_beginnings_together():
     first, second = examples(20, (9, 5, 7), 1), examples(20, (8, 6), 2)
     lonely = examples(0, (19,), 3)
     rows = list(packed_rows([*first, *second, *lonely], 8))
-    assert sorted(len(row.segments.bounds) for row in rows) == [1, 2, 3]
+    assert sorted(len(row.segments.lengths) for row in rows) == [1, 2, 3]
     assert sorted(row.segments.prefix for row in rows) == [0, 20, 20]
     assert sum(len(row.targets) for row in rows) == response_tokens([*first, *second, *lonely])
     split = list(packed_rows(first, 2))
-    assert [len(row.segments.bounds) for row in split] == [2, 1]
+    assert [len(row.segments.lengths) for row in split] == [2, 1]
     shares = [row for process in range(2) for row in packed_rows([*first, *second], 8, process, 2)]
     assert sum(len(row.targets) for row in shares) == response_tokens([*first, *second])
 

@@ -7,12 +7,15 @@ What each token gets is exactly what it would get in a row of its own, so loss a
 one by one; the prefix is computed once, and nothing is padded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llama_adapter.varlen import Ranges, attend_at_once, fits
 
 SEGMENTS = "packed_segments"
 """Name of the keyword argument that carries `Segments` from a model's forward to its attention."""
@@ -24,27 +27,30 @@ class Segments:
 
     Attributes:
         prefix: tokens at the front that belong to all of them; may be 0.
-        bounds: first and last-but-one position of each example's own tokens, in order and without gaps.
-        masks: what each example sees, [1, 1, own, prefix + own] bool; empty without a prefix, where causal says it all.
+        lengths: tokens that each example has of its own, in order.
+        device: where the row is; None is the CPU.
     """
 
     prefix: int
-    bounds: tuple[tuple[int, int], ...]
-    masks: tuple[Tensor, ...] = ()
-
-    @staticmethod
-    def of(prefix: int, lengths: Sequence[int]) -> "Segments":
-        """Segments for examples with so many tokens of their own."""
-        bounds, start = [], prefix
-        for length in lengths:
-            bounds.append((start, start + length))
-            start += length
-        masks = [torch.ones(1, 1, length, prefix + length, dtype=torch.bool).tril(prefix) for length in lengths]
-        return Segments(prefix, tuple(bounds), tuple(masks) if prefix else ())
+    lengths: tuple[int, ...]
+    device: torch.device | None = None
 
     def to(self, device: torch.device) -> "Segments":
-        """The same on `device`."""
-        return Segments(self.prefix, self.bounds, tuple(mask.to(device, non_blocking=True) for mask in self.masks))
+        """The same for a row on `device`."""
+        return Segments(self.prefix, self.lengths, device)
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """What each example sees, [1, 1, own, prefix + own] bool; without a prefix None, as causal says it all."""
+        if not self.prefix:
+            return [None] * len(self.lengths)
+        shapes = ((1, 1, length, self.prefix + length) for length in self.lengths)
+        return [torch.ones(shape, dtype=torch.bool, device=self.device).tril(self.prefix) for shape in shapes]
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """The same for one call over all of them."""
+        return Ranges.of(self.prefix, self.lengths, self.device)
 
 
 def attend(
@@ -60,7 +66,7 @@ def attend(
 
     Args:
         segments: where they lie.
-        text_attention: called once for the prefix and once for every example.
+        text_attention: called once for the prefix and once for every example, where `varlen.py` has nothing quicker.
         module: the attention module.
         query: [1, H, T, D], rotated by positions that restart behind the prefix.
         key: [1, kv heads, T, D].
@@ -70,18 +76,20 @@ def attend(
     Returns:
         [1, T, H, D].
     """
-    shared = segments.prefix
-    sizes = [shared, *(end - start for start, end in segments.bounds)]
+    if fits(query, kwargs):
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_at_once(segments.ranges, query, key, value, scaling)
     # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
+    sizes = [segments.prefix, *segments.lengths]
     (first_query, *queries), (first_key, *keys), (first_value, *values) = (
         states.split(sizes, 2) for states in (query, key, value)
     )
     outputs = []
-    if shared:
+    if segments.prefix:
         outputs.append(text_attention(module, first_query, first_key, first_value, None, **kwargs)[0])
         keys = [torch.cat([first_key, own], 2) for own in keys]
         values = [torch.cat([first_value, own], 2) for own in values]
-    masks = segments.masks or [None] * len(queries)
-    for own in zip(queries, keys, values, masks, strict=True):
+    for own in zip(queries, keys, values, segments.masks, strict=True):
         outputs.append(text_attention(module, *own, **kwargs)[0])
     return torch.cat(outputs, 1)

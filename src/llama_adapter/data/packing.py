@@ -67,7 +67,7 @@ def pack(examples: Sequence[Encoded]) -> PackedRow:
         torch.tensor([positions]),
         torch.tensor(predicting, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
-        Segments.of(prefix, [len(example.input_ids) - prefix for example in examples]),
+        Segments(prefix, tuple(len(example.input_ids) - prefix for example in examples)),
     )
 
 
