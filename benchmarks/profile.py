@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Setting
 from benchmarks.lengths import global_batches
-from benchmarks.train import Method, choose_micro_batches, methods
+from benchmarks.methods import Method, methods
+from benchmarks.train import choose_micro_batches
 
 MATMUL, ATTENTION, HEAD, ELEMENTWISE, OTHER = "matmul", "attention", "head and loss", "elementwise", "copies and other"
 PARTS = {
@@ -130,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--padded-micro-batch", type=int, default=8, help="of padded rows; 0: the quickest that fits")
     parser.add_argument("--grouped-micro-batch", type=int, default=8, help="as --padded-micro-batch")
     parser.add_argument("--row", default="ours, packed", help="which row of the training benchmark")
-    parser.set_defaults(turns=5, lora_rank=8, compile=False)
+    parser.set_defaults(turns=5, lora_rank=8, compile=False, fp8=False)
     return parser.parse_args(arguments)
 
 

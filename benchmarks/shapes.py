@@ -123,20 +123,11 @@ def _peft(model: PreTrainedModel, config: Any) -> Any:
         return get_peft_model(model, config).eval()
 
 
-def compile_parts(model: nn.Module, whole_layers: bool) -> None:
-    """torch.compile, part by part, for token counts that change.
-
-    Args:
-        model: compiled in place.
-        whole_layers: decoder layers, attention included; else only what is around it (feed-forward and norms), for
-            attention that runs over a changing number of examples.
-    """
-    # One code object serves all layers, and each layer counts as a variant of its own.
-    torch._dynamo.config.recompile_limit = 128
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile on whole decoder layers, for token counts that change."""
+    torch._dynamo.config.recompile_limit = 128  # one code object serves all layers, each a variant of its own
     for layer in (module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"):
-        parts = [layer] if whole_layers else [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
-        for part in parts:
-            part.compile(dynamic=True)
+        layer.compile(dynamic=True)
 
 
 def adapted_attentions(model: nn.Module) -> list[Any]:

@@ -15,9 +15,11 @@ from benchmarks import adapters, decode, harness, profile, shapes, train  # noqa
 from benchmarks.batching import end_to_end, in_order, padded_to_longest, regroup, unshared_rows  # noqa: E402
 from benchmarks.harness import BenchmarkError, Budget, Contender, Setting  # noqa: E402
 from benchmarks.lengths import PREFIX, Lengths, draw, global_batches, real_tokens  # noqa: E402
+from benchmarks.methods import OURS_COMPILED_FP8, OURS_FP8, PEFT_COMPILED  # noqa: E402
 from llama_adapter.data import IGNORE  # noqa: E402
 from llama_adapter.data.batches import response_tokens  # noqa: E402
 from llama_adapter.data.packing import packed_rows  # noqa: E402
+from llama_adapter.fp8 import FP8, Fp8Linear  # noqa: E402
 
 CPU = torch.device("cpu")
 SMOKE = ["--shape", "smoke", "--device", "cpu", "--turns", "2", "--warmup", "1"]
@@ -140,6 +142,16 @@ class TestModels:
         model = shapes.build(shapes.SHAPES["7b"], torch.device("meta"), torch.bfloat16)
         assert sum(parameter.numel() for parameter in model.parameters()) == 6_738_415_616
 
+    def test_fp8_rows_share_one_quantised_copy_and_leave_the_base_alone(self):
+        found = {row.name: row.model for row in train.methods(setting("--fp8", "--compile"))}
+        plain, near, compiled = (found[name] for name in (train.OURS, OURS_FP8, OURS_COMPILED_FP8))
+        assert not any(isinstance(module, Fp8Linear) for module in plain.modules())
+        pointers = [{p.data_ptr() for p in model.parameters() if p.dtype == FP8} for model in (near, compiled)]
+        assert pointers[0] == pointers[1]
+        assert len(pointers[0]) == 2 * 7 * 3
+        assert near.lm_head.weight.data_ptr() == plain.lm_head.weight.data_ptr()
+        assert compiled.model.layers[0].self_attn.o_proj._compiled_call_impl is not None
+
     def test_gates_are_open(self):
         _, adapter = shapes.with_ours(shapes.build(shapes.SHAPES["smoke"], CPU, torch.float32), shapes.SHAPES["smoke"])
         assert all(layer.strength().abs().min() > 0.2 for layer in adapter.layers.values())
@@ -166,6 +178,18 @@ class TestParity:
             train.check_parity(rows, draw(6, 97), setting())
         with torch.no_grad():
             gate.div_(1.001)
+
+    def test_a_base_in_fp8_comes_near_and_is_not_refused(self, rows):
+        near = next(row for row in train.methods(setting("--fp8")) if row.name == OURS_FP8)
+        found = train.check_parity([*rows, near], draw(6, 97), setting())
+        assert 0.95 < found[OURS_FP8]["prompts_cosine"] < 0.99999
+        assert found[OURS_FP8]["loss"] < 0.01
+        assert found[OURS_FP8]["prompts"] > 0.01  # which would be refused of any other row
+        assert OURS_FP8 not in train.exact_only(found)
+        assert len(train.exact_only(found)) == 10
+        lines = train.footnotes(found)
+        assert len(lines) == 2
+        assert lines[1].startswith(f"'{OURS_FP8}' only comes near them: gradient cosine 0.9")
 
     def test_closed_gates_are_no_parity(self):
         rows = train.methods(setting())
@@ -200,6 +224,28 @@ class TestScripts:
         assert "| PEFT, padded to 512 " in out
         assert "agree to" in out
 
+    def test_train_in_fp8(self, tmp_path, capsys):
+        options = ["--fp8", "--only", "fp8", "as shipped", "--json", str(tmp_path / "x.json")]
+        train.main([*SMOKE, *SIZES, *options])
+        rows = rows_of(tmp_path / "x.json", "train")
+        assert list(rows) == ["PEFT, as shipped", OURS_FP8]
+        parity = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["train"]["parity"]
+        assert [name for name, differences in parity.items() if "prompts_cosine" in differences] == [OURS_FP8]
+        assert "(prompts), loss off by" in capsys.readouterr().out
+
+    def test_the_length_of_the_paper_s_run_is_extrapolated_at_its_shape(self, rows):
+        own, timing = [row for row in rows if row.name in (train.OURS, "PEFT, as shipped")], harness.Timing([3.0, 3.0])
+        for row in own:
+            row.micro_batch = row.micro_batch or 6
+        found = train.results(own, {row.name: timing for row in own}, [draw(6, 97), draw(6, 97, seed=1)])
+        assert [row["minutes_of_alpaca"] for row in found] == [52002 * 5 / 2 / 60, None]
+        parity = {train.OURS: {"loss": 0.0}}
+        wide = train.show(found, setting("--shape", "7b"), parity)
+        assert "minutes for 52K x 5" in wide
+        assert "| 2,167 " in wide
+        assert "52,002 examples x 5 epochs at this rate (extrapolated)" in wide
+        assert "minutes" not in train.show(found, setting(), parity).lower()
+
     def test_train_finds_its_own_sizes_and_some_rows_only(self, tmp_path):
         train.main([*SMOKE, "--batch-size", "9", "--only", "ours, packed", "LoRA", "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "train")
@@ -210,9 +256,10 @@ class TestScripts:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
     def test_train_compiled(self, tmp_path):
-        train.main([*SMOKE, *SIZES, "--compile", "--only", "compiled", "ours", "--json", str(tmp_path / "x.json")])
+        options = ["--compile", "--fp8", "--only", "compiled", "ours", "--json", str(tmp_path / "x.json")]
+        train.main([*SMOKE, *SIZES, *options])
         rows = rows_of(tmp_path / "x.json", "train")
-        for name in ("ours, packed, compiled", train.PEFT_COMPILED):
+        for name in ("ours, packed, compiled", OURS_COMPILED_FP8, PEFT_COMPILED):
             assert rows[name]["failure"] or len(rows[name]["seconds"]) == 2
 
     def test_decode(self, tmp_path, capsys):

@@ -6,7 +6,7 @@ from tiny import adapted, open_gates, tiny_model
 from transformers import GenerationConfig
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.compiled import ROUND, compiled_steps, static_cache
+from llama_adapter.compiled import ROUND, compile_around_attention, compiled_steps, static_cache
 from llama_adapter.errors import ModelError
 
 PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -94,3 +94,19 @@ def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):
     adapted(model)
     with pytest.raises(ModelError, match="--compile found no way to compile"), compiled_steps(model):
         written(model, compiled=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at what it traces
+def test_training_compiles_what_is_beside_the_attention(counted):
+    ids = torch.arange(12).reshape(2, 6) + 5
+    model, plain = tiny_model(), tiny_model()
+    compile_around_attention(model)
+    losses = []
+    for each in (model, plain):
+        adapter = adapted(each)
+        for length in (6, 5, 4):
+            each(ids[:, :length], labels=ids[:, :length]).loss.backward()
+        losses.append(torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()]))
+    torch.testing.assert_close(*losses)
+    assert losses[0].abs().max() > 0
+    assert counted

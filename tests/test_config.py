@@ -59,6 +59,7 @@ RULES = [
     ("gate_activation", "relu", "must be one of tanh, identity"),
     ("template", "vicuna", "must be one of alpaca, chat"),
     ("precision", "fp16", "must be one of auto, bf16, fp32"),
+    ("base_precision", "fp4", "must be one of auto, fp8"),
 ]
 
 
@@ -105,6 +106,7 @@ def test_every_allowed_seed_gives_an_order_of_the_data():
         ({"output_dir": ""}, "output_dir is empty: pass --output-dir FOLDER"),
         ({"epochs": 1.0, "warmup_epochs": 1.5}, "warmup_epochs is 1.5, more than the 1.0 epochs of the run"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"base_precision": "fp8", "load_in_4bit": True}, "base_precision fp8 and load_in_4bit exclude each other"),
     ],
 )
 def test_rules_between_settings(values, message):
@@ -387,6 +389,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "max_grad_norm": ("1", 1.0),
         "seed": ("5", 5),
         "precision": ("fp32", "fp32"),
+        "base_precision": ("fp8", "fp8"),
         "eval_every": ("4", 4),
         "save_every": ("6", 6),
         "trackers": ("wandb", ("wandb",)),

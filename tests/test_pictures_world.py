@@ -345,7 +345,7 @@ def test_the_written_set_is_read_and_is_deterministic(tmp_path):
 
 
 def test_the_pool_holds_seen_scenes_that_differ_in_one_thing():
-    stock = pool.Pool(12, random.Random(0))
+    stock = pool.Pool(12, random.Random(0), seen_only=True)
     stock.refresh(5)
     batch = stock.batch(24)
     assert batch.pictures.shape == (24, 64, 64, 3)
@@ -355,6 +355,20 @@ def test_the_pool_holds_seen_scenes_that_differ_in_one_thing():
         near = [other for alike in combos.changes(first).values() for other in alike]
         assert all(other in near for other in others)
         assert len(set(others)) == pool.GROUP - 1
+
+
+def test_the_pool_of_the_bundled_tower_holds_every_combination():
+    shown = {
+        combination
+        for seed in range(2000)
+        for scene in pool.group_of_scenes(random.Random(seed), False)
+        for combination in combos.combinations(scene)
+        if combination[0] != "shape place"
+    }
+    everything = [("shape colour", s, c) for s in combos.SHAPES for c in combos.COLOURS]
+    everything += [("shape count", s, n) for s in combos.SHAPES for n in range(1, combos.MOST + 1)]
+    everything += [("digit colour", d, c) for d in range(10) for c in combos.COLOURS]
+    assert shown == set(everything)
 
 
 def test_changes_differ_and_leave_the_rest():

@@ -16,6 +16,8 @@ from draw import Counted, Placed, Scene, draw
 from numpy.typing import NDArray
 
 GROUP = 4
+UNSEEN = 0.4
+"""Share of the scenes that show what the questions hold out; it is about the share of combinations that they do."""
 SHIFT = 2
 """Pixels, in any direction; less than what would hide a shape or make a high one a low one."""
 
@@ -40,10 +42,12 @@ def other_order(scene: Scene, rng: random.Random) -> Scene:
     return scene
 
 
-def group_of_scenes(rng: random.Random) -> list[Scene]:
-    """A seen scene and seen ones that differ from it in one thing each."""
-    scene = other_order(random_scene(rng), rng)
-    allowed = {name: [other for other in others if is_seen(other)] for name, others in changes(scene).items()}
+def group_of_scenes(rng: random.Random, seen_only: bool) -> list[Scene]:
+    """A scene and others that differ from it in one thing each; all of them seen ones where that is asked for."""
+    scene = other_order(random_scene(rng, not seen_only and rng.random() < UNSEEN), rng)
+    allowed = {
+        name: [other for other in others if not seen_only or is_seen(other)] for name, others in changes(scene).items()
+    }
     group = [scene]
     while len(group) < GROUP:
         others = rng.choice([others for others in allowed.values() if others])
@@ -62,15 +66,15 @@ class Batch:
 class Pool:
     """Groups of drawn scenes."""
 
-    def __init__(self, groups: int, rng: random.Random) -> None:
-        self.rng, self.oldest = rng, 0
-        self.scenes: list[list[Scene]] = [group_of_scenes(rng) for _ in range(groups)]
+    def __init__(self, groups: int, rng: random.Random, seen_only: bool = False) -> None:
+        self.rng, self.oldest, self.seen_only = rng, 0, seen_only
+        self.scenes: list[list[Scene]] = [group_of_scenes(rng, seen_only) for _ in range(groups)]
         self.pictures = np.stack([self._drawn(group) for group in self.scenes])
 
     def refresh(self, groups: int) -> None:
         """Draw anew the groups that have been there longest."""
         for _ in range(groups):
-            self.scenes[self.oldest] = group_of_scenes(self.rng)
+            self.scenes[self.oldest] = group_of_scenes(self.rng, self.seen_only)
             self.pictures[self.oldest] = self._drawn(self.scenes[self.oldest])
             self.oldest = (self.oldest + 1) % len(self.scenes)
 

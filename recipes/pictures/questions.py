@@ -169,21 +169,24 @@ def sized_colour(rng: random.Random, unseen: bool) -> Asking:
 
 def shape(rng: random.Random, unseen: bool) -> Asking:
     """The name of a shape that is alone."""
-    return Asking(random_sized(rng, unseen), "shape", SHAPE, SHAPES)
+    scene = random_sized(rng, unseen)
+    return Asking(scene, "shape", SHAPE, shapes_of(scene.colour, unseen))
 
 
 def digit(rng: random.Random, unseen: bool) -> Asking:
     """The name of a digit."""
     number = rng.randrange(10)
     scene = Digit(rng.choice(SIZES), rng.choice(colours_of_digit(number, unseen)), number)
-    return Asking(scene, "digit", DIGIT, [str(i) for i in range(10)])
+    pool = [str(i) for i in range(10) if scene.colour in colours_of_digit(i, unseen)]
+    return Asking(scene, "digit", DIGIT, pool)
 
 
 def digit_colour(rng: random.Random, unseen: bool) -> Asking:
     """The colour of a digit."""
     colour = rng.choice(COLOURS)
     number = rng.choice([i for i in range(10) if colour in colours_of_digit(i, unseen)])
-    return Asking(Digit(rng.choice(SIZES), colour, number), "colour", COLOUR, COLOURS)
+    pool = colours_of_digit(number, unseen)
+    return Asking(Digit(rng.choice(SIZES), colour, number), "colour", COLOUR, pool)
 
 
 ONE: dict[Asker, float] = {

@@ -22,8 +22,9 @@ README = """\
 
 A CLIP vision encoder with projection ({parameters:.2f} million parameters, 64 x 64 pixels, patches of 8), trained from
 nothing by `recipes/pictures/train_tower.py` on drawn shapes and digits and their captions. It knows no photographs.
-It has never seen the combinations that the test split of `recipes/pictures/questions.py` is about; `training.json`
-says how well it tells captions apart, with combinations that it has seen and with those that it has not.
+`training.json` says how well it tells captions apart that differ in one word, for the combinations of words that the
+question set `recipes/pictures/questions.py` trains on ("seen") and for those it holds out ("unseen"), and which of them
+each of its runs has drawn (option `seen_only`).
 
 Licence: Apache-2.0, as the project; pictures and captions are made by the project's own code.
 """

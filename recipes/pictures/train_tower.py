@@ -5,14 +5,18 @@
 Pictures and captions are pulled together, and apart from all others of the batch, by the symmetric contrastive loss,
 and a linear layer says which words a picture's caption has. Contrast alone learns colours first and shapes, counts and
 digits slowly; words alone would not tell which colour belongs to which shape. The text encoder and the layer are thrown
-away. Only seen combinations are drawn (`combos.py`): what the test split of the question
-set shows is new to the tower, too. The learning rate follows whichever is further along, the steps or (with
+away. The tower sees every combination of words, as one that was trained on the world's pictures has seen most; which
+of them an adapter learns from is the question set's matter (`combos.py`). With ``--seen-only`` what the test split
+shows
+is new to the tower, too: it then calls two hearts one or four, as hearts never came in twos. ``--start`` goes on from a
+tower that is there. The learning rate follows whichever is further along, the steps or (with
 ``--max-minutes``) the clock, so that a run which ends early still ends annealed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import time
@@ -26,6 +30,7 @@ from combos import changes, random_scene
 from draw import Scene, draw
 from pool import GROUP, Batch, Pool, canonical
 from pretrain import Clock, learning_rate
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, normalize
 from torch.optim import AdamW
@@ -113,9 +118,14 @@ class Run:
         torch.manual_seed(arguments.seed)
         self.arguments, self.rng = arguments, random.Random(arguments.seed)
         self.pair = Pair(arguments).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.before: list[dict[str, Any]] = []
+        if arguments.start:
+            self.pair.tower.load_state_dict(load_file(Path(arguments.start) / "model.safetensors"))
+            told = json.loads((Path(arguments.start) / "training.json").read_text(encoding="utf-8"))
+            self.before = [*told.pop("before", []), told]
         self.optimizer = build_optimizer(self.pair, arguments.weight_decay)
         begun = time.monotonic()
-        self.pool = Pool(arguments.pool, self.rng)
+        self.pool = Pool(arguments.pool, self.rng, arguments.seen_only)
         self.drawn_per_second = arguments.pool * GROUP / (time.monotonic() - begun)
         self.clock = Clock(arguments.steps, arguments.max_minutes, time.monotonic())
         self.curve: list[dict[str, float]] = []
@@ -157,7 +167,7 @@ class Run:
         """Measure, and save the tower with its figures."""
         minutes = self.clock.minutes()
         figures = measure(self.pair, self.arguments.test_pictures)
-        options = {name: value for name, value in vars(self.arguments).items() if name != "output"}
+        options = {name: value for name, value in vars(self.arguments).items() if name not in ("output", "start")}
         training = {
             "steps": self.step,
             "seed": self.arguments.seed,
@@ -169,6 +179,7 @@ class Run:
             "options": options,
             "caption_choice": figures,
             "loss_curve": self.curve,
+            "before": self.before,
         }
         save(self.pair.tower, Path(self.arguments.output), training)
         return figures
@@ -240,6 +251,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default=str(ROOT / "src" / "llama_adapter" / "bundled" / "tower"))
+    parser.add_argument("--start", help="folder of a tower to go on from")
+    parser.add_argument("--seen-only", action="store_true", help="no combination that the questions hold out")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--max-minutes", type=float, default=0, help="end, annealed, after this time (0: no limit)")
     parser.add_argument("--batch", type=int, default=128, help=f"pictures a step, a multiple of {GROUP}")

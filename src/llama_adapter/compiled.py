@@ -1,4 +1,6 @@
-"""Decoding by a compiled step: torch.compile on forwards of one token a row, over a cache of fixed size.
+"""torch.compile, where it helps: around the attention in training, and a whole step of decoding.
+
+In training, feed-forwards and norms are compiled, for any number of tokens; attention over packed examples is not.
 
 A step of decoding is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused
 and (there) replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from llama_adapter.errors import ModelError
+from llama_adapter.families import attention_modules
+from llama_adapter.fp8 import Fp8Linear
 
 BACKEND = "inductor"
 ROUND = 256
@@ -23,6 +27,20 @@ ROUND = 256
 
 _forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
 _caches: "WeakKeyDictionary[nn.Module, dict[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
+
+
+def compile_around_attention(model: PreTrainedModel) -> None:
+    """Compile what stands beside the attention in every layer, in place; the work is done at the first forward."""
+    attention = {id(module) for module in attention_modules(model)}
+    for layer in model.modules():
+        beside = list(layer.children())
+        if any(id(module) in attention for module in beside):
+            for module in beside:
+                parts = [module]
+                if id(module) in attention:  # of which FP8 layers have casts to fuse; others are one product
+                    parts = [part for part in module.modules() if isinstance(part, Fp8Linear)]
+                for part in parts:
+                    part.compile(dynamic=True, backend=BACKEND)
 
 
 def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
@@ -60,14 +78,26 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
 
     decoder.forward = forward
     try:
+        with compiler_errors():
+            yield
+    finally:
+        del decoder.forward
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Say in one sentence that there is nothing to compile with.
+
+    Raises:
+        ModelError: so.
+    """
+    try:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise ModelError(
             f"--compile found no way to compile ({type(error.inner_exception).__name__}): install a C++ compiler, on a "
             "GPU Triton, or leave the flag out."
         ) from None
-    finally:
-        del decoder.forward
 
 
 def _compiled(decoder: nn.Module) -> Callable[..., Any]:

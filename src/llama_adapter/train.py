@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.adapter import Adapter, add_adapter, resolve_layers, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.compiled import compile_around_attention, compiler_errors
 from llama_adapter.conditions.perception import Perception, describe
 from llama_adapter.config import ConditionConfig, TrainConfig
 from llama_adapter.data import Encoded
@@ -38,6 +39,7 @@ from llama_adapter.data.packing import PackedRow, packed_rows
 from llama_adapter.data.prepare import Prepared, prepare
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.families import max_positions
+from llama_adapter.fp8 import quantise_base, require_fp8
 from llama_adapter.loss import response_loss, why_not_packed
 from llama_adapter.optimize import build_optimizer, learning_rate
 from llama_adapter.plots import plot_gates, plot_loss
@@ -70,6 +72,8 @@ def train(config: TrainConfig) -> TrainResult:
     base = load_config(config.model)
     resolve_layers(config.adapter_config(), base)
     accelerator = start_accelerator(config)
+    if config.base_precision == "fp8":
+        require_fp8(accelerator.device, base)
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
         folder.check(config)
@@ -82,8 +86,12 @@ def train(config: TrainConfig) -> TrainResult:
     perception = None if condition is None else look(condition, config, data, accelerator)
 
     model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
+    if config.base_precision == "fp8":
+        log.info("base: %d linear layers in FP8", quantise_base(model))
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    if config.compile:
+        compile_around_attention(model)
     torch.manual_seed(config.seed)
     adapter_config = replace(config.adapter_config(), condition=condition)
     adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
@@ -92,7 +100,8 @@ def train(config: TrainConfig) -> TrainResult:
         folder.claim(config)
     accelerator.wait_for_everyone()
     run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
-    run.loop()
+    with compiler_errors():
+        run.loop()
     return run.finish()
 
 

@@ -14,6 +14,7 @@ from llama_adapter.errors import ConfigError
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = Literal["auto", "bf16", "fp32"]
+BasePrecision = Literal["auto", "fp8"]
 
 
 def setting(default: Any, text: str, group: str) -> Any:
@@ -80,10 +81,15 @@ class TrainConfig:
     precision: Precision = setting(
         "auto", "Of the frozen base; 'auto' is bf16 on hardware that has it. Adapters stay fp32.", "Running"
     )
+    base_precision: BasePrecision = setting(
+        "auto", "Of the base's linear layers: as they are loaded, or 'fp8' for speed (NVIDIA Ada, Hopper or newer).",
+        "Running",
+    )  # fmt: skip
     load_in_4bit: bool = setting(False, "Quantise the base with bitsandbytes (CUDA).", "Running")
     packing: bool = setting(
         True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
     )
+    compile: bool = setting(False, "Compile feed-forwards and norms: slow start, quicker steps.", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
     eval_every: int | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
     save_every: int = setting(100, "Steps between checkpoints.", "Running")
@@ -113,6 +119,7 @@ class TrainConfig:
         problems.one_of("gate_activation", self.gate_activation, GateActivation)
         problems.one_of("template", self.template, Template)
         problems.one_of("precision", self.precision, Precision)
+        problems.one_of("base_precision", self.base_precision, BasePrecision)
         for tracker in self.trackers:
             problems.one_of("trackers", tracker, Literal["tensorboard", "wandb", "trackio", "none"])
         problems.require("data", bool(self.data), "names no file: pass --data FILE")
@@ -121,6 +128,11 @@ class TrainConfig:
             "warmup_epochs",
             self.warmup_epochs <= self.epochs,
             f"is {self.warmup_epochs}, more than the {self.epochs} epochs of the run",
+        )
+        problems.require(
+            "base_precision",
+            not (self.base_precision == "fp8" and self.load_in_4bit),
+            "fp8 and load_in_4bit exclude each other: pass one of them",
         )
         problems.require(
             "resume",
