@@ -1,5 +1,8 @@
 """Decoding by a compiled step writes what plain decoding writes, and compiles no more often than it must."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import adapted, open_gates, tiny_model
@@ -75,12 +78,24 @@ def test_outside_the_block_the_model_is_as_it_was(counted):
     assert not counted
 
 
-def test_caches_are_kept_by_rows_and_rounded_size():
+def test_the_last_cache_is_used_again_where_its_size_fits():
     model = tiny_model()
     cache = static_cache(model, 2, 5)
     assert static_cache(model, 2, ROUND) is cache
     assert static_cache(model, 3, 5) is not cache
     assert static_cache(model, 2, ROUND + 1) is not cache
+
+
+def test_a_compiled_model_can_be_freed(counted):
+    model = tiny_model()
+    adapted(model)
+    with compiled_steps(model):
+        written(model, compiled=True)
+    gone = weakref.ref(model.base_model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
 
 
 def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):

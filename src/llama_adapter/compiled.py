@@ -24,9 +24,8 @@ BACKEND = "inductor"
 ROUND = 256
 """Cache sizes are multiples of it, so that answers of like lengths share a compilation."""
 
-
 _forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
-_caches: "WeakKeyDictionary[nn.Module, dict[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
+_caches: "WeakKeyDictionary[nn.Module, tuple[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
 
 
 def compile_around_attention(model: PreTrainedModel) -> None:
@@ -44,20 +43,21 @@ def compile_around_attention(model: PreTrainedModel) -> None:
 
 
 def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
-    """An empty cache for so many rows of at least so many tokens; the same object when asked for it again.
+    """An empty cache for so many rows of at least so many tokens; the last one again where it is of that size.
 
     Args:
         model: the base.
         rows: of the batch.
         tokens: prompt and answer together.
     """
-    size = -(-tokens // ROUND) * ROUND
-    caches = _caches.setdefault(model, {})
-    cache = caches.get((rows, size))
-    if cache is None:
-        cache = caches[rows, size] = StaticCache(config=model.config, max_cache_len=size)
-    else:
-        cache.reset()
+    wanted = rows, -(-tokens // ROUND) * ROUND
+    kept = _caches.get(model)
+    if kept is not None and kept[0] == wanted:
+        kept[1].reset()
+        return kept[1]
+    _caches.pop(model, None)  # before the next takes memory
+    cache = StaticCache(config=model.config, max_cache_len=wanted[1])
+    _caches[model] = wanted, cache
     return cache
 
 
@@ -74,7 +74,7 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids")
         one = isinstance(ids, Tensor) and ids.shape[1] == 1
-        return compiled(*args, **kwargs) if one else plain(*args, **kwargs)
+        return compiled(decoder, *args, **kwargs) if one else plain(*args, **kwargs)
 
     decoder.forward = forward
     try:
@@ -101,9 +101,9 @@ def compiler_errors() -> Iterator[None]:
 
 
 def _compiled(decoder: nn.Module) -> Callable[..., Any]:
+    """The compiled forward, which takes the decoder as its first argument: holding it, it would keep it alive."""
     if decoder not in _forwards:
-        plain = type(decoder).forward.__get__(decoder)
-        _forwards[decoder] = torch.compile(plain, backend=BACKEND, mode=_mode(decoder))
+        _forwards[decoder] = torch.compile(type(decoder).forward, backend=BACKEND, mode=_mode(decoder))
     return _forwards[decoder]
 
 
