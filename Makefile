@@ -1,6 +1,7 @@
-# make demo    set up, train on the bundled base, show answers before and after
+# make demo    set up, train on the bundled base, show answers before and after; then the same about pictures
 # make test    set up, run the test suite
-# make evidence  set up, measure the paper's claims on the bundled base and rebuild docs/evidence.md (about an hour)
+# make evidence  set up, measure the paper's claims on the bundled base; rebuild docs/evidence.md and docs/pictures.md
+#                (about two hours)
 # make bench   set up, measure speed beside PEFT and LoRA on the CPU (about six minutes)
 # make bench-gpu  set up, the same at LLaMA-7B's shape on an NVIDIA GPU (about eight minutes)
 # make check   set up, lint, format check, type check
@@ -22,9 +23,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python recipes/demo.py
+	$(BIN)/python recipes/pictures/demo.py
 
 evidence: install
 	$(BIN)/python recipes/evidence/run.py
+	$(BIN)/python recipes/pictures/evidence.py
 
 bench: install
 	$(BIN)/python -m benchmarks cpu
