@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if method is None:
         raise BenchmarkError(f"No row is called '{options.row}': choose one of {', '.join(row.name for row in rows)}.")
     choose_micro_batches(rows, [examples], setting)
+    examples = method.arrange([examples])[0]
     contender = harness.Contender(method.name, lambda _: method.step(examples, device))
     timing = harness.interleave([contender], options.turns, options.warmup, device, setting.budget)[method.name]
     if not timing.seconds:
