@@ -56,7 +56,7 @@ def group_of(name: str, shapes: Sequence[Any], vocab: int) -> str:
     operator = name.removeprefix("aten::").strip("_")
     if any(operator.startswith(known) for known in (*PARTS[HEAD], "embedding")):
         return OTHER if operator.startswith("embedding") else HEAD
-    over_vocabulary = any(isinstance(shape, Sequence) and len(shape) > 1 and vocab in shape for shape in shapes)
+    over_vocabulary = any(isinstance(shape, Sequence) and len(shape) > 1 and shape[-1] == vocab for shape in shapes)
     if over_vocabulary and not operator.startswith("index"):
         return HEAD
     if any(part in operator for part in PARTS[ATTENTION]):

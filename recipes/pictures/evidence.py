@@ -60,10 +60,10 @@ class Trial:
 
 def trials() -> list[Trial]:
     """The plan, the most important first."""
-    plan = [Trial("zero-init", seed) for seed in SEEDS]
+    plan = [Trial("zero-init, last layer", seed) for seed in SEEDS]
+    plan += [Trial("zero-init, six layers", seed, changes={"tower_depths": []}) for seed in SEEDS]
+    plan += [Trial("random gates, last layer", seed, gate_start=1.0) for seed in SEEDS]
     plan += [Trial("text only", seed, changes={"condition": None}) for seed in SEEDS]
-    plan += [Trial("last layer", seed, changes={"tower_depths": [6]}) for seed in SEEDS]
-    plan += [Trial("random gates", seed, gate_start=1.0) for seed in SEEDS]
     plan += [Trial("two things", 0, "two"), Trial("two things, visual prompt", 0, "two", VISUAL)]
     return plan
 
