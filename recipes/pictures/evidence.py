@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pictures_report import write_page
+from results_page import write_page
 
 import llama_adapter
 from llama_adapter import get_adapter
@@ -40,7 +40,7 @@ RESULTS = ROOT / "docs" / "evidence" / "pictures.jsonl"
 WORK = ROOT / "runs" / "pictures"
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
-VISUAL = {"condition": "visual_prompt", "visual_blocks": 2, "visual_width": 128, "visual_heads": 4}
+VISUAL = {"condition": "visual_prompt", "tower_depths": [], "visual_blocks": 2, "visual_width": 128, "visual_heads": 4}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ INTRO = """\
 Written by `python recipes/pictures/evidence.py` from `docs/evidence/pictures.jsonl`. Everything is the project's own:
 the bundled base, the bundled tower ({parameters:,} numbers are trained between and above them), pictures that the
 project draws and questions in ScienceQA's layout that it writes. Test pictures show combinations (a red star, four
-hearts, a green 7) that neither tower nor adapter has seen. The answer is the choice whose words the model finds
-likeliest; `decoded` is the share of greedy answers that are the right words to the letter. Means, and lowest to
-highest of the seeds.
+hearts, a green 7) that no training picture of the adapter shows; the tower has seen them. The answer is the choice
+whose words the model finds likeliest; `decoded` is the share of greedy answers that are the right words to the
+letter, with no choices to go by. Means, and lowest to highest of the seeds.
+
+Held-out combinations are hard on purpose: two fifths of the colours and counts of every shape and a fifth of every
+digit's colours never occur in training, so that what goes with what there points away from the right answer.
 
 """
 EXPLANATION = """
@@ -30,8 +33,8 @@ questions of the set that have no picture: short tales and facts of the base's w
 The paper adds one vector to all prompts of a layer. In the second softmax such a vector c shifts every score of a
 query q by the same q (Wk c)', which changes no weight; what remains is act(g) Wv c, the same at every token whatever
 it asks. So a picture can say "red", "star" and "four", and the frozen base takes what fits the question; which of two
-shapes is red is more than such a sum can hold. Questions about pictures of two things therefore stay far behind. The
-visual prompt of LLaMA-Adapter V2 gives every prompt a vector of its own.
+shapes is red is more than such a sum can hold. Hence these questions apart, one seed each. The visual prompt of
+LLaMA-Adapter V2 gives every prompt a vector of its own; how far that carries, the table says.
 
 """
 
