@@ -20,7 +20,7 @@ SUITES = {
             *CPU,
             "--turns=30",
             "--warmup=1",
-            "--budget=210",
+            "--budget=660",
             "--packed-micro-batch=64",
             "--padded-micro-batch=16",
         ],

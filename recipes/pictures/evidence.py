@@ -177,7 +177,9 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(trial.label, trial.seed, {key: line[key] for key in ("with", "blind", "text") if key in line}, flush=True)
-    write_page(results(), ROOT / "docs" / "pictures.md")
+    labels = list(dict.fromkeys(trial.label for trial in trials()))
+    found = [line for line in results() if line["label"] in labels]
+    write_page(sorted(found, key=lambda line: labels.index(line["label"])), ROOT / "docs" / "pictures.md")
 
 
 if __name__ == "__main__":
