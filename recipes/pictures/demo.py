@@ -24,7 +24,7 @@ from rich.table import Table
 
 from llama_adapter.config import load_recipe
 from llama_adapter.data.scienceqa import WORDS, Question, read_scienceqa
-from llama_adapter.evaluate.scienceqa_answer import answer_questions
+from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
 from llama_adapter.generate import Session, default_device, load_session
 from llama_adapter.train import train
 
@@ -50,8 +50,11 @@ def main() -> None:
     } | ({"max_steps": args.max_steps} if args.max_steps else {})
     result = train(load_recipe(str(HERE / "recipe.yaml"), overrides))
     session = load_session("bundled", {"pictures": str(result.output_dir)}, default_device())
-    rows = ask(session, [q for q in read_scienceqa(questions, "test") if q.image is not None])
+    asked = [q for q in read_scienceqa(questions, "test") if q.image is not None]
+    rows = ask(session, asked)
     show(rows)
+    seen, blind = (share_chosen(session, each) for each in (asked, without_pictures(asked)))
+    print(f"Of the choices the likeliest is right for {seen:.0%}, without the picture for {blind:.0%}.")
     write_report(rows, WORK / "report.html")
     print(f"pictures and answers side by side: {WORK / 'report.html'} ({time.perf_counter() - began:.0f} s)")
 
@@ -59,7 +62,7 @@ def main() -> None:
 def draw_questions(folder: Path) -> Path:
     """A small question set, made anew."""
     shutil.rmtree(folder, ignore_errors=True)
-    sizes = ["--train", "1200", "--val", "60", "--test", "160"]
+    sizes = ["--train", "1800", "--val", "60", "--test", "160"]
     command = [sys.executable, str(HERE / "questions.py"), "--scenes", "one", "--output", str(folder), *sizes]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
@@ -67,7 +70,7 @@ def draw_questions(folder: Path) -> Path:
 
 def ask(session: Session, questions: Sequence[Question]) -> list[Row]:
     """What the bare base writes, the adapter, and the adapter without the picture."""
-    blind = [replace(question, image=None) for question in questions]
+    blind = without_pictures(questions)
     base = answer_questions(session, None, blind, WORDS, 12, 32)
     seen, unseen = (answer_questions(session, "pictures", asked, WORDS, 12, 32) for asked in (questions, blind))
     return [
@@ -76,16 +79,26 @@ def ask(session: Session, questions: Sequence[Question]) -> list[Row]:
     ]
 
 
+def without_pictures(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, with nothing to look at."""
+    return [replace(question, image=None) for question in questions]
+
+
+def share_chosen(session: Session, questions: Sequence[Question]) -> float:
+    """How often the choice that the adapter finds likeliest is right."""
+    chosen = choose_letters(session, "pictures", questions, WORDS)
+    return sum(chosen[question.pid] == question.answer for question in questions) / len(questions)
+
+
 def show(rows: Sequence[Row]) -> None:
     """Some of them, and how many are right."""
-    table = Table("picture", "question", "right", "base", "adapter", "without the picture", title="drawn pictures")
+    table = Table("question", "right", "base", "adapter", "without the picture", title="drawn pictures")
     by_question = {row.question: row for row in rows}
     for row in list(by_question.values())[:SHOWN]:
-        name = "/".join(Path(str(row.picture)).parts[-3:])
-        table.add_row(name, row.question, row.options[row.answer], row.base, row.adapter, row.blind)
+        table.add_row(row.question, row.options[row.answer], f"{row.base[:24]}...", row.adapter, row.blind)
     console = Console()
     console.print(table)
-    console.print(summary(rows))
+    console.print(f"Written, with no choices to go by. {summary(rows)}")
 
 
 if __name__ == "__main__":
