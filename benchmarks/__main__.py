@@ -28,13 +28,13 @@ SUITES = {
         ["adapters", *CPU, "--turns=20", "--budget=60", "--new-tokens=32"],
     ],
     "gpu": [
-        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=230", "--fp8", "--compile"],
+        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=225", "--fp8", "--compile"],
         [
             "decode",
             *GPU,
             "--turns=10",
             "--warmup=1",
-            "--budget=120",
+            "--budget=115",
             "--new-tokens=64",
             "--batches",
             "1",
