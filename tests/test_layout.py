@@ -14,9 +14,9 @@ import llama_adapter
 SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "config", "files", "prompt_cache", "varlen", "packed_attention", "attention", "families", "fp8",
-    "base", "conditions", "routing", "adapter", "storage", "data", "loss", "optimize", "plots", "run_folder",
-    "compiled", "train", "inspection", "validate", "generate", "evaluate", "cli",
+    "errors", "config", "files", "fixed_dtype", "prompt_cache", "varlen", "packed_attention", "attention",
+    "families", "fp8", "base", "conditions", "routing", "adapter", "storage", "data", "loss", "optimize",
+    "plots", "run_folder", "compiled", "train", "inspection", "validate", "generate", "evaluate", "cli",
 ]  # fmt: skip
 """A module may import those before it, and no other."""
 INSIDE = {

@@ -85,7 +85,7 @@ def test_one_call_over_all_examples_is_attention_to_each(prefix, scaling):
     shapes = [(1, heads, prefix + 11, 8) for heads in (4, 2, 2)]
     states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     apart = attend(segments, ALL_ATTENTION_FUNCTIONS["sdpa"], module, *states, scaling=scaling)
-    together = attend_at_once(segments.ranges, *states, scaling or 8**-0.5, kernel)
+    together = attend_at_once(segments.ranges, *states, scaling, kernel)
     torch.testing.assert_close(together, apart)
     weights = torch.randn_like(apart)
     wanted = torch.autograd.grad((apart * weights).sum(), states)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from llama_adapter.fixed_dtype import FixedDtype
 from llama_adapter.packed_attention import SEGMENTS, Segments, attend
 from llama_adapter.prompt_cache import Place, PromptCache
 
@@ -51,8 +52,11 @@ class Choice:
     prepared: Mapping[int, "Prompts"] = field(default_factory=dict)
 
 
-class ZeroInitAdapter(nn.Module):
-    """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32."""
+class ZeroInitAdapter(FixedDtype):
+    """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32.
+
+    On a half-precision model too: small updates would be lost in bf16.
+    """
 
     def __init__(self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str) -> None:
         super().__init__()
@@ -63,15 +67,6 @@ class ZeroInitAdapter(nn.Module):
     def strength(self) -> Tensor:
         """act(g) [H]: how much of the prompt's attention each head lets in."""
         return ACTIVATIONS[self.gate_activation](self.gate)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ZeroInitAdapter":
-        # model.to(bfloat16) must move the adapter but not round it: small updates would be lost in bf16.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
 
 
 class Prompts(NamedTuple):

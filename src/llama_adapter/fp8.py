@@ -1,4 +1,4 @@
-"""FP8 products for the frozen base, opt-in, for training: about twice the arithmetic per second of bf16 on new GPUs.
+"""FP8 products for the frozen base, opt-in, for training: meant for GPUs that compute in it faster than in bf16.
 
 A frozen linear layer y = x W' + b needs two products, y itself and, on the way back, dx = dy W; no gradient of W.
 Both run on operands of eight bits (e4m3: four of exponent, three of mantissa) with one scale per row:
@@ -14,7 +14,6 @@ here either. Prompts become keys and values through the same layers as text does
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_adapter.errors import ModelError
 from llama_adapter.families import attention_modules, text_config
+from llama_adapter.fixed_dtype import FixedDtype
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +90,11 @@ class _Product(torch.autograd.Function):
         return product(gradient, transposed, scales, fast=False), None, None, None, None
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(FixedDtype):
     """A frozen nn.Linear whose products run in FP8.
 
-    It has no `weight`: whatever reads one would take quantised numbers for real ones.
+    It has no `weight`: whatever reads one would take quantised numbers for real ones. Its dtypes are fixed, as numbers
+    that were cast without their scales would be others.
     """
 
     scales: Tensor
@@ -121,15 +122,6 @@ class Fp8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for whoever prints the model."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Linear":
-        # model.to(bfloat16) must move the numbers: cast without their scales they would be others.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
 
 
 def require_fp8(device: torch.device, config: PretrainedConfig) -> None:

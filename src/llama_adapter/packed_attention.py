@@ -77,9 +77,7 @@ def attend(
         [1, T, H, D].
     """
     if fits(query, kwargs):
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_at_once(segments.ranges, query, key, value, scaling)
+        return attend_at_once(segments.ranges, query, key, value, kwargs.get("scaling"))
     # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
     sizes = [segments.prefix, *segments.lengths]
     (first_query, *queries), (first_key, *keys), (first_value, *values) = (

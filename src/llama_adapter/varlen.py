@@ -96,7 +96,7 @@ def attend_at_once(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float,
+    scaling: float | None,
     kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Each example's attention over the prefix and itself.
@@ -106,14 +106,16 @@ def attend_at_once(
         query: [1, H, T, D].
         key: [1, kv heads, T, D].
         value: as `key`.
-        scaling: of the scores.
+        scaling: of the scores; None is D ** -0.5, which is the kernel's own.
         kernel: in place of torch's, with the arguments of `_varlen`.
 
     Returns:
         [1, T, H, D].
     """
     group = query.shape[1] // key.shape[1]
-    rows = query[0].transpose(0, 1) * (scaling * query.shape[-1] ** 0.5)  # the kernel scales by D ** -0.5
+    rows = query[0].transpose(0, 1)
+    if scaling is not None:
+        rows = rows * (scaling * query.shape[-1] ** 0.5)
     keys, values = (_Gathered.apply(states[0].transpose(0, 1), ranges) for states in (key, value))
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     return (kernel or _varlen)(rows, keys, values, ranges.queries, ranges.keys, *ranges.longest)[None]

@@ -9,12 +9,11 @@ zero, so whatever a condition gives, the adapted model starts as the base.
 Shape letters: B rows, M scales, D tower_width, T tokens, K prompts, H heads.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from llama_adapter.config import Absent, Activation, ConditionConfig
+from llama_adapter.fixed_dtype import FixedDtype
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -25,7 +24,7 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 MLP_RATIO = 4
 
 
-class Condition(nn.Module):
+class Condition(FixedDtype):
     """What both kinds share: rows without a picture, and parameters that stay fp32 on a half-precision model."""
 
     def __init__(self, absent: Absent, *shape: int) -> None:
@@ -56,15 +55,6 @@ class Condition(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """One condition a picture: fp32 features [N, ...] -> [N, hidden] or [N, K, hidden]."""
         raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Condition":
-        # model.to(bfloat16) must move the condition but not round it: small updates would be lost in bf16.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
 
 
 class ImageCondition(Condition):
