@@ -1,10 +1,24 @@
-"""Tiny models gain nothing from several threads, and lose much when other processes want the cores."""
+"""What all tests share: one thread, as tiny models gain nothing from several, and a tiny base with data on disk."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
+from runs import write_base, write_data
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny base; a test module may have another of its own."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of records."""
+    return write_data(tmp_path_factory.mktemp("data") / "data.json")

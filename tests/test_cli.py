@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import recipe, write_base, write_data
+from runs import recipe
 from test_generate import write_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,16 +28,6 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 class Output(NamedTuple):
     out: str
     err: str
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "data.json")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import recipe, write_base, write_data
+from runs import recipe, write_base
 from test_packing import examples
 from tiny import LAYERS, adapted, tiny_config, tiny_llama, tiny_model, tokens
 from torch import nn
@@ -282,16 +282,6 @@ class TestModels:
         # fp32 sums in another order tip a number over a rounding boundary now and then, so not each of the examples.
         assert torch.tensor(differences).median(0).values.max() < 1e-5
         assert packed.segments.prefix == prefix
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "data.json")
 
 
 class TestRuns:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import recipe, tiny_tokenizer, write_base, write_data
+from runs import recipe, tiny_tokenizer, write_data
 from safetensors.torch import load_file
 
 from llama_adapter import add_adapter, load_adapter, use_adapter
@@ -25,16 +25,6 @@ from llama_adapter.train import Run, response_loss, train
 
 CPU = torch.device("cpu")
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "data.json")
 
 
 def last(folder: Path) -> dict[str, torch.Tensor]:
