@@ -16,6 +16,7 @@ from benchmarks.decode import TOLERANCE, generate
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.decode_step import use_quick_steps
 
 CHECKED = 3
 """Adapters whose rows are compared with a batch of their own."""
@@ -33,6 +34,7 @@ def adapted(setting: Setting, count: int) -> Any:
     config = AdapterConfig(adapter_len=shape.adapter_len, adapter_layers=shape.adapter_layers)
     for number in range(count):
         shapes.open_gates(add_adapter(model, config, f"expert-{number}"), setting.dtype)
+    use_quick_steps(model)
     return model
 
 

@@ -16,8 +16,11 @@ from benchmarks import harness, shapes
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
 from llama_adapter.compiled import compiled_steps, static_cache
+from llama_adapter.decode_step import QuickSteps, use_quick_steps, why_no_quick_steps
+from llama_adapter.growing_cache import GrowingCache
 
 BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"
+QUICK_BASE, STOCK_OURS = "bare base, our steps", "ours, transformers' steps"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 """Largest difference of two sets of logits, as a share of their size."""
 CACHED_STEPS = 4
@@ -25,12 +28,17 @@ CACHED_STEPS = 4
 
 
 def models(setting: Setting) -> dict[str, Any]:
-    """The base and three ways to adapt it, on the same weights."""
+    """The base and three ways to adapt it, on the same weights; base and ours also by the other's forward."""
     base = shapes.build(setting.shape, setting.device, setting.dtype, setting.options.seed)
     ours, adapter = shapes.with_ours(base, setting.shape)
+    quick_base = shapes.share(base)
+    if not (use_quick_steps(ours) and use_quick_steps(quick_base)):
+        raise BenchmarkError(f"There are no quick steps here: {why_no_quick_steps(base)}.")
     return {
         BASE: base,
+        QUICK_BASE: quick_base,
         OURS: ours,
+        STOCK_OURS: shapes.with_ours(base, setting.shape, adapter)[0],
         PEFT: shapes.with_adaption_prompt(base, setting.shape, adapter),
         LORA: shapes.with_lora(base, setting.options.lora_rank),
     }
@@ -40,7 +48,11 @@ def generate(model: Any, prompts: Tensor, new_tokens: int, compiled: bool = Fals
     """Exactly `new_tokens` greedy tokens for every prompt; `compiled` is this project's way, whoever the model is."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows, length = prompts.shape
-    more = {"past_key_values": static_cache(inner, rows, length + new_tokens)} if compiled else {}
+    more: dict[str, Any] = {}
+    if compiled:
+        more["past_key_values"] = static_cache(inner, rows, length + new_tokens)
+    elif isinstance(inner.base_model.forward, QuickSteps):
+        more["past_key_values"] = GrowingCache(inner.config)
     with compiled_steps(inner) if compiled else nullcontext():
         return model.generate(
             input_ids=prompts,
@@ -58,12 +70,16 @@ def forced_logits(model: Any, ids: Tensor) -> Tensor:
     """Logits of every position in one forward, and behind them those of the last positions one by one with a cache."""
     whole = model(input_ids=ids).logits
     split = ids.shape[1] - CACHED_STEPS
-    out = model(input_ids=ids[:, :split], use_cache=True)
-    steps = []
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache, steps = GrowingCache(inner.config), []
+    model(input_ids=ids[:, :split], past_key_values=cache, use_cache=True)
     for position in range(split, ids.shape[1]):
         out = model(
-            input_ids=ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True
-        )  # fmt: skip
+            input_ids=ids[:, position : position + 1],
+            position_ids=torch.full((len(ids), 1), position, device=ids.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
         steps.append(out.logits)
     return torch.cat([whole, *steps], 1).float()
 
@@ -95,6 +111,7 @@ def contenders(setting: Setting, found: dict[str, Any], prompts: Tensor) -> list
     return plain + [
         Contender(f"{name}, compiled", lambda _, m=found[name]: generate(m, prompts, count, True), optional=True)
         for name in chosen
+        if name not in (QUICK_BASE, STOCK_OURS)
     ]
 
 

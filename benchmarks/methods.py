@@ -18,7 +18,7 @@ from benchmarks.batching import (
     unshared_rows,
 )
 from benchmarks.harness import BenchmarkError, Setting
-from llama_adapter.compiled import compile_around_attention
+from llama_adapter.compiled import compile_layers
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.data.packing import packed_rows
@@ -138,7 +138,7 @@ def compiled(setting: Setting, base: Any, adapter: Any) -> list[Method]:
     """torch.compile on copies: whole layers where shapes allow it, feed-forward and norms in packed rows."""
     model, own = shapes.with_ours(base, setting.shape, adapter)
     peft = shapes.with_adaption_prompt(base, setting.shape, adapter)
-    compile_around_attention(model)
+    compile_layers(model)
     shapes.compile_layers(peft)
     packed, grouped = setting.options.packed_micro_batch, setting.options.grouped_micro_batch
     return [
@@ -166,7 +166,7 @@ def in_fp8(setting: Setting, base: Any, adapter: Any) -> list[Method]:
             continue
         model, own = shapes.with_ours(copied, setting.shape, adapter)
         if to_compile:
-            compile_around_attention(model)
+            compile_layers(model)
         rows.append(Method(name, model, packed_rows, share_of_loss, setting.options.packed_micro_batch,
                            lambda own=own: shapes.our_gradients(own), optional=to_compile, exact=False))  # fmt: skip
     return rows

@@ -19,6 +19,7 @@ from benchmarks.methods import OURS_COMPILED_FP8, OURS_FP8, PEFT_COMPILED  # noq
 from llama_adapter.data import IGNORE  # noqa: E402
 from llama_adapter.data.batches import response_tokens  # noqa: E402
 from llama_adapter.data.packing import packed_rows  # noqa: E402
+from llama_adapter.decode_step import QuickSteps  # noqa: E402
 from llama_adapter.fp8 import FP8, Fp8Linear  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ class TestModels:
         assert pointers[0] == pointers[1]
         assert len(pointers[0]) == 2 * 7 * 3
         assert near.lm_head.weight.data_ptr() == plain.lm_head.weight.data_ptr()
-        assert compiled.model.layers[0].self_attn.o_proj._compiled_call_impl is not None
+        assert compiled.model.layers[0]._compiled_call_impl is not None
 
     def test_gates_are_open(self):
         _, adapter = shapes.with_ours(shapes.build(shapes.SHAPES["smoke"], CPU, torch.float32), shapes.SHAPES["smoke"])
@@ -266,7 +267,7 @@ class TestScripts:
         options = ["--batches", "1", "3", "--prompt-tokens", "8", "--new-tokens", "4"]
         decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "decode")
-        assert len(rows) == 8
+        assert len(rows) == 12
         assert all(len(row["seconds"]) == 2 for row in rows.values())
         assert "| PEFT adaption prompt " in capsys.readouterr().out
 
@@ -277,11 +278,25 @@ class TestScripts:
         decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "decode")
         assert [name for name, row in rows.items() if row["failure"]] == []
-        assert len(rows) == 8
+        assert len(rows) == 10
 
-    def test_generation_has_the_length_that_was_asked_for(self):
-        model = decode.models(Setting.of(decode.parse(SMOKE)))[decode.OURS]
+    @pytest.mark.parametrize("name", [decode.OURS, decode.STOCK_OURS, decode.QUICK_BASE, decode.PEFT])
+    def test_generation_has_the_length_that_was_asked_for(self, name):
+        model = decode.models(Setting.of(decode.parse(SMOKE)))[name]
         assert decode.generate(model, torch.full((2, 5), 7), 6).shape == (2, 11)
+
+    def test_rows_go_by_the_steps_in_their_names(self, monkeypatch):
+        found, steps = decode.models(Setting.of(decode.parse(SMOKE))), []
+        before = QuickSteps._mask
+        monkeypatch.setattr(QuickSteps, "_mask", staticmethod(lambda mask: steps.append(1) or before(mask)))
+        taken = {}
+        for name, model in found.items():
+            decode.generate(model, torch.full((2, 5), 7), 6)
+            taken[name] = len(steps)
+            steps.clear()
+        quick = {name for name, count in taken.items() if count}
+        assert quick == {decode.OURS, decode.QUICK_BASE}
+        assert taken[decode.OURS] == 5
 
     def test_adapters(self, tmp_path, capsys):
         options = ["--rows", "4", "--adapters", "2", "4", "--prompt-tokens", "8", "--new-tokens", "4"]

@@ -1,16 +1,22 @@
 """Decoding by a compiled step writes what plain decoding writes, and compiles no more often than it must."""
 
 import gc
+import random
 import weakref
 
 import pytest
 import torch
-from tiny import adapted, open_gates, tiny_model
+from tiny import VOCAB, adapted, open_gates, tiny_llama, tiny_model
 from transformers import GenerationConfig
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.compiled import ROUND, compile_around_attention, compiled_steps, static_cache
+from llama_adapter.compiled import ROUND, compile_layers, compiled_steps, static_cache
+from llama_adapter.data import IGNORE, Encoded
+from llama_adapter.data.batches import collate
+from llama_adapter.data.packing import pack
+from llama_adapter.decode_step import use_quick_steps
 from llama_adapter.errors import ModelError
+from llama_adapter.loss import packed_loss, response_losses
 
 PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 GRAPHS = {"llama": 1, "qwen3": 1, "gemma2": 2}
@@ -111,17 +117,68 @@ def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):
         written(model, compiled=True)
 
 
+def test_after_the_block_quick_steps_are_back(counted):
+    model = tiny_model()
+    adapted(model)
+    assert use_quick_steps(model)
+    quick = model.base_model.forward
+    with compiled_steps(model):
+        assert model.base_model.forward is not quick
+        written(model, compiled=True)
+    assert model.base_model.forward is quick
+    assert counted
+
+
+def examples(count, seed):
+    """Encoded examples of different lengths that begin alike."""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        ids = [3, 4, 5] + [draw.randrange(3, VOCAB) for _ in range(draw.randrange(5, 20))]
+        found.append(Encoded(ids, [IGNORE] * 6 + ids[6:], truncated=False))
+    return found
+
+
+def packed(model, batch):
+    return packed_loss(model, pack(batch))
+
+
+def padded(model, batch):
+    return response_losses(model, collate(batch), torch.device("cpu")).sum()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at what it traces
-def test_training_compiles_what_is_beside_the_attention(counted):
-    ids = torch.arange(12).reshape(2, 6) + 5
-    model, plain = tiny_model(), tiny_model()
-    compile_around_attention(model)
-    losses = []
+@pytest.mark.parametrize(("family", "loss"), [("llama", packed), ("llama", padded), ("gemma2", packed)])
+def test_training_on_compiled_layers_is_training(family, loss, counted):
+    model, plain = tiny_model(family), tiny_model(family)
+    compile_layers(model)
+    gradients, validation = [], []
     for each in (model, plain):
         adapter = adapted(each)
-        for length in (6, 5, 4):
-            each(ids[:, :length], labels=ids[:, :length]).loss.backward()
-        losses.append(torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()]))
-    torch.testing.assert_close(*losses)
-    assert losses[0].abs().max() > 0
+        for step in range(3):
+            loss(each, examples(4 + step, step)).backward()
+            with torch.no_grad():
+                validation.append(loss(each, examples(3 + step, 10 + step)))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(validation[:3], validation[3:])
+    assert gradients[0].abs().max() > 0
     assert counted
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("loss", [packed, padded])
+def test_many_layers_are_compiled_no_more_often_than_few(loss, counted):
+    """What told layers apart would be compiled for each, until the compiler gives up and goes on without."""
+    compilations = []
+    for layers in (4, 12):
+        torch._dynamo.reset()
+        counted.clear()
+        model = tiny_llama(num_hidden_layers=layers)
+        compile_layers(model)
+        adapted(model)
+        for step in range(3):
+            loss(model, examples(4 + step, step)).backward()
+            with torch.no_grad():
+                loss(model, examples(3 + step, 10 + step))
+        compilations.append(len(counted))
+    assert compilations[0] == compilations[1] > 0

@@ -15,6 +15,7 @@ SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "config", "files", "fixed_dtype", "prompt_cache", "varlen", "packed_attention", "attention",
+    "joined", "growing_cache", "decode_step",
     "families", "fp8", "base", "conditions", "routing", "adapter", "storage", "data", "loss", "optimize",
     "plots", "run_folder", "compiled", "train", "inspection", "validate", "generate", "evaluate", "cli",
 ]  # fmt: skip

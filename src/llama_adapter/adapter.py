@@ -21,6 +21,7 @@ from llama_adapter.conditions.modules import Condition, build_condition
 from llama_adapter.config import AdapterConfig, unknown_name
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.families import attention_modules, family_of, shape_of, text_config
+from llama_adapter.prompt_cache import Place, PromptCache
 from llama_adapter.routing import EAGER, Names, Use, batch_of, route_attention
 
 CONDITIONS = "zero_init_conditions"
@@ -82,6 +83,7 @@ class _Adapters:
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.standing = Use(None)
+        self.kept: PromptCache[Choice] = PromptCache()
         self.attention = attention_modules(model)
         if any(hasattr(module, SLOT) for module in self.attention):
             raise AdapterError(
@@ -125,18 +127,25 @@ class _Adapters:
         choice = use.choice(batch)
         if choice is None:
             return None
-        if not torch.is_grad_enabled():
-            choice = replace(choice, prepared=self.prepared(choice, len(batch)))
+        if not torch.is_grad_enabled() and kwargs.get("use_cache") is not False:
+            choice = self.prepared(choice, len(batch))
         return args, {**kwargs, CHOICE: choice}
 
-    def prepared(self, choice: Choice, batch: int) -> dict[int, Prompts]:
-        """What each adapted layer reads, by its index."""
-        dtype, found = self.model.dtype, {}
+    def prepared(self, choice: Choice, batch: int) -> Choice:
+        """The choice with what each adapted layer reads, computed once for as long as nothing changes."""
+        wanted = (choice, batch, self.model.dtype)
+        kept = self.kept.find(wanted)
+        if kept is not None:
+            return kept
+        found: dict[int, Prompts] = {}
+        places: list[Place] = []
         for module, slot in zip(self.attention, self.slots, strict=True):
-            prompts = slot.prepare(module, choice, batch, dtype)
+            prompts = slot.prompts(module, choice, batch, self.model.dtype)
+            places += slot.places(module, choice)
             if prompts is not None:
                 found[module.layer_idx] = prompts
-        return found
+        tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
+        return self.kept.keep(wanted, replace(choice, prepared=found), places, tensors)
 
     def add(self, name: str, config: AdapterConfig) -> Adapter:
         """Give the top layers new parameters, and the decoder the condition that `config` asks for."""

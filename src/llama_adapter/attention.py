@@ -43,7 +43,7 @@ class Choice:
 
     `names` are the distinct adapters (None: the bare base) and `rows` [B] indexes into them; `rows` is None when one
     adapter serves every row. `condition` [B, 1, hidden] or [B, K, hidden] is added to each row's prompts. `prepared`
-    has what `AdapterSlot.prepare` gave for layers by their index, where nothing is to be learnt.
+    has what `AdapterSlot.prompts` gave for layers by their index, where nothing is to be learnt.
     """
 
     names: tuple[str | None, ...]
@@ -85,7 +85,6 @@ class AdapterSlot(nn.Module):
         self._projection = projection
         self._projection_modules = projection_modules
         self._bank: PromptCache[Prompts] = PromptCache()
-        self._kept: PromptCache[Prompts] = PromptCache()
 
     def get(self, name: str | None) -> ZeroInitAdapter | None:
         """The adapter called `name`, or None where this layer has none of that name."""
@@ -100,28 +99,17 @@ class AdapterSlot(nn.Module):
             [B, T, H, D] in the query's dtype, or None when none of the chosen adapters has this layer.
         """
         wanted = (attention, choice, query.shape[0], query.dtype)
-        layer: Any = attention.layer_idx
-        prompts = choice.prepared.get(layer) if choice.prepared else self._prompts(*wanted)
+        if choice.prepared:
+            layer: Any = attention.layer_idx  # not looked at without need: it would have every layer compiled anew
+            prompts = choice.prepared.get(layer)
+        else:
+            prompts = self.prompts(*wanted)
         if prompts is not None and prompts.key.dtype != query.dtype:  # under autocast
-            prompts = self._prompts(*wanted)
+            prompts = self.prompts(*wanted)
         return None if prompts is None else second_softmax(query, prompts, scaling, softcap).transpose(1, 2)
 
-    def prepare(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
-        """What a batch of so many rows reads, computed once for as long as nothing changes; for use without gradients.
-
-        Returns:
-            None when none of the chosen adapters has this layer.
-        """
-        wanted = (choice, batch, dtype)
-        prompts = self._kept.find(wanted)
-        if prompts is None:
-            prompts = self._prompts(attention, choice, batch, dtype)
-            if prompts is not None:
-                tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
-                self._kept.keep(wanted, prompts, self._places(attention, choice), tensors)
-        return prompts
-
-    def _prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
+    def prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
+        """What a batch of so many rows reads; None when none of the chosen adapters has this layer."""
         if not any(self.get(name) for name in choice.names):
             return None
         if choice.condition is not None:
@@ -130,10 +118,10 @@ class AdapterSlot(nn.Module):
         bank = self._bank.find(wanted)  # outlives a batch and who is in it
         if bank is None:
             bank = self._project(attention, choice, dtype)
-            self._bank.keep(wanted, bank, self._places(attention, choice))
+            self._bank.keep(wanted, bank, self.places(attention, choice))
         return of_batch(choice.rows, batch, bank)
 
-    def _places(self, attention: nn.Module, choice: Choice) -> list[Place]:
+    def places(self, attention: nn.Module, choice: Choice) -> list[Place]:
         """Where the parameters are held that prompts are computed from."""
         adapters: list[Place] = [(self, module_key(name)) for name in choice.names if name is not None]
         return adapters + [(attention, name) for name in self._projection_modules]

@@ -1,6 +1,6 @@
-"""torch.compile, where it helps: around the attention in training, and a whole step of decoding.
+"""torch.compile, where it helps: the layers in training, and a whole step of decoding.
 
-In training, feed-forwards and norms are compiled, for any number of tokens; attention over packed examples is not.
+In training each layer is compiled for any number of tokens, except for its attention over packed examples.
 
 A step of decoding is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused
 and (there) replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, StaticCache
 
 from llama_adapter.errors import ModelError
 from llama_adapter.families import attention_modules
-from llama_adapter.fp8 import Fp8Linear
 
 BACKEND = "inductor"
 ROUND = 256
@@ -28,18 +27,12 @@ _forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionar
 _caches: "WeakKeyDictionary[nn.Module, tuple[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
 
 
-def compile_around_attention(model: PreTrainedModel) -> None:
-    """Compile what stands beside the attention in every layer, in place; the work is done at the first forward."""
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every decoder layer, in place and for any number of tokens; the work is done at the first forward."""
     attention = {id(module) for module in attention_modules(model)}
     for layer in model.modules():
-        beside = list(layer.children())
-        if any(id(module) in attention for module in beside):
-            for module in beside:
-                parts = [module]
-                if id(module) in attention:  # of which FP8 layers have casts to fuse; others are one product
-                    parts = [part for part in module.modules() if isinstance(part, Fp8Linear)]
-                for part in parts:
-                    part.compile(dynamic=True, backend=BACKEND)
+        if any(id(module) in attention for module in layer.children()):
+            layer.compile(dynamic=True, backend=BACKEND)
 
 
 def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
@@ -69,7 +62,7 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
         ModelError: there is nothing to compile with.
     """
     decoder = model.base_model
-    plain, compiled = decoder.forward, _compiled(decoder)
+    before, plain, compiled = vars(decoder).get("forward"), decoder.forward, _compiled(decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids")
@@ -82,6 +75,8 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         del decoder.forward
+        if before is not None:  # quick steps
+            decoder.forward = before
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
@@ -26,8 +26,10 @@ from llama_adapter.data import (
     read_records,
     with_found_media,
 )
+from llama_adapter.decode_step import use_quick_steps
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.families import max_positions, shape_of
+from llama_adapter.growing_cache import GrowingCache
 from llama_adapter.storage import check_base, load_adapter, read_config, read_tensors
 
 
@@ -97,14 +99,18 @@ class Session:
         if config.seed is not None:
             torch.manual_seed(config.seed)
         began = time.perf_counter()
-        more: dict[str, Any] = {}
+        cache: Cache = GrowingCache(self.model.config)
         if config.compile:
             settings.disable_compile = True  # transformers would compile around the hook that chooses adapters
-            more["past_key_values"] = static_cache(self.model, len(rows), input_ids.shape[1] + settings.max_new_tokens)
+            cache = static_cache(self.model, len(rows), input_ids.shape[1] + settings.max_new_tokens)
         steps = compiled_steps(self.model) if config.compile else nullcontext()
         with self.using(adapter, [prompt.media for prompt in prompts]), steps:
             out = self.model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer, **more
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=settings,
+                streamer=streamer,
+                past_key_values=cache,
             )
         seconds = time.perf_counter() - began
         stops = set(settings.eos_token_id)
@@ -204,6 +210,7 @@ def load_session(
     base = load_base(model, device, precision, load_in_4bit)
     for name, folder in adapters.items():
         load_adapter(base, folder, name)
+    use_quick_steps(base)
     fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
     templates: dict[str | None, WrittenAs] = {None: template or fallback}
     for name, config in configs.items():

@@ -53,6 +53,7 @@ class Segments:
         return Ranges.of(self.prefix, self.lengths, self.device)
 
 
+@torch.compiler.disable  # it would be compiled anew for every batch
 def attend(
     segments: Segments,
     text_attention: Callable[..., tuple[Tensor, Any]],

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.adapter import Adapter, add_adapter, resolve_layers, use_adapter
 from llama_adapter.base import load_base, load_config, load_tokenizer
-from llama_adapter.compiled import compile_around_attention, compiler_errors
+from llama_adapter.compiled import compile_layers, compiler_errors
 from llama_adapter.conditions.perception import Perception, describe
 from llama_adapter.config import ConditionConfig, TrainConfig
 from llama_adapter.data import Encoded
@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.compile:
-        compile_around_attention(model)
+        compile_layers(model)
     torch.manual_seed(config.seed)
     adapter_config = replace(config.adapter_config(), condition=condition)
     adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)

@@ -1,0 +1,54 @@
+"""A key-value cache with room for more tokens, where transformers' own is copied whole at every step."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens that there is room for at least, when a layer takes new memory."""
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [B, kv heads, tokens, D] of one layer, at the front of tensors with room for more."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._store: tuple[Tensor, Tensor] | None = None
+        self._shown: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, kv heads, new, D]; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        now = seen + key_states.shape[-2]
+        if self._store is None or self.keys is not self._shown or now > self._store[0].shape[-2]:
+            self._store = self._with_room(key_states, self.keys, now), self._with_room(value_states, self.values, now)
+        keys, values = self._store
+        keys[:, :, seen:now] = key_states
+        values[:, :, seen:now] = value_states
+        self.keys, self.values = keys[:, :, :now], values[:, :, :now]
+        self._shown = self.keys  # other keys, put here by beam search or a crop, are not in the store
+        return self.keys, self.values
+
+    @staticmethod
+    def _with_room(new: Tensor, old: Tensor, needed: int) -> Tensor:
+        store = new.new_empty(*new.shape[:2], needed + max(ROOM, needed // 4), new.shape[3])
+        if old.numel():
+            store[:, :, : old.shape[-2]] = old
+        return store
+
+
+class GrowingCache(DynamicCache):
+    """An empty cache for a model; layers that keep only a window of tokens are transformers' own."""
+
+    layers: list[Any]
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
