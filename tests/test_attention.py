@@ -279,6 +279,28 @@ class TestPromptCache:
             model(ids)
         assert projections() == 1
 
+    @torch.no_grad()
+    def test_who_else_is_in_a_batch_projects_nothing_anew(self, setup):
+        model, ids, _, projections = setup
+        adapted(model, "second", seed=3)
+        made = []
+        for names in (
+            ["default", None, "second"],
+            ["second", "second", "default"],
+            ["default"] * 3,
+            [None, "default", None],
+        ):
+            with use_adapter(model, names):
+                made.append(model(ids).logits)
+        assert projections() == 2
+        torch.testing.assert_close(made[0][0], made[2][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(made[0][2], self.alone(model, ids, "second")[2], atol=1e-6, rtol=1e-5)
+
+    @staticmethod
+    def alone(model, ids, name):
+        with use_adapter(model, name):
+            return model(ids).logits
+
     @pytest.mark.parametrize("change", ["prompt", "gate", "base", "data", "replace"])
     @torch.no_grad()
     def test_any_change_is_seen(self, setup, change):

@@ -14,7 +14,7 @@ as a picture (section 3.3), is one vector per example that is added to P in ever
 Shape letters: B rows, T tokens, H query heads, K = adapter_len, D = head_dim, A distinct adapters in a batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ class ZeroInitAdapter(FixedDtype):
         self.prompt = nn.Parameter(torch.randn(adapter_len, hidden_size, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.gate_activation = gate_activation
+        self.kept: PromptCache[Prompts] = PromptCache()
 
     def strength(self) -> Tensor:
         """act(g) [H]: how much of the prompt's attention each head lets in."""
@@ -84,7 +85,6 @@ class AdapterSlot(nn.Module):
         super().__init__()
         self._projection = projection
         self._projection_modules = projection_modules
-        self._bank: PromptCache[Prompts] = PromptCache()
 
     def get(self, name: str | None) -> ZeroInitAdapter | None:
         """The adapter called `name`, or None where this layer has none of that name."""
@@ -114,12 +114,16 @@ class AdapterSlot(nn.Module):
             return None
         if choice.condition is not None:
             return self._project(attention, choice, dtype)
-        wanted = (choice.names, dtype)
-        bank = self._bank.find(wanted)  # outlives a batch and who is in it
-        if bank is None:
-            bank = self._project(attention, choice, dtype)
-            self._bank.keep(wanted, bank, self.places(attention, choice))
-        return of_batch(choice.rows, batch, bank)
+        each = [None if self.get(name) is None else self._of(attention, name, dtype) for name in choice.names]
+        return of_batch(choice.rows, batch, side_by_side(each))
+
+    def _of(self, attention: nn.Module, name: str | None, dtype: torch.dtype) -> Prompts:
+        """One adapter's [1, H, K, D]; kept with it, whoever is beside it in a batch."""
+        kept, alone = self.get(name).kept, Choice((name,))  # type: ignore[union-attr]
+        found = kept.find(dtype)
+        if found is None:
+            found = kept.keep(dtype, self._project(attention, alone, dtype), self.places(attention, alone))
+        return found
 
     def places(self, attention: nn.Module, choice: Choice) -> list[Place]:
         """Where the parameters are held that prompts are computed from."""
@@ -147,16 +151,41 @@ class AdapterSlot(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prompts [A, K, hidden], act(g) [A, H] and the bias; the bare base has strength 0, which adds exactly 0."""
         first = next(adapter for adapter in adapters if adapter is not None)
-        longest = max(len(adapter.prompt) for adapter in adapters if adapter is not None)
         no_prompt, no_strength = first.prompt.new_zeros(0, first.prompt.shape[1]), torch.zeros_like(first.gate)
         prompts = [no_prompt if adapter is None else adapter.prompt for adapter in adapters]
         strength = torch.stack([no_strength if adapter is None else adapter.strength() for adapter in adapters])
-        padded = torch.stack([pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
-        bias = first.prompt.new_zeros(len(adapters), 1, 1, longest, dtype=dtype)
-        for row, prompt in zip(bias, prompts, strict=True):
-            row[..., len(prompt) or longest :] = float("-inf")
-        ragged = any(0 < len(prompt) < longest for prompt in prompts)
-        return padded, strength, bias if ragged else None
+        padded = torch.stack([longer(prompt, max(map(len, prompts))) for prompt in prompts])
+        return padded, strength, past_the_end(list(map(len, prompts)), padded.to(dtype))
+
+
+def side_by_side(each: Sequence[Prompts | None]) -> Prompts:
+    """Prompts [1, H, K, D] of several adapters as [A, H, longest K, D]; where there are none, values are 0."""
+    first = next(prompts for prompts in each if prompts is not None)
+    if len(each) == 1:
+        return first
+    none = first.key[:, :, :0]
+    keys = [none if prompts is None else prompts.key for prompts in each]
+    values = [none if prompts is None else prompts.value for prompts in each]
+    lengths = [key.shape[-2] for key in keys]
+    key, value = (torch.cat([longer(part, max(lengths)) for part in parts]) for parts in (keys, values))
+    return Prompts(key, value, past_the_end(lengths, key))
+
+
+def longer(states: Tensor, length: int) -> Tensor:
+    """[..., K, size] with zeros up to `length` in place of K."""
+    missing = length - states.shape[-2]
+    return pad(states, (0, 0, 0, missing)) if missing else states
+
+
+def past_the_end(lengths: Sequence[int], like: Tensor) -> Tensor | None:
+    """-inf [A, 1, 1, longest] where an adapter has no prompt; None where all are as long, or have none at all."""
+    longest = max(lengths)
+    if all(length in (0, longest) for length in lengths):
+        return None
+    bias = like.new_zeros(len(lengths), 1, 1, longest)
+    for row, length in zip(bias, lengths, strict=True):
+        row[..., length or longest :] = float("-inf")
+    return bias
 
 
 def of_rows(rows: Tensor, *tensors: Tensor | None) -> list[Any]:

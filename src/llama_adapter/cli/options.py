@@ -34,7 +34,7 @@ def add_session_options(
     )  # fmt: skip
     if not sampling:
         return
-    decoding.add_argument("--compile", action="store_true", help="compile the step: slow start, quicker tokens")
+    decoding.add_argument("--compile", action="store_true", help="compile the step: for long answers on a GPU")
     decoding.add_argument(
         "--temperature", type=float, default=default.temperature, metavar="X",
         help="0 always takes the likeliest token (default: %(default)s)",

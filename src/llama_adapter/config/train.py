@@ -89,7 +89,7 @@ class TrainConfig:
     packing: bool = setting(
         True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
     )
-    compile: bool = setting(False, "Compile feed-forwards and norms: slow start, quicker steps.", "Running")
+    compile: bool = setting(False, "Compile the layers: slow start, quicker steps.", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
     eval_every: int | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
     save_every: int = setting(100, "Steps between checkpoints.", "Running")
