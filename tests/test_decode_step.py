@@ -280,7 +280,8 @@ def test_a_growing_cache_that_was_changed_goes_on_from_there(change):
     for cache in (GrowingCache(model.config), DynamicCache(config=model.config)):
         torch_state.manual_seed(0)
         new = torch.randn(2, 2, 6, 16, generator=torch_state)
-        cache.update(new, -new, 0)
+        for layer in range(3):
+            cache.update(new, -new, layer)
         change(cache)
         rows = cache.layers[0].keys.shape[0] if cache.get_seq_length() else 2
         more = torch.randn(rows, 2, 1, 16, generator=torch_state)
