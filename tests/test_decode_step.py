@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import adapted, tiny_config, tiny_llama, tiny_model, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from llama_adapter import use_adapter
 from llama_adapter.decode_step import SHAPED, QuickSteps, use_quick_steps, why_no_quick_steps
@@ -142,7 +142,7 @@ def test_what_is_no_plain_step_goes_through_transformers(taken):
     model, ids = model_of("llama"), tokens(2, 10)
     adapted(model)
     use_quick_steps(model)
-    stepped(model, ids, cache=DynamicCache(config=model.config))
+    stepped(model, ids, cache=StaticCache(config=model.config, max_cache_len=16))
     cache = GrowingCache(model.config)
     more = {"past_key_values": cache, "position_ids": torch.tensor([[0]] * 2), "use_cache": True}
     assert model(ids[:, :1], **more).logits.requires_grad  # gradients are wanted
@@ -156,7 +156,8 @@ def test_what_is_no_plain_step_goes_through_transformers(taken):
             assert (model(ids[:, 2:3], **more).logits - adapted_logits).abs().max() > 1e-2
         taken.clear()  # the bare base has no prompts to prepare
         model(ids)
-        model.config._attn_implementation = "eager"
+        stepped(model.train(), ids)  # where dropout may be
+        model.eval().config._attn_implementation = "eager"
         stepped(model, ids)
     assert not taken
 
@@ -194,6 +195,15 @@ def test_other_families_are_left_alone():
     model = tiny_model("gemma2")
     assert "gemma2" in (why_no_quick_steps(model) or "")
     assert not use_quick_steps(model)
+
+
+def test_generation_with_nothing_said_takes_quick_steps(taken):
+    model, ids = model_of("llama"), tokens(2, 6)
+    adapted(model)
+    written = model.generate(ids, max_new_tokens=STEPS, do_sample=False)
+    use_quick_steps(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=STEPS, do_sample=False), written)
+    assert len(taken) == STEPS - 1
 
 
 def test_a_second_time_changes_nothing():

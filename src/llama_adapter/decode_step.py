@@ -1,8 +1,7 @@
-"""A second forward for one-token steps of Llama-shaped decoders: the same result up to rounding, in half the time
-between the products.
+"""One-token steps of Llama-shaped decoders: what transformers' forward gives, up to rounding, in half the operations.
 
-A step of decoding is many small operations, and transformers' layers, built to be read and changed, spend much of it
-beside them. Here queries, keys and values are one product, as are the two halves of the feed-forward; a norm is one
+A step of decoding is many small operations, and transformers' layers, built to be read and changed, spend much of its
+time beside its products. Here queries, keys and values are one product, as are the two halves of the feed-forward; a norm is one
 call; queries and keys are rotated together; masks are not built anew. Whatever is not such a step (reading the prompt,
 training, hidden states asked for, ...) goes through transformers' forward.
 """
@@ -13,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llama_adapter.attention import CHOICE, SLOT, Choice, second_softmax
-from llama_adapter.growing_cache import GrowingCache
 from llama_adapter.joined import Joined
 
 log = logging.getLogger(__name__)
@@ -47,24 +45,19 @@ class Layer:
         self.out = Joined(attention.o_proj)
         self.gate_and_up, self.down = Joined(mlp.gate_proj, mlp.up_proj), Joined(mlp.down_proj)
         self.activation = mlp.act_fn
-        heads, self.head_dim, groups = (
-            attention.config.num_attention_heads,
-            attention.head_dim,
-            attention.num_key_value_groups,
-        )
-        self.turned, self.kinds = [heads, heads // groups], [heads + heads // groups, heads // groups]
-        self.grouped = groups > 1
+        heads, self.head_dim = attention.config.num_attention_heads, attention.head_dim
+        kv_heads = heads // attention.num_key_value_groups
+        self.turned, self.kinds = [heads, kv_heads], [heads + kv_heads, kv_heads]
+        self.grouped = kv_heads < heads
         self.head_norms = [Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: GrowingCache, choice: Choice | None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DynamicCache, choice: Choice | None
     ) -> Tensor:
         """The layer's output for `hidden` [B, 1, hidden]; cos and sin [B, 1, 1, D], mask [B, 1, 1, tokens] or None."""
         query, key, value = self._query_key_value(hidden, cos, sin)
         keys, values = cache.update(key, value, self.index)
-        attended = scaled_dot_product_attention(
-            query, keys, values, mask, scale=self.scaling, enable_gqa=self.grouped
-        )  # [B, heads, 1, D]
+        attended = scaled_dot_product_attention(query, keys, values, mask, scale=self.scaling, enable_gqa=self.grouped)
         prompts = None if choice is None else choice.prepared.get(self.index)
         if prompts is not None:
             attended = attended + second_softmax(query, prompts, self.scaling, None)
@@ -109,7 +102,7 @@ class QuickSteps:
         """One step, quickly, where it is one."""
         if args or not self._is_step(kwargs):
             return self.stock(*args, **kwargs)
-        cache: GrowingCache = kwargs["past_key_values"]
+        cache: DynamicCache = kwargs["past_key_values"]
         if self.layers[0].query_key_value.is_stale():
             self.layers = [Layer(module) for module in self.decoder.layers]
         hidden = self.decoder.embed_tokens(kwargs["input_ids"])
@@ -124,13 +117,13 @@ class QuickSteps:
         ids, positions, choice = (kwargs.get(name) for name in ("input_ids", "position_ids", CHOICE))
         config = self.decoder.config
         return (
-            isinstance(kwargs.get("past_key_values"), GrowingCache)
+            isinstance(kwargs.get("past_key_values"), DynamicCache)
             and ids is not None
             and ids.shape[1] == 1
             and positions is not None
             and (choice is None or bool(choice.prepared))
             and all(value is None or name in USUAL for name, value in kwargs.items())
-            and not torch.is_grad_enabled()
+            and not (torch.is_grad_enabled() or self.decoder.training)
             and not torch.is_autocast_enabled(ids.device.type)
             and config._attn_implementation == "sdpa"
             and not (config.output_hidden_states or config.output_attentions)
@@ -172,7 +165,8 @@ def has_known_parts(layer: Any) -> bool:
 def use_quick_steps(model: PreTrainedModel) -> bool:
     """Let a model take its one-token steps by the forward above, where `why_no_quick_steps` has no objection.
 
-    They are taken so with a `GrowingCache` and without gradients. Logits are the same up to rounding.
+    They are taken so without gradients and with a cache that grows, which is transformers' default; `GrowingCache` is
+    quicker. Logits are the same up to rounding.
 
     Returns:
         Whether it does from now on.
