@@ -1,9 +1,9 @@
 """One-token steps of Llama-shaped decoders: what transformers' forward gives, up to rounding, in half the operations.
 
 A step of decoding is many small operations, and transformers' layers, built to be read and changed, spend much of its
-time beside its products. Here queries, keys and values are one product, as are the two halves of the feed-forward; a norm is one
-call; queries and keys are rotated together; masks are not built anew. Whatever is not such a step (reading the prompt,
-training, hidden states asked for, ...) goes through transformers' forward.
+time beside its products. Here queries, keys and values are one product, as are the two halves of the feed-forward; a
+norm is one call; queries and keys are rotated together; masks are not built anew. Whatever is not such a step (reading
+the prompt, training, hidden states asked for, ...) goes through transformers' forward.
 """
 
 import logging
