@@ -2,7 +2,7 @@
 # make test    set up, run the test suite
 # make evidence  set up, measure the paper's claims on the bundled base; rebuild docs/evidence.md and docs/pictures.md
 #                (about two hours)
-# make bench   set up, measure speed beside PEFT and LoRA on the CPU (about fourteen minutes)
+# make bench   set up, measure speed beside PEFT and LoRA on the CPU (about sixteen minutes)
 # make bench-gpu  set up, the same at LLaMA-7B's shape on an NVIDIA GPU (about eight minutes)
 # make check   set up, lint, format check, type check
 PYTHON ?= python3

@@ -274,11 +274,12 @@ class TestScripts:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
     def test_decode_compiled(self, tmp_path):
-        options = ["--batches", "1", "--prompt-tokens", "8", "--new-tokens", "4", "--compile"]
+        options = ["--batches", "2", "1", "--prompt-tokens", "8", "--new-tokens", "4", "--compile"]
         decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "decode")
         assert [name for name, row in rows.items() if row["failure"]] == []
-        assert len(rows) == 10
+        assert len(rows) == 12 + 3
+        assert "ours, compiled 2" in rows
 
     @pytest.mark.parametrize("name", [decode.OURS, decode.STOCK_OURS, decode.QUICK_BASE, decode.PEFT])
     def test_generation_has_the_length_that_was_asked_for(self, name):
