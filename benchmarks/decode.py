@@ -103,7 +103,7 @@ def check_parity(found: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> floa
 
 
 def contenders(setting: Setting, found: dict[str, Any], prompts: Tensor) -> list[Contender]:
-    """Who is timed at one batch size; compiled at the first alone, as a 7B step takes a minute to compile."""
+    """Who is timed at one batch size; compiled at the first alone, as every size is compiled for itself."""
     count, chosen = setting.options.new_tokens, setting.chosen(list(found))
     plain = [Contender(name, lambda _, m=found[name]: generate(m, prompts, count)) for name in chosen]
     if not setting.options.compile or len(prompts) != setting.options.batches[0]:

@@ -110,19 +110,22 @@ class AdapterSlot(nn.Module):
 
     def prompts(self, attention: nn.Module, choice: Choice, batch: int, dtype: torch.dtype) -> Prompts | None:
         """What a batch of so many rows reads; None when none of the chosen adapters has this layer."""
-        if not any(self.get(name) for name in choice.names):
+        adapters = [self.get(name) for name in choice.names]
+        if not any(adapters):
             return None
         if choice.condition is not None:
             return self._project(attention, choice, dtype)
-        each = [None if self.get(name) is None else self._of(attention, name, dtype) for name in choice.names]
+        named = zip(choice.names, adapters, strict=True)
+        each = [None if adapter is None else self._of(attention, name, adapter, dtype) for name, adapter in named]
         return of_batch(choice.rows, batch, side_by_side(each))
 
-    def _of(self, attention: nn.Module, name: str | None, dtype: torch.dtype) -> Prompts:
+    def _of(self, attention: nn.Module, name: str | None, adapter: ZeroInitAdapter, dtype: torch.dtype) -> Prompts:
         """One adapter's [1, H, K, D]; kept with it, whoever is beside it in a batch."""
-        kept, alone = self.get(name).kept, Choice((name,))  # type: ignore[union-attr]
-        found = kept.find(dtype)
+        found = adapter.kept.find(dtype)
         if found is None:
-            found = kept.keep(dtype, self._project(attention, alone, dtype), self.places(attention, alone))
+            alone = Choice((name,))
+            found = self._project(attention, alone, dtype)
+            adapter.kept.keep(dtype, found, self.places(attention, alone))
         return found
 
     def places(self, attention: nn.Module, choice: Choice) -> list[Place]:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llama_adapter.attention import CHOICE, SLOT, Choice, second_softmax
 from llama_adapter.joined import Joined
+from llama_adapter.prompt_cache import Place, PromptCache
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ SHAPED = {
 """Model type -> class of its decoder layers."""
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = ("q_norm", "k_norm")
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 USUAL = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", CHOICE}
 """What a step is told."""
@@ -49,7 +51,7 @@ class Layer:
         kv_heads = heads // attention.num_key_value_groups
         self.turned, self.kinds = [heads, kv_heads], [heads + kv_heads, kv_heads]
         self.grouped = kv_heads < heads
-        self.head_norms = [Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        self.head_norms = [Norm(getattr(attention, name)) for name in HEAD_NORMS if hasattr(attention, name)]
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DynamicCache, choice: Choice | None
@@ -94,23 +96,28 @@ class QuickSteps:
     """Stands in for a decoder's `forward`; takes and returns what that does."""
 
     def __init__(self, decoder: Any) -> None:
-        self.decoder, self.stock = decoder, decoder.forward
-        self.layers = [Layer(module) for module in decoder.layers]
-        self.norm = Norm(decoder.norm)
+        self.decoder, self.stock, self.norm = decoder, decoder.forward, Norm(decoder.norm)
+        self.kept: PromptCache[list[Layer]] = PromptCache()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step, quickly, where it is one."""
         if args or not self._is_step(kwargs):
             return self.stock(*args, **kwargs)
         cache: DynamicCache = kwargs["past_key_values"]
-        if self.layers[0].query_key_value.is_stale():
-            self.layers = [Layer(module) for module in self.decoder.layers]
         hidden = self.decoder.embed_tokens(kwargs["input_ids"])
         cos, sin = (part.unsqueeze(1) for part in self.decoder.rotary_emb(hidden, kwargs["position_ids"]))
         mask, choice = self._mask(kwargs.get("attention_mask")), kwargs.get(CHOICE)
-        for layer in self.layers:
+        for layer in self._layers():
             hidden = layer.forward(hidden, cos, sin, mask, cache, choice)
         return BaseModelOutputWithPast(self.norm(hidden), cache)
+
+    def _layers(self) -> list[Layer]:
+        """Made anew when a part has been replaced or its weights have moved."""
+        layers = self.kept.find(None)
+        if layers is None:
+            layers = [Layer(module) for module in self.decoder.layers]
+            self.kept.keep(None, layers, [place for module in self.decoder.layers for place in places(module)])
+        return layers
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is one token a row behind others in a cache that grows, and nothing else is asked."""
@@ -156,10 +163,20 @@ def why_no_quick_steps(model: PreTrainedModel) -> str | None:
     return None
 
 
+def places(layer: Any) -> list[Place]:
+    """Where a decoder layer holds what `Layer` reads, adapters apart."""
+    held = {
+        layer: PARTS - {"self_attn", "mlp"},
+        layer.self_attn: ATTENTION_PARTS | set(HEAD_NORMS),
+        layer.mlp: MLP_PARTS,
+    }
+    return [(module, name) for module, names in held.items() for name in names]
+
+
 def has_known_parts(layer: Any) -> bool:
     """Whether a decoder layer consists of what is computed here, and of nothing else."""
     parts, attention, mlp = ({name for name, _ in m.named_children()} for m in (layer, layer.self_attn, layer.mlp))
-    return parts == PARTS and attention - {SLOT, "q_norm", "k_norm"} == ATTENTION_PARTS and mlp == MLP_PARTS
+    return parts == PARTS and attention - {SLOT, *HEAD_NORMS} == ATTENTION_PARTS and mlp == MLP_PARTS
 
 
 def use_quick_steps(model: PreTrainedModel) -> bool:

@@ -12,7 +12,8 @@ class Joined:
     """Several linear layers as one.
 
     The weights of plain layers become slices of one tensor, which takes no memory of its own: the modules keep their
-    parameters, and whoever reads or saves those finds what was there. Layers of other kinds are called one by one.
+    parameters, and whoever reads or saves those finds what was there. Layers of other kinds are called one by one. Made
+    for as long as the layers' weights are not moved or replaced.
 
     Attributes:
         weight: the layers' weights one below the other, [all of their out, in]; None where they are not plain.
@@ -21,10 +22,10 @@ class Joined:
 
     def __init__(self, *layers: Any) -> None:
         self.layers = layers
-        self.sizes = [getattr(layer, "out_features", 0) for layer in layers]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if all(map(is_plain, layers)) and len({layer.bias is None for layer in layers}) == 1:
+            self.sizes = [len(layer.weight) for layer in layers]
             self.weight = as_slices([layer.weight for layer in layers])
             self.bias = None if layers[0].bias is None else as_slices([layer.bias for layer in layers])
 
@@ -39,10 +40,6 @@ class Joined:
         if self.weight is None:
             return [layer(inputs) for layer in self.layers]
         return self(inputs).split_with_sizes(self.sizes, -1)
-
-    def is_stale(self) -> bool:
-        """Whether the layers' weights have been moved or replaced since."""
-        return self.weight is not None and bool(self.layers[0].weight.data_ptr() != self.weight.data_ptr())
 
 
 def is_plain(layer: nn.Module) -> bool:
