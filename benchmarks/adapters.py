@@ -16,7 +16,7 @@ from benchmarks.decode import TOLERANCE, generate
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.decode_step import use_quick_steps
+from llama_adapter.inference.steps import use_quick_steps
 
 CHECKED = 3
 """Adapters whose rows are compared with a batch of their own."""

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, pad
 
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import MicroBatch, collate
-from llama_adapter.data.packing import PackedRow, pack
-from llama_adapter.loss import response_loss
-from llama_adapter.packed_attention import SEGMENTS, Segments
+from llama_adapter.training.loss import response_loss
+from llama_adapter.training.packed_attention import SEGMENTS, Segments
+from llama_adapter.training.packing import PackedRow, pack
 
 LONGEST = 512
 """What the authors' code pads every example to."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks import harness, shapes
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
-from llama_adapter.compiled import compiled_steps, static_cache
-from llama_adapter.decode_step import QuickSteps, use_quick_steps, why_no_quick_steps
-from llama_adapter.growing_cache import GrowingCache
+from llama_adapter.inference.cache import GrowingCache
+from llama_adapter.inference.compiled import compiled_steps, static_cache
+from llama_adapter.inference.steps import QuickSteps, use_quick_steps, why_no_quick_steps
 
 BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"
 QUICK_BASE, STOCK_OURS = "bare base, our steps", "ours, transformers' steps"

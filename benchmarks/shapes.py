@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llama_adapter import AdapterConfig, add_adapter
-from llama_adapter.adapter import Adapter
+from llama_adapter.core.model import Adapter
 
 GATES = (0.5, -0.375, 0.25, -0.625)
 """act(g) of the adapted layers, in turn; exact in bf16."""

@@ -19,7 +19,7 @@ from benchmarks.lengths import global_batches, real_tokens
 from benchmarks.methods import OURS, OURS_PADDED, PEFT_BEST, PEFT_LIKE, Batches, Gradients, Method, methods
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import response_tokens
-from llama_adapter.data.packing import packed_rows
+from llama_adapter.training.packing import packed_rows
 
 ALPACA, EPOCHS = 52002, 5
 """Examples and epochs of the paper's run; how long it takes is extrapolated from a row's rate."""

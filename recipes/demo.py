@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import llama_adapter
-from llama_adapter.config import load_recipe
-from llama_adapter.evaluate.instructions import Score, Task, evaluate_instructions, read_tasks
-from llama_adapter.generate import default_device, load_session
-from llama_adapter.train import train
+from llama_adapter.evaluation.instructions import Score, Task, evaluate_instructions, read_tasks
+from llama_adapter.inference.session import default_device, load_session
+from llama_adapter.training.config import load_recipe
+from llama_adapter.training.loop import train
 
 HELD_OUT = Path(llama_adapter.__file__).parent / "bundled" / "heldout_facts.json"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_adapter.config import TrainConfig
+from llama_adapter.training.config import TrainConfig
 
 WORDS = ["sun", "moon", "cat", "dog", "tree", "lake", "bird", "fish"]
 

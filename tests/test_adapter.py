@@ -20,8 +20,8 @@ from llama_adapter import (
     save_adapter,
     use_adapter,
 )
+from llama_adapter.core.prompt_cache import PromptCache
 from llama_adapter.errors import AdapterError, ConfigError, UnsupportedModelError
-from llama_adapter.prompt_cache import PromptCache
 
 IDS = tokens()
 

@@ -11,7 +11,7 @@ from tiny import adapted, open_gates, tiny_llama, tiny_model, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.attention import ZeroInitAdapter
+from llama_adapter.core.zero_init import ZeroInitAdapter
 
 FIXTURE = Path(__file__).parent / "fixtures" / "official_v1_a.safetensors"
 

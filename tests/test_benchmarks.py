@@ -18,9 +18,9 @@ from benchmarks.lengths import PREFIX, Lengths, draw, global_batches, real_token
 from benchmarks.methods import OURS_COMPILED_FP8, OURS_FP8, PEFT_COMPILED  # noqa: E402
 from llama_adapter.data import IGNORE  # noqa: E402
 from llama_adapter.data.batches import response_tokens  # noqa: E402
-from llama_adapter.data.packing import packed_rows  # noqa: E402
-from llama_adapter.decode_step import QuickSteps  # noqa: E402
-from llama_adapter.fp8 import FP8, Fp8Linear  # noqa: E402
+from llama_adapter.inference.steps import QuickSteps  # noqa: E402
+from llama_adapter.training.fp8 import FP8, Fp8Linear  # noqa: E402
+from llama_adapter.training.packing import packed_rows  # noqa: E402
 
 CPU = torch.device("cpu")
 SMOKE = ["--shape", "smoke", "--device", "cpu", "--turns", "2", "--warmup", "1"]

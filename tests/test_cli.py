@@ -17,9 +17,9 @@ import llama_adapter
 from llama_adapter import __version__
 from llama_adapter.cli import main
 from llama_adapter.cli.options import name_adapters
-from llama_adapter.config import load_recipe
 from llama_adapter.errors import Interrupted
-from llama_adapter.run_folder import read_metrics
+from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.training.config import load_recipe
 
 COMMANDS = [["train"], ["validate"], ["generate"], ["chat"], ["inspect"], ["evaluate", "instructions"]]
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
@@ -642,7 +642,7 @@ def chat(call, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """What the model is asked, as (adapter, [role: content, ...])."""
-    from llama_adapter.generate import Session
+    from llama_adapter.inference.session import Session
 
     seen, answer = [], Session.answer
 
@@ -717,7 +717,7 @@ def test_exceptions_nobody_expected_keep_their_traceback(monkeypatch, adapter):
     def broken(folder):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("llama_adapter.inspection.describe", broken)
+    monkeypatch.setattr("llama_adapter.formats.inspect.describe", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["inspect", adapter])
 
@@ -726,7 +726,7 @@ def test_an_interrupted_run_ends_with_130_and_no_error(monkeypatch, capsys):
     def interrupted(config):
         raise Interrupted("Stopped after step 3 of 6.")
 
-    monkeypatch.setattr("llama_adapter.train.train", interrupted)
+    monkeypatch.setattr("llama_adapter.training.loop.train", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["train"])
     assert ended.value.code == 130
@@ -737,7 +737,7 @@ def test_ctrl_c_elsewhere_ends_with_130(monkeypatch, capsys):
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama_adapter.inspection.describe", interrupted)
+    monkeypatch.setattr("llama_adapter.formats.inspect.describe", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["inspect", "x"])
     assert ended.value.code == 130

@@ -10,13 +10,13 @@ from tiny import VOCAB, adapted, open_gates, tiny_llama, tiny_model
 from transformers import GenerationConfig
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.compiled import ROUND, compile_layers, compiled_steps, static_cache
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate
-from llama_adapter.data.packing import pack
-from llama_adapter.decode_step import use_quick_steps
 from llama_adapter.errors import ModelError
-from llama_adapter.loss import packed_loss, response_losses
+from llama_adapter.inference.compiled import ROUND, compile_layers, compiled_steps, static_cache
+from llama_adapter.inference.steps import use_quick_steps
+from llama_adapter.training.loss import packed_loss, response_losses
+from llama_adapter.training.packing import pack
 
 PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 GRAPHS = {"llama": 1, "qwen3": 1, "gemma2": 2}
@@ -35,8 +35,10 @@ def written(model, steps=6, prompt=PROMPT, compiled=False):
 def counted(monkeypatch):
     """Compile with a backend that runs the graph as it is, and count the graphs."""
     graphs = []
-    monkeypatch.setattr("llama_adapter.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
-    monkeypatch.setattr("llama_adapter.compiled._mode", lambda decoder: None)
+    monkeypatch.setattr(
+        "llama_adapter.inference.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda decoder: None)
     torch._dynamo.reset()
     return graphs
 
@@ -108,8 +110,8 @@ def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr("llama_adapter.compiled.BACKEND", broken)
-    monkeypatch.setattr("llama_adapter.compiled._mode", lambda decoder: None)
+    monkeypatch.setattr("llama_adapter.inference.compiled.BACKEND", broken)
+    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda decoder: None)
     torch._dynamo.reset()
     model = tiny_model()
     adapted(model)

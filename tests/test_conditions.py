@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llama_adapter.conditions.cache import LONG_WORK, FeatureCache, content_digest
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition, build_condition
-from llama_adapter.config import ConditionConfig
 from llama_adapter.errors import ConfigError, DataError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "official_v2_bias_a.safetensors"

@@ -5,8 +5,11 @@ import re
 
 import pytest
 
-from llama_adapter.config import AdapterConfig, GenerateConfig, TrainConfig, load_recipe, parse
+from llama_adapter.core.config import AdapterConfig
 from llama_adapter.errors import ConfigError, LlamaAdapterError
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.settings import parse
+from llama_adapter.training.config import TrainConfig, load_recipe
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from llama_adapter import use_adapter
-from llama_adapter.decode_step import SHAPED, Layer, QuickSteps, use_quick_steps, why_no_quick_steps
-from llama_adapter.growing_cache import ROOM, GrowingCache
-from llama_adapter.joined import Joined, as_slices
+from llama_adapter.inference.cache import ROOM, GrowingCache
+from llama_adapter.inference.joined import Joined, as_slices
+from llama_adapter.inference.steps import SHAPED, Layer, QuickSteps, use_quick_steps, why_no_quick_steps
 
 STEPS = 5
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -146,7 +146,7 @@ def test_whatever_is_replaced_or_moved_is_read_where_it_is(change, taken):
 @torch.no_grad()
 def test_weights_are_joined_once(monkeypatch):
     model, ids, made = model_of("llama"), tokens(2, 10), []
-    monkeypatch.setattr("llama_adapter.decode_step.Layer", lambda module: made.append(1) or Layer(module))
+    monkeypatch.setattr("llama_adapter.inference.steps.Layer", lambda module: made.append(1) or Layer(module))
     use_quick_steps(model)
     stepped(model, ids)
     stepped(model, ids)

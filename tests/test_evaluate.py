@@ -10,8 +10,8 @@ from test_generate import write_adapter
 
 from llama_adapter.cli import main
 from llama_adapter.errors import DataError
-from llama_adapter.evaluate.instructions import evaluate_instructions, normalise, read_tasks
-from llama_adapter.generate import load_session
+from llama_adapter.evaluation.instructions import evaluate_instructions, normalise, read_tasks
+from llama_adapter.inference.session import load_session
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_lm_evaluation_harness_scores_a_local_task_as_a_sum_by_hand(base, adapte
     from lm_eval.tasks import TaskManager
 
     from llama_adapter import use_adapter
-    from llama_adapter.evaluate.harness import LlamaAdapterLM
+    from llama_adapter.evaluation.lm_eval import LlamaAdapterLM
 
     docs = [{"question": f"{w} is", "choices": ["sun", "moon"], "answer": i % 2} for i, w in enumerate("abcd")]
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))

@@ -56,7 +56,7 @@ def test_epochs_are_one_two_and_four_times():
 
 
 def test_the_plan_uses_the_recipe_of_the_demo():
-    from llama_adapter.config import load_recipe
+    from llama_adapter.training.config import load_recipe
 
     recipe = load_recipe("bundled", {})
     assert (recipe.lr, recipe.epochs) == (plan.LR, plan.EPOCHS)

@@ -8,9 +8,9 @@ from tiny import LAYERS, adapted, tiny_config, tiny_model, tokens
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter, remove_adapter, use_adapter
-from llama_adapter.attention import SLOT
+from llama_adapter.core.families import FAMILIES, REFUSED, attention_modules, family_of
+from llama_adapter.core.zero_init import SLOT
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.families import FAMILIES, REFUSED, attention_modules, family_of
 
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 

@@ -17,13 +17,13 @@ from torch.nn.functional import cosine_similarity
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, remove_adapter
 from llama_adapter.base import load_base
+from llama_adapter.core.families import FAMILIES
 from llama_adapter.data.batches import collate
-from llama_adapter.data.packing import pack
 from llama_adapter.errors import ModelError, TrainingError
-from llama_adapter.families import FAMILIES
-from llama_adapter.fp8 import FP8, Fp8Linear, product, quantise, quantise_base, require_fp8
-from llama_adapter.loss import packed_loss, response_losses
-from llama_adapter.train import train
+from llama_adapter.training.fp8 import FP8, Fp8Linear, product, quantise, quantise_base, require_fp8
+from llama_adapter.training.loop import train
+from llama_adapter.training.loss import packed_loss, response_losses
+from llama_adapter.training.packing import pack
 
 CPU = torch.device("cpu")
 MADE_OF_LINEAR = sorted(set(FAMILIES) - {"gpt2"})

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter, save_adapter
 from llama_adapter.base import load_base, load_tokenizer
-from llama_adapter.config import GenerateConfig
 from llama_adapter.data import Message, encode_prompt
 from llama_adapter.errors import AdapterError, ConfigError, DataError, ModelError
-from llama_adapter.generate import Prompt, default_device, load_session, read_prompts
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import Prompt, default_device, load_session, read_prompts
 
 CPU = torch.device("cpu")
 GREEDY = GenerateConfig(max_new_tokens=12, temperature=0)
@@ -320,7 +320,7 @@ def test_max_new_tokens_is_clipped_to_what_the_context_holds(session, monkeypatc
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr("llama_adapter.generate.load_base", lambda *_: pytest.fail("read the weights"))
+    monkeypatch.setattr("llama_adapter.inference.session.load_base", lambda *_: pytest.fail("read the weights"))
 
 
 def test_a_missing_base_is_found_first(adapter, no_weights):

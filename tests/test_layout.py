@@ -14,30 +14,12 @@ import llama_adapter
 SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "config", "files", "fixed_dtype", "prompt_cache", "varlen", "packed_attention", "attention",
-    "joined", "growing_cache", "decode_step",
-    "families", "fp8", "base", "conditions", "routing", "adapter", "storage", "data", "loss", "optimize",
-    "plots", "run_folder", "compiled", "train", "inspection", "validate", "generate", "evaluate", "cli",
+    ("errors",), ("settings", "files"), ("core",), ("base",), ("conditions",), ("formats",), ("data",),
+    ("training", "inference"), ("serving", "evaluation"), ("cli",),
 ]  # fmt: skip
-"""A module may import those before it, and no other."""
-INSIDE = {
-    "config": ["checks", "condition", "adapter", "train", "generate"],
-    "conditions": ["modules", "recordings", "pictures", "inputs", "tower_families", "towers", "cache", "perception"],
-    "data": ["records", "formats", "scienceqa", "sources", "templates", "encode", "batches", "packing", "prepare"],
-    "evaluate": ["instructions", "scienceqa", "scienceqa_answer", "harness", "lmms", "__main__"],
-    "cli": [
-        "parser",
-        "options",
-        "recipe",
-        "chat",
-        "evaluate_scienceqa",
-        "evaluate",
-        "generate",
-        "inspect",
-        "train",
-        "validate",
-    ],
-}
+"""A room may import those of the tiers before its own.."""
+ROOMS = {"core", "formats", "conditions", "data", "training", "inference", "serving", "evaluation", "cli"}
+TIER = {room: number for number, tier in enumerate(ORDER) for room in tier}
 
 
 def module_of(path: Path) -> str:
@@ -67,11 +49,13 @@ def imports_of(path: Path) -> set[str]:
 MODULES = {module_of(path) for path in FILES}
 
 
-def place(module: str) -> tuple[int, int]:
-    """Where a module stands in the order; a package's own __init__ stands behind its modules."""
-    top, _, rest = module.partition(".")
-    inside = INSIDE.get(top, [])
-    return ORDER.index(top), inside.index(rest.split(".")[0]) if rest else len(inside)
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def may_import(module: str, imported: str) -> bool:
+    here, there = room(module), room(imported)
+    return here == there or TIER[there] < TIER[here]
 
 
 def definitions(path: Path):
@@ -79,9 +63,9 @@ def definitions(path: Path):
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
 
 
-def test_every_module_has_a_place_in_the_order():
-    for module in MODULES - {"", "__main__"}:
-        assert place(module) >= (0, 0), module
+def test_every_module_lives_in_a_room():
+    assert {room(module) for module in MODULES} - {"", "__main__"} <= set(TIER)
+    assert set(TIER) - {"errors", "settings", "files", "base"} == ROOMS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -90,20 +74,33 @@ def test_imports_run_one_way(path):
     if module in ("", "__main__"):
         return  # the package's front and the command's entry stand above all others
     for imported in imports_of(path) - {""}:
-        assert place(imported) < place(module), f"{module} imports {imported}, which stands behind it"
+        assert may_import(module, imported), f"{module} imports {imported}, which stands behind it"
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module_of(path): imports_of(path) - {module_of(path), ""} for path in FILES}
+    finished: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in finished:
+            for imported in graph.get(module, ()):
+                visit(imported, (*above, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
 
 
 def test_the_one_way_test_sees_a_wrong_import(tmp_path):
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("def f():\n    from llama_adapter.train import train\n    from llama_adapter import storage\n")
-    assert imports_of(wrong) == {"train", "storage"}
-    assert place("train") > place("storage") > place("adapter")
-    assert place("data") > place("data.prepare") > place("data.batches")
-
-
-def test_data_reads_settings_in_its_last_module_only():
-    users = {module_of(path) for path in FILES if "config" in imports_of(path)}
-    assert {module for module in users if module.startswith("data")} == {"data.prepare"}
+    wrong.write_text(
+        "def f():\n    from llama_adapter.training.loop import train\n    from llama_adapter import formats\n"
+    )
+    assert imports_of(wrong) == {"training.loop", "formats"}
+    assert not may_import("core.model", "formats.native")
+    assert not may_import("inference.session", "training.loop")
+    assert may_import("evaluation.instructions", "inference.session")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -168,7 +165,10 @@ def test_the_version_is_one_that_packaging_takes():
         ("import llama_adapter", ["torch", "transformers", "numpy", "pydantic", "yaml", "rich", "matplotlib"]),
         ("from llama_adapter import LlamaAdapterError, AdapterConfig", ["torch", "transformers", "pydantic"]),
         ("import llama_adapter.cli", ["torch", "transformers", "numpy", "pydantic", "yaml", "rich", "matplotlib"]),
-        ("import llama_adapter.train, llama_adapter.generate", ["datasets", "tensorboard", "wandb", "peft", "trl"]),
+        (
+            "import llama_adapter.training.loop, llama_adapter.inference.session",
+            ["datasets", "tensorboard", "wandb", "peft", "trl"],
+        ),
     ],
 )
 def test_heavy_packages_wait_until_they_are_needed(statement, forbidden):

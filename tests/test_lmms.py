@@ -18,12 +18,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from llama_adapter.conditions.perception import describe
 from llama_adapter.conditions.pictures import read_picture
-from llama_adapter.config import GenerateConfig
 from llama_adapter.data import Message, render_prompt
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
-from llama_adapter.generate import Prompt, load_session
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import Prompt, load_session
 
-NAME = "llama_adapter.evaluate.lmms"
+NAME = "llama_adapter.evaluation.lmms_eval"
 REAL = importlib.util.find_spec("lmms_eval") is not None
 CPU = torch.device("cpu")
 COLOURS = [(220, 30, 30), (30, 30, 220), (250, 250, 20), (5, 5, 5), (255, 255, 255)]

@@ -15,17 +15,19 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Whispe
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, remove_adapter, save_adapter, use_adapter
 from llama_adapter.cli import main
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception, describe
 from llama_adapter.conditions.towers import Tower
-from llama_adapter.config import ConditionConfig, GenerateConfig, TrainConfig
-from llama_adapter.data.prepare import prepare
 from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupted
-from llama_adapter.evaluate.instructions import evaluate_instructions, read_tasks
-from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
-from llama_adapter.generate import Prompt, load_session, read_prompts
-from llama_adapter.optimize import build_optimizer
-from llama_adapter.train import Run, train
-from llama_adapter.validate import check
+from llama_adapter.evaluation.instructions import evaluate_instructions, read_tasks
+from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import Prompt, load_session, read_prompts
+from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.loop import Run, train
+from llama_adapter.training.optimizer import build_optimizer
+from llama_adapter.training.plan import check
+from llama_adapter.training.prepare import prepare
 
 CONDITION = ConditionConfig("image", "nowhere", tower_width=6, depths=(0, -1))
 FAMILIES = ["llama", "qwen3", "olmo2", "phi3", "gpt_neox", "gpt2", "gemma2"]
@@ -419,7 +421,7 @@ def scienceqa(tmp_path_factory):
 
 
 def test_scienceqa_from_folder_to_table(base, tower, scienceqa, tmp_path, capsys):
-    from llama_adapter.data.scienceqa import read_scienceqa
+    from llama_adapter.evaluation.scienceqa.questions import read_scienceqa
 
     run = tmp_path / "run"
     settings = {"condition": "image", "tower": str(tower), "tower_depths": (3,), "max_steps": 3, "val_size": 0}

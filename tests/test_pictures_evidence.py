@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llama_adapter import AdapterConfig, add_adapter
-from llama_adapter import train as training
 from llama_adapter.base import load_base
-from llama_adapter.config import load_recipe
+from llama_adapter.training import loop as training
+from llama_adapter.training.config import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "pictures"
 sys.path.insert(0, str(FOLDER))

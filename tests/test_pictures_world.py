@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from llama_adapter.conditions.towers import load_tower
-from llama_adapter.data.scienceqa import read_scienceqa
+from llama_adapter.evaluation.scienceqa.questions import read_scienceqa
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "pictures"))

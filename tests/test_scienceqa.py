@@ -11,7 +11,8 @@ import pytest
 
 from llama_adapter.cli import evaluate_scienceqa
 from llama_adapter.cli.parser import Parser
-from llama_adapter.data.scienceqa import (
+from llama_adapter.errors import ConfigError, DataError, MissingExtraError
+from llama_adapter.evaluation.scienceqa.questions import (
     LETTERS,
     Question,
     parse_style,
@@ -20,8 +21,7 @@ from llama_adapter.data.scienceqa import (
     render_question,
     render_target,
 )
-from llama_adapter.errors import ConfigError, DataError, MissingExtraError
-from llama_adapter.evaluate.scienceqa import (
+from llama_adapter.evaluation.scienceqa.scores import (
     CATEGORIES,
     FALLBACKS,
     PAPER_ROWS,
@@ -648,7 +648,7 @@ def test_the_commands_choices_are_those_of_the_evaluation():
 
 def test_scoring_reads_neither_torch_nor_transformers():
     code = (
-        "import sys, llama_adapter.cli.evaluate_scienceqa, llama_adapter.evaluate.scienceqa\n"
+        "import sys, llama_adapter.cli.evaluate_scienceqa, llama_adapter.evaluation.scienceqa.scores\n"
         "print([name for name in ('torch', 'transformers', 'pyarrow', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

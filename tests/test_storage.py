@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, LAYERS, adapted, open_gates, tiny_llama, tiny_model, tokens
 
 from llama_adapter import AdapterConfig, get_adapter, list_adapters, load_adapter, save_adapter, use_adapter
-from llama_adapter.config import FORMAT_VERSION
+from llama_adapter.core.config import FORMAT_VERSION
 from llama_adapter.errors import AdapterError
-from llama_adapter.storage import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
 
 IDS = tokens()
 KEYS = ["layers.1.gate", "layers.1.prompt", "layers.2.gate", "layers.2.prompt"]

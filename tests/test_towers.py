@@ -35,6 +35,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llama_adapter.conditions import inputs
 from llama_adapter.conditions.cache import FeatureCache
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.inputs import PictureSteps, with_settings
 from llama_adapter.conditions.modules import build_condition
 from llama_adapter.conditions.tower_families import (
@@ -47,7 +48,6 @@ from llama_adapter.conditions.tower_families import (
     tower_width,
 )
 from llama_adapter.conditions.towers import load_tower, load_tower_config
-from llama_adapter.config import ConditionConfig
 from llama_adapter.errors import AdapterError, DataError, ModelError, UnsupportedModelError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from llama_adapter import add_adapter, load_adapter, use_adapter
 from llama_adapter.base import load_base
-from llama_adapter.config import TrainConfig, load_recipe
 from llama_adapter.data.batches import collate, global_batch, micro_batches, response_tokens
-from llama_adapter.data.prepare import prepare
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
-from llama_adapter.optimize import learning_rate
-from llama_adapter.run_folder import read_metrics
-from llama_adapter.train import Run, response_loss, train
+from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.training.config import TrainConfig, load_recipe
+from llama_adapter.training.loop import Run, response_loss, train
+from llama_adapter.training.optimizer import learning_rate
+from llama_adapter.training.prepare import prepare
 
 CPU = torch.device("cpu")
 WEIGHTS = "adapter_model.safetensors"
@@ -123,7 +123,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from runs import recipe
-from llama_adapter import run_folder, train
+from llama_adapter.training import checkpoint as run_folder, loop as train
 at, where = int(sys.argv[5]), sys.argv[6]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 if where == "step":
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base
         loss = real(model, batch, device)
         return loss * math.nan if len(calls) > 9 else loss
 
-    monkeypatch.setattr("llama_adapter.train.response_loss", poisoned)
+    monkeypatch.setattr("llama_adapter.training.loop.response_loss", poisoned)
     with pytest.raises(TrainingError, match=r"at step \d are not finite; the checkpoint in .*last is kept"):
         train(recipe(base, data, tmp_path / "out", val_size=0, save_every=1))
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out").values())
@@ -188,8 +188,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(base, data, tmp_path, monkeypatch):
     import errno
 
-    from llama_adapter import storage
     from llama_adapter.errors import AdapterError
+    from llama_adapter.formats import native as storage
 
     train(recipe(base, data, tmp_path / "out", max_steps=2))
     kept = last(tmp_path / "out")
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_one_sentence(base, data, tmp_path):
 
 
 def test_wrong_settings_are_found_before_weights_are_read(base, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_adapter.train.load_base", lambda *_: pytest.fail("read the weights"))
+    monkeypatch.setattr("llama_adapter.training.loop.load_base", lambda *_: pytest.fail("read the weights"))
     with pytest.raises(ConfigError, match="adapter_layers is 4, but the base has 3 layers"):
         train(recipe(base, data, tmp_path / "out", adapter_layers=4))
     with pytest.raises(ConfigError, match="leaves none to train on"):
@@ -296,8 +296,8 @@ def test_recipe_is_written_and_runs_again(base, data, tmp_path):
 
 
 def test_prompt_completion_data_are_asked_as_they_were_trained(base, tmp_path):
-    from llama_adapter.config import GenerateConfig
-    from llama_adapter.generate import Prompt, load_session
+    from llama_adapter.inference.config import GenerateConfig
+    from llama_adapter.inference.session import Prompt, load_session
 
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number"}) + "\n" for i in range(12)))

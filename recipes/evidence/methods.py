@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter import AdapterConfig, add_adapter
 from llama_adapter.data.batches import micro_batches
-from llama_adapter.data.packing import packed_rows
+from llama_adapter.training.packing import packed_rows
 
 
 @dataclass(frozen=True)

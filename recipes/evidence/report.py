@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from plan import BEST_LR, EPOCH_FACTORS, EPOCHS, GAP, LAYERS, LENGTHS, RATES
 from trial import BUNDLED, Trial
 
-from llama_adapter.plots import smooth
+from llama_adapter.training.plots import smooth
 
 Result = dict[str, Any]
 NAMES = {

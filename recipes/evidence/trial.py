@@ -15,14 +15,14 @@ from methods import METHODS, Options, Prepared
 
 import llama_adapter
 from llama_adapter.base import load_base, load_tokenizer
-from llama_adapter.config import load_recipe
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import global_batch, micro_batches, response_tokens, steps_per_epoch
-from llama_adapter.data.prepare import prepare
-from llama_adapter.evaluate.instructions import Task, evaluate_instructions, read_tasks
-from llama_adapter.generate import Session
-from llama_adapter.loss import response_loss
-from llama_adapter.optimize import learning_rate
+from llama_adapter.evaluation.instructions import Task, evaluate_instructions, read_tasks
+from llama_adapter.inference.session import Session
+from llama_adapter.training.config import load_recipe
+from llama_adapter.training.loss import response_loss
+from llama_adapter.training.optimizer import learning_rate
+from llama_adapter.training.prepare import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 import recall

@@ -22,11 +22,11 @@ from report import Row, summary, write_report
 from rich.console import Console
 from rich.table import Table
 
-from llama_adapter.config import load_recipe
-from llama_adapter.data.scienceqa import WORDS, Question, read_scienceqa
-from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
-from llama_adapter.generate import Session, default_device, load_session
-from llama_adapter.train import train
+from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
+from llama_adapter.evaluation.scienceqa.questions import WORDS, Question, read_scienceqa
+from llama_adapter.inference.session import Session, default_device, load_session
+from llama_adapter.training.config import load_recipe
+from llama_adapter.training.loop import train
 
 HERE = Path(__file__).resolve().parent
 WORK = Path("runs/pictures-demo")

@@ -27,12 +27,12 @@ from results_page import write_page
 
 import llama_adapter
 from llama_adapter import get_adapter
-from llama_adapter import train as training
-from llama_adapter.config import load_recipe
-from llama_adapter.data.scienceqa import WORDS, Question, read_scienceqa
-from llama_adapter.evaluate.scienceqa import RULES
-from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
-from llama_adapter.generate import Session, load_session
+from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
+from llama_adapter.evaluation.scienceqa.questions import WORDS, Question, read_scienceqa
+from llama_adapter.evaluation.scienceqa.scores import RULES
+from llama_adapter.inference.session import Session, load_session
+from llama_adapter.training import loop as training
+from llama_adapter.training.config import load_recipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

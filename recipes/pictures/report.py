@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from llama_adapter.conditions.pictures import read_picture
-from llama_adapter.data.scienceqa import LETTERS
 from llama_adapter.errors import DataError
-from llama_adapter.evaluate.scienceqa import RULES
+from llama_adapter.evaluation.scienceqa.questions import LETTERS
+from llama_adapter.evaluation.scienceqa.scores import RULES
 from llama_adapter.files import write_atomically
 
 SIDE = 256

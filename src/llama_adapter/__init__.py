@@ -6,24 +6,17 @@
     ...train model with anything that trains transformers models...
     save_adapter(model, "my-adapter")
 
-The method itself is in `llama_adapter.attention`; read that first.
+The method itself is in `llama_adapter.core.zero_init`; read that first.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_adapter.adapter import (
-        Adapter,
-        add_adapter,
-        get_adapter,
-        list_adapters,
-        remove_adapter,
-        use_adapter,
-    )
-    from llama_adapter.config import AdapterConfig
+    from llama_adapter.core.config import AdapterConfig
+    from llama_adapter.core.model import Adapter, add_adapter, get_adapter, list_adapters, remove_adapter, use_adapter
     from llama_adapter.errors import LlamaAdapterError
-    from llama_adapter.storage import load_adapter, save_adapter
+    from llama_adapter.formats.native import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,10 +33,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdapterConfig": "config",
+    "AdapterConfig": "core.config",
     "LlamaAdapterError": "errors",
-    "load_adapter": "storage",
-    "save_adapter": "storage",
+    "load_adapter": "formats.native",
+    "save_adapter": "formats.native",
 }
 
 
@@ -51,4 +44,4 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import: only what touches a model pays for them.
     if name not in __all__:
         raise AttributeError(f"module 'llama_adapter' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"llama_adapter.{_HOME.get(name, 'adapter')}"), name)
+    return getattr(importlib.import_module(f"llama_adapter.{_HOME.get(name, 'core.model')}"), name)

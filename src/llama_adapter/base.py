@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter.config import BUNDLED, Precision
+from llama_adapter.core.families import family_of
 from llama_adapter.errors import MissingExtraError, ModelError
-from llama_adapter.families import family_of
+from llama_adapter.settings import BUNDLED, Precision
 
 Kind = Literal["base", "tower"]
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
-from llama_adapter.config import GenerateConfig, unknown_name
 from llama_adapter.errors import AdapterError, ConfigError, DataError
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.settings import unknown_name
 
 if TYPE_CHECKING:
-    from llama_adapter.generate import Session
+    from llama_adapter.inference.session import Session
 
 EXAMPLES = """
 llama-adapter chat --adapter runs/first
@@ -105,7 +106,7 @@ class Conversation:
     def say(self, text: str) -> None:
         """Stream the answer to `text`; a Ctrl-C cuts it short and forgets the turn."""
         from llama_adapter.data import Message
-        from llama_adapter.generate import Prompt
+        from llama_adapter.inference.session import Prompt
 
         asked = (*self.messages, Message("user", text))
         try:

@@ -12,7 +12,7 @@ from llama_adapter.cli.parser import Parser, add_command
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.evaluate.instructions import Score
+    from llama_adapter.evaluation.instructions import Score
 
 EXAMPLES = """
 llama-adapter evaluate instructions --data heldout.json --adapter runs/first
@@ -23,7 +23,7 @@ llama-adapter evaluate instructions --data heldout.json --adapter runs/first --j
 
 def add_parser(commands: Any) -> None:
     """Add the command and what it can measure."""
-    description = "Measure a base and its adapters. Other benchmarks: python -m llama_adapter.evaluate --help"
+    description = "Measure a base and its adapters. Other benchmarks: python -m llama_adapter.evaluation --help"
     parser: Parser = commands.add_parser("evaluate", help="Measure a base and its adapters", description=description)
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=Parser)
     text = "Exact match and response loss per task family. The bare base and every --adapter stand side by side."
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     from tqdm.auto import tqdm
 
-    from llama_adapter.evaluate.instructions import as_table, evaluate_instructions, read_tasks
+    from llama_adapter.evaluation.instructions import as_table, evaluate_instructions, read_tasks
 
     tasks = read_tasks(args.data)[: args.limit]
     session = options.open_session(args)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             )
             results[model or "base"] = scores
     if args.plot is not None:
-        from llama_adapter.plots import plot_scores
+        from llama_adapter.training.plots import plot_scores
 
         values = {name: {s.family: s.exact_match for s in scores} for name, scores in results.items()}
         plot_scores(values, args.plot)

@@ -13,8 +13,8 @@ from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.data.scienceqa import Question
-    from llama_adapter.evaluate.scienceqa import Predictions, Score
+    from llama_adapter.evaluation.scienceqa.questions import Question
+    from llama_adapter.evaluation.scienceqa.scores import Predictions, Score
 
 # Written out, so that building the parser does not import the evaluation; a test compares them with its tables.
 RULES = ("official", "mm-cot", "letter", "words")
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if len(args.adapter) > 1:
         raise ConfigError(f"evaluate scienceqa takes one --adapter, not {len(args.adapter)}.")
-    from llama_adapter.data.scienceqa import PAPER, WORDS, parse_style, read_scienceqa
-    from llama_adapter.evaluate.scienceqa import PAPER_ROWS, SHOWN_ROWS, as_table, read_predictions, score
+    from llama_adapter.evaluation.scienceqa.questions import PAPER, WORDS, parse_style, read_scienceqa
+    from llama_adapter.evaluation.scienceqa.scores import PAPER_ROWS, SHOWN_ROWS, as_table, read_predictions, score
 
     parse_style(args.style)
     if args.predictions is not None:
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _looks(args: argparse.Namespace) -> bool:
     """Whether pictures are needed: a bare base, and an adapter trained on text alone, see none."""
-    from llama_adapter.storage import read_config
+    from llama_adapter.formats.native import read_config
 
     folders = options.name_adapters(args.adapter).values()
     return not args.blind and any(read_config(folder).condition is not None for folder in folders)
@@ -118,9 +118,9 @@ def _answers(args: argparse.Namespace, questions: Sequence["Question"]) -> "Pred
     """What the model answers."""
     from tqdm.auto import tqdm
 
-    from llama_adapter.data.scienceqa import render_target
-    from llama_adapter.evaluate.scienceqa import Predictions
-    from llama_adapter.evaluate.scienceqa_answer import answer_questions, choose_letters
+    from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
+    from llama_adapter.evaluation.scienceqa.questions import render_target
+    from llama_adapter.evaluation.scienceqa.scores import Predictions
     from llama_adapter.files import write_atomically
 
     session = options.open_session(args)
@@ -141,7 +141,7 @@ def _answers(args: argparse.Namespace, questions: Sequence["Question"]) -> "Pred
 
 def _notes(result: "Score", split: str) -> list[str]:
     """What keeps the figures from being read as they stand."""
-    from llama_adapter.evaluate.scienceqa import TEST_QUESTIONS
+    from llama_adapter.evaluation.scienceqa.scores import TEST_QUESTIONS
 
     notes = []
     if result.missing:

@@ -11,7 +11,7 @@ from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.generate import Prompt
+    from llama_adapter.inference.session import Prompt
 
 EXAMPLES = """
 llama-adapter generate --adapter runs/first "What is the capital of France?"
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prompts(prompt: str | None, input: str, file: str | None, images: tuple[str, ...]) -> "list[Prompt]":
-    from llama_adapter.generate import Prompt, read_prompts
+    from llama_adapter.inference.session import Prompt, read_prompts
 
     if file is not None:
         if prompt is not None or input or images:

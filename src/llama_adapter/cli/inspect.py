@@ -27,11 +27,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, the JSON, or both and the picture."""
-    from llama_adapter.inspection import describe
+    from llama_adapter.formats.inspect import describe
 
     found = describe(args.folder)
     if args.plot is not None:
-        from llama_adapter.plots import plot_gates
+        from llama_adapter.training.plots import plot_gates
 
         plot_gates({layer["layer"]: layer["gates"] for layer in found["layers"]}, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)

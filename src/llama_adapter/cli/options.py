@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
-from llama_adapter.config import GenerateConfig, Precision, WrittenAs
+from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.settings import Precision
 
 if TYPE_CHECKING:
-    from llama_adapter.generate import Session
+    from llama_adapter.inference.session import Session
 
 
 def add_session_options(
@@ -53,7 +55,7 @@ def decoding_from(args: argparse.Namespace) -> GenerateConfig:
 
 def open_session(args: argparse.Namespace) -> "Session":
     """Load what the options name."""
-    from llama_adapter.generate import default_device, load_session
+    from llama_adapter.inference.session import default_device, load_session
 
     return load_session(
         args.model, name_adapters(args.adapter), default_device(), args.precision, args.load_in_4bit, args.template

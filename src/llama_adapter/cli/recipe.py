@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any
 
-from llama_adapter.config import TrainConfig, load_recipe
+from llama_adapter.training.config import TrainConfig, load_recipe
 
 USAGE = "llama-adapter {} [RECIPE] [--setting value ...]"
 

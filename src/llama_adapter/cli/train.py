@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     config = recipe_from(args)
     from accelerate import PartialState
 
-    from llama_adapter.train import train
+    from llama_adapter.training.loop import train
 
     result = train(config)
     if not PartialState().is_main_process:

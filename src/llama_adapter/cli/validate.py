@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what a run would be."""
     config = recipe_from(args)
-    from llama_adapter.validate import check
+    from llama_adapter.training.plan import check
 
     report = check(config)
     if args.as_json:

@@ -12,8 +12,8 @@ Shape letters: B rows, M scales, D tower_width, T tokens, K prompts, H heads.
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import Absent, Activation, ConditionConfig
-from llama_adapter.fixed_dtype import FixedDtype
+from llama_adapter.conditions.config import Absent, Activation, ConditionConfig
+from llama_adapter.core.fixed_dtype import FixedDtype
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "silu": nn.SiLU,

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.inputs import MelSteps, PictureSteps, Steps, WaveSteps, with_settings
-from llama_adapter.config import ConditionConfig
 from llama_adapter.errors import AdapterError, UnsupportedModelError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

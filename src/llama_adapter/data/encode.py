@@ -7,14 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.formats import Example, Media, Message
-from llama_adapter.data.templates import (
-    Rendered,
-    check_template,
-    end_token,
-    render,
-    render_prompt,
-    tokenizer_name,
-)
+from llama_adapter.data.templates import Rendered, check_template, end_token, render, render_prompt, tokenizer_name
 from llama_adapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

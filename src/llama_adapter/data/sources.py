@@ -11,8 +11,8 @@ from pathlib import Path
 
 from llama_adapter.data.formats import Example, Media, Message, parse_record
 from llama_adapter.data.records import read_records
-from llama_adapter.data.scienceqa import PAPER, Question, load_json, read_scienceqa, render_question
 from llama_adapter.errors import DataError
+from llama_adapter.evaluation.scienceqa.questions import PAPER, Question, load_json, read_scienceqa, render_question
 
 SCIENCEQA, COCO = "scienceqa:", "coco:"
 CAPTION = "Generate a caption of this image."

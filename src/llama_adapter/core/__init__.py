@@ -1,0 +1,1 @@
+"""The method on a model: torch and transformers only. Read `zero_init` first."""

@@ -1,0 +1,1 @@
+"""Adapters on disk, one file a format."""

@@ -1,0 +1,1 @@
+"""From prompts to answers: the engine knows tokens, the session knows text."""

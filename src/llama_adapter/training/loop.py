@@ -1,0 +1,386 @@
+"""Training: one visible loop over accelerate.
+
+Every process encodes the same data and knows every batch of the run from the seed and the step alone. A step sums the
+loss over all response tokens of the global batch and divides by their number, which everyone knows; so micro-batches,
+accumulation and processes change nothing but rounding. Gradients are 1.2M numbers: one flat sum over the processes.
+"""
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.core.families import max_positions
+from llama_adapter.core.model import Adapter, add_adapter, resolve_layers, use_adapter
+from llama_adapter.data import Encoded
+from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
+from llama_adapter.errors import ConfigError, Interrupted, TrainingError
+from llama_adapter.formats.native import save_adapter
+from llama_adapter.inference.compiled import compile_layers, compiler_errors
+from llama_adapter.training.checkpoint import Progress, RunFolder
+from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.fp8 import quantise_base, require_fp8
+from llama_adapter.training.loss import response_loss, why_not_packed
+from llama_adapter.training.optimizer import build_optimizer, learning_rate
+from llama_adapter.training.packing import PackedRow, packed_rows
+from llama_adapter.training.plots import plot_gates, plot_loss
+from llama_adapter.training.prepare import Prepared, prepare
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `base_val_loss` is the validation loss before the first step: the bare base's."""
+
+    output_dir: Path
+    steps: int
+    train_loss: float | None
+    base_val_loss: float | None
+    best_val_loss: float | None
+    best_step: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an adapter as a recipe says and leave it in `config.output_dir` (see `run_folder.py`).
+
+    Raises:
+        LlamaAdapterError: anything wrong with recipe, data, base or folder, found before the base's weights are read;
+            later a loss that is not finite, or a full disk. The last good checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    base = load_config(config.model)
+    resolve_layers(config.adapter_config(), base)
+    accelerator = start_accelerator(config)
+    if config.base_precision == "fp8":
+        require_fp8(accelerator.device, base)
+    folder = RunFolder(config.output_dir)
+    if accelerator.is_main_process:
+        folder.check(config)
+    data = prepare(config, load_tokenizer(config.model), max_positions(base))
+    log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
+    for sentence in data.skipped[:5]:
+        log.warning("skipped: %s", sentence)
+
+    condition = condition_of(config, data)
+    perception = None if condition is None else look(condition, config, data, accelerator)
+
+    model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
+    if config.base_precision == "fp8":
+        log.info("base: %d linear layers in FP8", quantise_base(model))
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.compile:
+        compile_layers(model)
+    torch.manual_seed(config.seed)
+    adapter_config = replace(config.adapter_config(), condition=condition)
+    adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
+    optimizer = build_optimizer(adapter, config)
+    if accelerator.is_main_process:
+        folder.claim(config)
+    accelerator.wait_for_everyone()
+    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
+    with compiler_errors():
+        run.loop()
+    return run.finish()
+
+
+def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
+    """The condition that a recipe asks for; only the tower's configuration is read.
+
+    Raises:
+        ConfigError: there is a condition and nothing in the data to perceive.
+        LlamaAdapterError: see `llama_adapter.conditions.perception.describe`.
+    """
+    files = data.media()
+    if config.condition is None:
+        if files:
+            log.warning("%d files in the data are not looked at: pass --condition image", len(files))
+        return None
+    if not files:
+        raise ConfigError(
+            f"condition is {config.condition}, and no record names a file: give data with 'image' keys, or leave "
+            "--condition out."
+        )
+    return describe(
+        config.condition,
+        config.tower,
+        config.tower_depths,
+        width=config.condition_width,
+        activation=config.condition_activation,
+        absent=config.absent,
+        blocks=config.visual_blocks,
+        block_width=config.visual_width,
+        block_heads=config.visual_heads,
+    )
+
+
+def look(condition: ConditionConfig, config: TrainConfig, data: Prepared, accelerator: Accelerator) -> Perception:
+    """Load the tower and compute the features of every file that the data name.
+
+    Raises:
+        ModelError: the tower is damaged.
+        DataError: a file is damaged or of another kind.
+    """
+    perception = Perception(condition, accelerator.device, config.feature_cache)
+    # With a feature cache the first process fills it for all; without, each of them needs features of its own.
+    with accelerator.main_process_first() if config.feature_cache else nullcontext():
+        perception.prepare(data.media())
+    return perception
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
+
+    Raises:
+        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
+    """
+    trackers = [name for name in config.trackers if name != "none"]
+    try:
+        accelerator = Accelerator(
+            # accelerate takes processes on the CPU for strangers to each other unless it is told
+            cpu=not torch.accelerator.is_available(),
+            log_with=trackers or None,
+            project_dir=config.output_dir,
+        )
+    except (ImportError, ValueError) as error:
+        raise TrainingError(f"trackers {', '.join(trackers)} cannot be used: {error}") from None
+    if not accelerator.is_main_process:
+        log.setLevel(logging.ERROR)
+    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+    if accelerator.distributed_type in sharded:
+        raise TrainingError(
+            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
+            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
+        )
+    return accelerator
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. transformers does so in training mode only."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the frozen base answers as in evaluation
+
+
+class Run:
+    """One training run. `loop` is the part to read."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        data: Prepared,
+        model: PreTrainedModel,
+        adapter: Adapter,
+        optimizer: torch.optim.AdamW,
+        perception: Perception | None = None,
+    ) -> None:
+        self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
+        self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
+        self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+        self.total = config.total_steps(self.per_epoch)
+        self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
+        self.is_main = accelerator.is_main_process
+        self.packed = self._may_pack()
+
+    def _may_pack(self) -> bool:
+        """Whether examples are packed; the log says which, and why not."""
+        longest = max(len(example.input_ids) for example in (*self.data.train, *self.data.val))
+        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, longest)
+        if self.perception is not None:
+            reason = "pictures give every example prompts of its own"
+        log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
+        return reason is None
+
+    def loop(self) -> None:
+        """Train from where the run stands to its end."""
+        config, start = self.config, self.progress.step
+        self._start_trackers(start)
+        log.info(
+            "training %s parameters: %d steps of %d examples, learning rate %.3g, on %d x %s in %s",
+            f"{self.adapter.num_parameters:,}", self.total, config.batch_size, config.peak_lr,
+            self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        bar = tqdm(total=self.total, initial=start, unit="step", disable=not self.is_main, file=sys.stderr)
+        with stop_signals() as stop, bar:
+            if start == 0:
+                self._validate(bar)
+            for step in range(start, self.total):
+                began = time.perf_counter()
+                batch = [
+                    self.data.train[i] for i in global_batch(len(self.data.train), config.batch_size, step, config.seed)
+                ]
+                lr = learning_rate(config, step, self.total)
+                loss, norm, stopping = self._step(batch, lr, stop.requested)
+                self.progress.step = step + 1
+                seconds = time.perf_counter() - began
+                tokens = sum(len(example.input_ids) for example in batch)
+                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+                bar.update()
+                self._log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
+                if self._is_due(config.eval_every or self.per_epoch):
+                    self._validate(bar)
+                if stopping or self._is_due(config.save_every):
+                    self._save()
+                if stopping:
+                    raise Interrupted(
+                        f"Stopped after step {step + 1} of {self.total}; everything is saved. "
+                        f"Go on with: llama-adapter train {self.folder.recipe} --resume"
+                    )
+
+    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[float, float, bool]:
+        """One optimiser step; returns the loss per response token, the gradient's norm, and whether to stop."""
+        accelerator, tokens = self.accelerator, max(1, response_tokens(batch))
+        parameters = list(self.adapter.parameters())
+        self.optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=accelerator.device)
+        for micro_batch in self._batches(batch, self.config.micro_batch_size):
+            loss = self._loss(micro_batch) / tokens
+            loss.backward()
+            total += loss.detach()
+        gradients = [self._gradient(parameter) for parameter in parameters]
+        flags = torch.stack([total, total.new_tensor(float(stop))])
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
+            flags, rest = flat[:2], flat[2:].split([gradient.numel() for gradient in gradients])
+            for gradient, summed in zip(gradients, rest, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        limit = self.config.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm) or not math.isfinite(float(flags[0])):
+            kept = f"the checkpoint in {self.folder.last} is kept" if self.folder.last.exists() else "no checkpoint yet"
+            raise TrainingError(
+                f"Loss {float(flags[0])} and gradient norm {norm} at step {self.progress.step + 1} are not finite; "
+                f"{kept}. Lower --lr (it is {lr:.3g}), or set --max-grad-norm 1."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.optimizer.step()
+        return float(flags[0]), norm, bool(flags[1])
+
+    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
+        """This process's share, `size` examples a forward."""
+        make = packed_rows if self.packed else micro_batches
+        return make(examples, size, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
+        """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
+        if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
+            return response_loss(self.model, batch, self.accelerator.device)
+        condition = self.perception.condition(self.adapter.condition, batch.media)
+        with use_adapter(self.model, self.adapter.name, condition):
+            return response_loss(self.model, batch, self.accelerator.device)
+
+    @staticmethod
+    def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+        if parameter.grad is None:  # a process whose share of the batch was empty
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Encoded]) -> float:
+        """Loss per response token over `examples`, in nats."""
+        accelerator = self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for batch in self._batches(examples, 2 * self.config.micro_batch_size):
+            total += self._loss(batch)
+        return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
+
+    def _validate(self, bar: "tqdm[Any]") -> None:
+        if not self.data.val:
+            return
+        bar.set_description("validating")
+        loss = self.evaluate(self.data.val)
+        bar.set_description(f"val {loss:.3f}")
+        self._log(val_loss=loss)
+        if loss < self.progress.best_val_loss:
+            self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
+            if self.is_main:
+                save_adapter(self.model, self.folder.path, self.adapter.name)
+
+    def _save(self) -> None:
+        if self.is_main:
+            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, self.data.digest)
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.total
+
+    def _log(self, **values: float) -> None:
+        step = self.progress.step
+        if self.is_main:
+            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.accelerator.log(values, step=step)
+
+    def _start_trackers(self, start: int) -> None:
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
+
+    def finish(self) -> TrainResult:
+        """Write the pictures and sum the run up."""
+        self.accelerator.end_training()
+        history = self.folder.history() if self.is_main else []
+        if self.is_main:
+            if not self.data.val:
+                save_adapter(self.model, self.folder.path, self.adapter.name)
+            plot_loss(history, self.folder.path / "loss.png")
+            gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
+            plot_gates(gates, self.folder.path / "gates.png")
+        losses = [line["loss"] for line in history if "loss" in line]
+        val_losses = [line["val_loss"] for line in history if "val_loss" in line]
+        return TrainResult(
+            output_dir=self.folder.path,
+            steps=self.progress.step,
+            train_loss=losses[-1] if losses else None,
+            base_val_loss=val_losses[0] if val_losses else None,
+            best_val_loss=min(val_losses, default=None),
+            best_step=self.progress.best_step,
+        )
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked the run to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within the block Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C stops at once."""
+    stop = Stop()
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+    try:
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

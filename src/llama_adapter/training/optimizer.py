@@ -1,0 +1,30 @@
+"""The optimiser of a recipe, and its learning rate from step to step."""
+
+import math
+
+import torch
+
+from llama_adapter.core.model import Adapter
+from llama_adapter.training.config import TrainConfig
+
+
+def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over an adapter's parameters; a group's `factor` is what its rate is to that of prompts and gates."""
+    of_prompts = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
+    groups = [{"params": of_prompts, "factor": 1.0}]
+    if adapter.condition is not None:
+        factor = 1.0 if config.condition_lr is None else config.condition_lr / config.peak_lr
+        groups.append({"params": list(adapter.condition.parameters()), "factor": factor})
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down to `min_lr`.
+
+    The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe).
+    """
+    warmup = total * config.warmup_epochs / config.epochs
+    if step + 1 < warmup:
+        return config.peak_lr * (step + 1) / warmup
+    done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
+    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))

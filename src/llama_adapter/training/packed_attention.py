@@ -1,0 +1,94 @@
+"""Attention over examples laid end to end in one row, behind a prefix that all of them share. torch only.
+
+    row        prefix | example 1 | example 2 | ...        positions restart behind the prefix
+    sees       each example its own tokens and the prefix, causally; the prefix itself
+
+What each token gets is exactly what it would get in a row of its own, so loss and gradients are those of the examples
+one by one; the prefix is computed once, and nothing is padded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.training.varlen import Ranges, attend_at_once, fits
+
+SEGMENTS = "packed_segments"
+"""Name of the keyword argument that carries `Segments` from a model's forward to its attention."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the examples of a packed row lie.
+
+    Attributes:
+        prefix: tokens at the front that belong to all of them; may be 0.
+        lengths: tokens that each example has of its own, in order.
+        device: where the row is; None is the CPU.
+    """
+
+    prefix: int
+    lengths: tuple[int, ...]
+    device: torch.device | None = None
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same for a row on `device`."""
+        return Segments(self.prefix, self.lengths, device)
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """What each example sees, [1, 1, own, prefix + own] bool; without a prefix None, as causal says it all."""
+        if not self.prefix:
+            return [None] * len(self.lengths)
+        shapes = ((1, 1, length, self.prefix + length) for length in self.lengths)
+        return [torch.ones(shape, dtype=torch.bool, device=self.device).tril(self.prefix) for shape in shapes]
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """The same for one call over all of them."""
+        return Ranges.of(self.prefix, self.lengths, self.device)
+
+
+@torch.compiler.disable  # it would be compiled anew for every batch
+def attend(
+    segments: Segments,
+    text_attention: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """What `text_attention` (of transformers' interface) gives each example of a packed row.
+
+    Args:
+        segments: where they lie.
+        text_attention: called once for the prefix and once for every example, where `varlen.py` has nothing quicker.
+        module: the attention module.
+        query: [1, H, T, D], rotated by positions that restart behind the prefix.
+        key: [1, kv heads, T, D].
+        value: as `key`.
+        kwargs: handed on.
+
+    Returns:
+        [1, T, H, D].
+    """
+    if fits(query, kwargs):
+        return attend_at_once(segments.ranges, query, key, value, kwargs.get("scaling"))
+    # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
+    sizes = [segments.prefix, *segments.lengths]
+    (first_query, *queries), (first_key, *keys), (first_value, *values) = (
+        states.split(sizes, 2) for states in (query, key, value)
+    )
+    outputs = []
+    if segments.prefix:
+        outputs.append(text_attention(module, first_query, first_key, first_value, None, **kwargs)[0])
+        keys = [torch.cat([first_key, own], 2) for own in keys]
+        values = [torch.cat([first_value, own], 2) for own in values]
+    for own in zip(queries, keys, values, segments.masks, strict=True):
+        outputs.append(text_attention(module, *own, **kwargs)[0])
+    return torch.cat(outputs, 1)
