@@ -14,29 +14,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_adapter.core.config import AdapterConfig
-    from llama_adapter.core.model import Adapter, add_adapter, get_adapter, list_adapters, remove_adapter, use_adapter
+    from llama_adapter.core.model import (
+        active_adapter,
+        add_adapter,
+        disable_adapter,
+        get_adapter,
+        list_adapters,
+        remove_adapter,
+        set_adapter,
+        use_adapter,
+    )
+    from llama_adapter.core.routing import Adapter
     from llama_adapter.errors import LlamaAdapterError
     from llama_adapter.formats.native import load_adapter, save_adapter
+    from llama_adapter.inference.session import load_session
+    from llama_adapter.training.config import TrainConfig
+    from llama_adapter.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "LlamaAdapterError",
+    "TrainConfig",
+    "active_adapter",
     "add_adapter",
+    "disable_adapter",
     "get_adapter",
     "list_adapters",
     "load_adapter",
+    "load_session",
     "remove_adapter",
     "save_adapter",
+    "set_adapter",
+    "train",
     "use_adapter",
 ]
 
 _HOME = {
+    "Adapter": "core.routing",
     "AdapterConfig": "core.config",
     "LlamaAdapterError": "errors",
+    "TrainConfig": "training.config",
     "load_adapter": "formats.native",
+    "load_session": "inference.session",
     "save_adapter": "formats.native",
+    "train": "training.loop",
 }
 
 

@@ -77,6 +77,12 @@ class ConditionConfig:
         )
         problems.raise_if_any()
 
+    def build(self, hidden_size: int, adapter_len: int) -> Any:
+        """The module that this describes, with new parameters; see `conditions/modules.py`."""
+        from llama_adapter.conditions.modules import build_condition
+
+        return build_condition(self, hidden_size, adapter_len)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
         return {**dataclasses.asdict(self), "depths": list(self.depths)}

@@ -9,6 +9,8 @@ zero, so whatever a condition gives, the adapted model starts as the base.
 Shape letters: B rows, M scales, D tower_width, T tokens, K prompts, H heads.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,10 @@ class Condition(FixedDtype):
         self.shape = shape
         # Zero is where "no picture" already is; what a learnt one is worth, training says.
         self.absent = nn.Parameter(torch.zeros(shape)) if absent == "learnt" else None
+
+    def adapter_params(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are trained and saved, by name."""
+        return self.named_parameters()
 
     def forward(self, features: Tensor, owner: Tensor | None = None, rows: int | None = None) -> Tensor:
         """The condition of each row of a batch: the mean over its pictures, or `absent` where it has none.

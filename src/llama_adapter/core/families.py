@@ -6,6 +6,7 @@ through the rotation. Families missing here cannot be adapted; the known reasons
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,16 +28,16 @@ def separate(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
 
 def normed_by(name: str, *, per_head: bool) -> Projection:
     """k_proj, then the key norm called `name`, over each head (Qwen3, Gemma3) or over all heads at once (OLMo2)."""
+    return partial(_normed, name=name, per_head=per_head)  # a partial can be pickled, a closure cannot
 
-    def project(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        head_dim = attention.head_dim
-        key = attention.k_proj(prompt)
-        norm = getattr(attention, name, None)  # several families switch their norm off by configuration
-        if norm is not None:
-            key = norm(key.unflatten(-1, (-1, head_dim))).flatten(-2) if per_head else norm(key)
-        return heads(key, head_dim), heads(attention.v_proj(prompt), head_dim)
 
-    return project
+def _normed(attention: Any, prompt: Tensor, name: str, per_head: bool) -> tuple[Tensor, Tensor]:
+    head_dim = attention.head_dim
+    key = attention.k_proj(prompt)
+    norm = getattr(attention, name, None)  # several families switch their norm off by configuration
+    if norm is not None:
+        key = norm(key.unflatten(-1, (-1, head_dim))).flatten(-2) if per_head else norm(key)
+    return heads(key, head_dim), heads(attention.v_proj(prompt), head_dim)
 
 
 def clipped(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,16 +75,14 @@ class Family:
     Attributes:
         attention: class name of the self-attention modules in transformers.
         project: prompt [K, hidden] -> keys and values [kv heads, K, head_dim].
-        modules: the attention's submodules that `project` reads; a norm that is switched off may be absent.
     """
 
     attention: str
     project: Projection = separate
-    modules: tuple[str, ...] = ("k_proj", "v_proj")
 
 
 def _k_norm(attention: str, name: str = "k_norm", *, per_head: bool = True) -> Family:
-    return Family(attention, normed_by(name, per_head=per_head), ("k_proj", "v_proj", name))
+    return Family(attention, normed_by(name, per_head=per_head))
 
 
 FAMILIES: dict[str, Family] = {
@@ -97,8 +96,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _k_norm("Gemma3Attention"),
     "glm": Family("GlmAttention"),
     "glm4": Family("Glm4Attention"),
-    "gpt2": Family("GPT2Attention", fused_conv1d, ("c_attn",)),
-    "gpt_neox": Family("GPTNeoXAttention", fused_by_head, ("query_key_value",)),
+    "gpt2": Family("GPT2Attention", fused_conv1d),
+    "gpt_neox": Family("GPTNeoXAttention", fused_by_head),
     "gpt_oss": Family("GptOssAttention"),
     "granite": Family("GraniteAttention"),
     "granitemoe": Family("GraniteMoeAttention"),
@@ -112,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": _k_norm("Olmo2Attention", per_head=False),
     "olmo3": _k_norm("Olmo3Attention", per_head=False),
     "phi": _k_norm("PhiAttention", "k_layernorm"),
-    "phi3": Family("Phi3Attention", fused_by_kind, ("qkv_proj",)),
+    "phi3": Family("Phi3Attention", fused_by_kind),
     "qwen2": Family("Qwen2Attention"),
     "qwen2_moe": Family("Qwen2MoeAttention"),
     "qwen3": _k_norm("Qwen3Attention"),

@@ -1,79 +1,34 @@
-"""Adapters on a model: add, use, save, load, remove.
+"""Adapters on a model: add, set, use, disable, remove.
 
 Adapters live inside the attention modules they serve, as ordinary submodules; the model stays the ordinary
 transformers model it was. Which adapter serves which row travels with every forward as a keyword argument, put there
-by one hook on the decoder, and reaches the attention through transformers' own plumbing. Nothing else is changed.
+by one hook on the decoder, and reaches the attention through transformers' own plumbing. Beside that hook the model
+gets a `generate` that takes `adapter_names`, which transformers' refuses. Nothing else is changed.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_adapter.conditions.modules import Condition, build_condition
+from llama_adapter.core.attention import EAGER, NAMES, ROUTING, SLOT, wrap_attention
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import attention_modules, family_of, shape_of, text_config
-from llama_adapter.core.prompt_cache import Place, PromptCache
-from llama_adapter.core.routing import EAGER, Names, Use, batch_of, route_attention
-from llama_adapter.core.zero_init import CHOICE, SLOT, AdapterSlot, Choice, Prompts, ZeroInitAdapter, module_key
+from llama_adapter.core.routing import Adapter, AdapterSlot, Names, Routing, module_key
+from llama_adapter.core.scope import Block, Request, Scope
+from llama_adapter.core.zero_init import ZeroInitAdapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.settings import unknown_name
 
 CONDITIONS = "zero_init_conditions"
 """Name under which a decoder holds the conditions of its adapters."""
-
 _REGISTRY = "_llama_adapters"
-_override: ContextVar[Mapping[int, Use]] = ContextVar("llama_adapter_override")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Handle of one adapter on one model.
-
-    Attributes:
-        name: what `use_adapter` calls it.
-        config: its configuration, with `adapter_layers` and `base_shape` filled in.
-        layers: the base's layer index -> the parameters there, lowest layer first.
-        condition: what turns features of a picture into a condition, where the configuration asks for one.
-    """
-
-    name: str
-    config: AdapterConfig
-    layers: Mapping[int, ZeroInitAdapter]
-    condition: Condition | None = None
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] of each adapted layer i, then `condition.*`."""
-        for i, layer in self.layers.items():
-            yield from ((f"layers.{i}.{key}", parameter) for key, parameter in layer.named_parameters())
-        if self.condition is not None:
-            yield from ((f"condition.{key}", parameter) for key, parameter in self.condition.named_parameters())
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its trainable parameters."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its parameters by the names of `named_parameters`, fp32."""
-        return {key: parameter.detach() for key, parameter in self.named_parameters()}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave. Keys and shapes must be right already (`storage.py` checks files)."""
-        with torch.no_grad():
-            for key, mine in self.state_dict().items():
-                mine.copy_(tensors[key])
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained: L x (K x hidden + heads), and the condition's."""
-        return sum(parameter.numel() for parameter in self.parameters())
+_UNSAID = object()
 
 
 class _Adapters:
@@ -83,70 +38,63 @@ class _Adapters:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
-        self.standing = Use(None)
-        self.kept: PromptCache[Choice] = PromptCache()
+        self.scope = Scope()
+        self.lock = threading.Lock()  # of add and remove
         self.attention = attention_modules(model)
         if any(hasattr(module, SLOT) for module in self.attention):
             raise AdapterError(
                 "The model was adapted through another object that shares its layers: use the one that add_adapter got."
             )
-        self.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        family = family_of(model.config)
+        self.frozen = [parameter for parameter in _base_parameters(model) if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        self.slots = [AdapterSlot(family.project, family.modules) for _ in self.attention]
-        for module, slot in zip(self.attention, self.slots, strict=True):
-            module.add_module(SLOT, slot)
+        family = family_of(model.config)
+        for module in self.attention:
+            module.add_module(SLOT, AdapterSlot(family.project))
         model.base_model.add_module(CONDITIONS, nn.ModuleDict())
-        self.hook = model.base_model.register_forward_pre_hook(self.attach_choice, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(_Router(self), with_kwargs=True)
+        if hasattr(type(model), "generate"):
+            model.generate = _Generate(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
 
     def detach(self) -> None:
         """Take every trace off the model."""
-        self.hook.remove()
-        delattr(self.model.base_model, CONDITIONS)
+        decoder = self.model.base_model
+        for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, _Router)]:
+            del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
+        delattr(decoder, CONDITIONS)
         for module in self.attention:
             delattr(module, SLOT)
             if module.config._attn_implementation == EAGER:
                 module.config._attn_implementation = "eager"
         for parameter in self.frozen:
             parameter.requires_grad_(True)
+        if isinstance(vars(self.model).get("generate"), _Generate):
+            del self.model.generate
         delattr(self.model, _REGISTRY)
 
-    def attach_choice(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the decoder: say which adapter serves which row."""
-        route_attention(self.attention[0].config)
-        if CHOICE in kwargs:
-            return None
-        use = _override.get({}).get(id(self))
-        if use is None:
-            if self.standing.names != self.active:
-                self.standing = Use(self.active)
-            use = self.standing
-        batch = batch_of(args, kwargs)
-        choice = use.choice(batch)
-        if choice is None:
-            return None
-        if not torch.is_grad_enabled() and kwargs.get("use_cache") is not False:
-            choice = self.prepared(choice, len(batch))
-        return args, {**kwargs, CHOICE: choice}
+    def request(self, names: Any, condition: Tensor | None = None) -> Request:
+        """What `names` and `condition` ask for; where nothing is said, what the block around asks for, else the active.
 
-    def prepared(self, choice: Choice, batch: int) -> Choice:
-        """The choice with what each adapted layer reads, computed once for as long as nothing changes."""
-        wanted = (choice, batch, self.model.dtype)
-        kept = self.kept.find(wanted)
-        if kept is not None:
-            return kept
-        found: dict[int, Prompts] = {}
-        places: list[Place] = []
-        for module, slot in zip(self.attention, self.slots, strict=True):
-            prompts = slot.prompts(module, choice, batch, self.model.dtype)
-            places += slot.places(module, choice)
-            if prompts is not None:
-                found[module.layer_idx] = prompts
-        tensors = [tensor for tensor in (choice.condition, choice.rows) if tensor is not None]
-        return self.kept.keep(wanted, replace(choice, prepared=found), places, tensors)
+        Raises:
+            AdapterError: an unknown name, a condition that does not fit, or see `Scope.current`.
+        """
+        if names is _UNSAID:
+            return self.scope.current() or Request(None if self.active is None else self.adapters[self.active])
+        if names is None or isinstance(names, str):
+            adapters: Any = None if names is None else _known(self, names)
+            chosen = [adapters]
+        else:
+            chosen = [None if name is None else _known(self, name) for name in names]
+            adapters = tuple(chosen)
+        if condition is None:
+            return Request(adapters)
+        return Request(adapters, _fitting(condition, [adapter for adapter in chosen if adapter is not None]))
 
     def add(self, name: str, config: AdapterConfig) -> Adapter:
         """Give the top layers new parameters, and the decoder the condition that `config` asks for."""
@@ -157,39 +105,147 @@ class _Adapters:
             layer = ZeroInitAdapter(
                 config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation
             )
-            layer.to(next(module.parameters()).device)
-            getattr(module, SLOT).add_module(module_key(name), layer)
-            layers[int(module.layer_idx)] = layer
+            layers[int(module.layer_idx)] = layer.to(device_of(module))
         condition = None
         if config.condition is not None:
-            condition = build_condition(config.condition, text.hidden_size, config.adapter_len)
-            condition.to(next(self.attention[0].parameters()).device)
+            condition = config.condition.build(text.hidden_size, config.adapter_len).to(device_of(self.attention[0]))
+        for module in self.attention:
+            if int(module.layer_idx) in layers:
+                getattr(module, SLOT).add_module(module_key(name), layers[int(module.layer_idx)])
+        if condition is not None:
             getattr(self.model.base_model, CONDITIONS)[module_key(name)] = condition
         self.adapters[name] = Adapter(name, config, layers, condition)
         self.active = name
         return self.adapters[name]
 
     def remove(self, name: str) -> None:
-        """Take an adapter's parameters off."""
-        for module in self.attention:
-            slot: AdapterSlot = getattr(module, SLOT)
-            if slot.get(name) is not None:
-                delattr(slot, module_key(name))
-        if self.adapters[name].condition is not None:
-            del getattr(self.model.base_model, CONDITIONS)[module_key(name)]
-        del self.adapters[name]
+        """Take an adapter's parameters off.
+
+        Raises:
+            AdapterError: a block that is open, or a generation that runs, uses it.
+        """
+        adapter = self.adapters[name]
+        if any(block.request.uses(adapter) for block in self.scope.blocks):
+            raise AdapterError(f"Adapter '{name}' is in use, by a use_adapter block or a generation: remove it after.")
+        adapter.removed = True
         if self.active == name:
             self.active = None
+        del self.adapters[name]
+        for module in self.attention:
+            slot: AdapterSlot = getattr(module, SLOT)
+            if slot._modules.get(module_key(name)) is not None:
+                delattr(slot, module_key(name))
+        if adapter.condition is not None:
+            del getattr(self.model.base_model, CONDITIONS)[module_key(name)]
+
+
+class _Router:
+    """Forward pre-hook of the decoder: say which adapter serves which row."""
+
+    def __init__(self, registry: _Adapters) -> None:
+        self.registry = registry
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if ROUTING in kwargs else self._route(args, kwargs)
+
+    @torch.compiler.disable  # it looks at the call stack
+    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        wrap_attention(self.registry.attention[0].config)
+        kwargs = dict(kwargs)
+        routing = _routing(self.registry.request(kwargs.pop(NAMES, _UNSAID)), _batch_of(args, kwargs))
+        return args, kwargs if routing is None else {**kwargs, ROUTING: routing}
+
+
+class _Generate:
+    """An adapted model's `generate`: transformers' own, with `adapter_names` for all rows or one per prompt.
+
+    What the prompts are projected to is kept until the call ends. Under beam search and `num_return_sequences` each
+    name serves all rows that come of its prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, adapter_names: Names = _UNSAID, **kwargs: Any) -> Any:  # type: ignore[assignment]
+        registry: _Adapters = getattr(self.model, _REGISTRY)
+        asked = registry.request(adapter_names)
+        with Block(registry.scope, replace(asked, repeats=True, prompts={})):
+            return type(self.model).generate(self.model, *args, **kwargs)
+
+
+def _routing(request: Request, batch: Tensor) -> Routing | None:
+    """A request for a batch of so many rows; None where all of them are on the bare base.
+
+    Raises:
+        AdapterError: names or conditions are not as many as the batch's rows.
+    """
+    condition = request.condition
+    if condition is not None:
+        condition = condition.repeat_interleave(_times("conditions", len(condition), batch, request.repeats), 0)
+    if not isinstance(request.adapters, tuple):
+        return None if request.adapters is None else Routing((request.adapters,), None, condition, request.prompts)
+    times = _times("names", len(request.adapters), batch, request.repeats)
+    distinct = tuple(dict.fromkeys(request.adapters))
+    if distinct == (None,):
+        return None
+    if len(distinct) == 1:
+        return Routing(distinct, None, condition, request.prompts)
+    rows = torch.tensor([distinct.index(adapter) for adapter in request.adapters], device=batch.device)
+    return Routing(distinct, rows.repeat_interleave(times), condition, request.prompts)
+
+
+def _times(what: str, count: int, batch: Tensor, repeats: bool) -> int:
+    """How often each row of a request comes in a batch."""
+    if count == len(batch):
+        return 1
+    if repeats and count and len(batch) % count == 0:
+        return len(batch) // count
+    raise AdapterError(
+        f"Got {count} {what} for a batch of {len(batch)} rows: give one per row. A block around a search of one's own must "
+        f"repeat each as often as its row is; model.generate does that by itself."
+    )
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor among a decoder's arguments that tells how many rows there are, and where."""
+    for tensor in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+        if isinstance(tensor, Tensor):
+            return tensor
+    return torch.empty(0)
+
+
+def _base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters but those of PEFT's layers, such as LoRA's, which go on learning beside an adapter."""
+    tuned = {
+        id(parameter)
+        for module in model.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        if isinstance(part := getattr(module, name, None), nn.Module)
+        for parameter in part.parameters()
+    }
+    return (parameter for parameter in model.parameters() if id(parameter) not in tuned)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, which for an offloaded one is not where its weights are."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, name: str = "default") -> Adapter:
     """Freeze the base and give its top layers a new adapter, which becomes the active one.
 
     A new adapter changes nothing: its gates are 0, the logits equal the base's bit for bit. Its prompts are drawn
-    from N(0, 1) with torch's global random state; they stay fp32 whatever the base's dtype.
+    from N(0, 1) with torch's global random state; they stay fp32 whatever the base's dtype. On a model with PEFT's
+    layers those are left as they are: a LoRA that was trainable learns beside the adapter.
 
     Args:
-        model: any supported transformers model, see `llama_adapter.core.families.FAMILIES`.
+        model: any supported transformers model, see `llama_adapter.core.families.FAMILIES`, or a PeftModel of one.
         config: defaults to `AdapterConfig()`.
         name: letters, digits, '.', '_', '-'.
 
@@ -198,18 +254,21 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
         ConfigError: more layers asked for than the base has.
         AdapterError: the name is taken or malformed.
     """
+    if hasattr(model, "get_base_model"):  # a PeftModel around the one that is meant
+        model = model.get_base_model()
     config = config or AdapterConfig()
     family_of(model.config)
     layers = resolve_layers(config, model.config)
     check_name(name)
     registry = getattr(model, _REGISTRY, None) or _Adapters(model)
-    if name in registry.adapters:
-        raise AdapterError(f"The model already has an adapter '{name}': remove it first or choose another name.")
-    config = replace(config, adapter_layers=layers, base_shape=shape_of(model.config))
-    if config.base_model_name_or_path is None:
-        config = replace(config, base_model_name_or_path=model.config.name_or_path or None)
-    setattr(model, _REGISTRY, registry)
-    return registry.add(name, config)
+    with registry.lock:
+        if name in registry.adapters:
+            raise AdapterError(f"The model already has an adapter '{name}': remove it first or choose another name.")
+        config = replace(config, adapter_layers=layers, base_shape=shape_of(model.config))
+        if config.base_model_name_or_path is None:
+            config = replace(config, base_model_name_or_path=model.config.name_or_path or None)
+        setattr(model, _REGISTRY, registry)
+        return registry.add(name, config)
 
 
 def check_name(name: str) -> None:
@@ -218,7 +277,7 @@ def check_name(name: str) -> None:
     Raises:
         AdapterError: it has other characters than letters, digits, '.', '_', '-'.
     """
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise AdapterError(f"Adapter name {name!r} is malformed: use letters, digits, '.', '_' and '-' only.")
 
 
@@ -237,9 +296,11 @@ def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:
     return layers
 
 
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, names: Names, condition: Tensor | None = None) -> Iterator[None]:
+def use_adapter(model: nn.Module, names: Names, condition: Tensor | None = None) -> Block:
     """Within the block, forwards of `model` use this adapter instead of the active one.
+
+        with use_adapter(model, "alpaca"):
+            model.generate(**inputs)
 
     Args:
         model: a model with adapters.
@@ -247,21 +308,30 @@ def use_adapter(model: nn.Module, names: Names, condition: Tensor | None = None)
         condition: [B, hidden] or [B, K, hidden], added to the prompts of every adapted layer, a row each; what
             `get_adapter(model, name).condition` makes of a picture's features. Rows on the bare base ignore theirs.
 
-    The choice belongs to the thread or task that made it: a thread started inside the block does not see it, so
-    put the `with` inside that thread.
+    The block is for calls that are made inside it: by the function that has the `with`, or by what it calls. Threads
+    that it starts are not inside; a forward there raises an error as long as a block is open, and wants its own block
+    or `adapter_names`. An adapter that a block uses cannot be removed.
 
     Raises:
         AdapterError: the model has no adapter of that name, or the condition does not fit its prompts.
     """
     registry = _registry(model)
-    names = names if names is None or isinstance(names, str) else tuple(names)
-    chosen = [_known(registry, n) for n in ({names} if names is None or isinstance(names, str) else {*names}) if n]
-    use = Use(names, None if condition is None else _fitting(condition, chosen))
-    token = _override.set({**_override.get({}), id(registry): use})
-    try:
-        yield
-    finally:
-        _override.reset(token)
+    return Block(registry.scope, registry.request(names, condition))
+
+
+def disable_adapter(model: nn.Module) -> Block:
+    """Within the block, forwards of `model` are the bare base's; `use_adapter` with None."""
+    return use_adapter(model, None)
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make an adapter the active one, which serves all forwards that name none; None is the bare base.
+
+    Raises:
+        AdapterError: the model has no adapter of that name.
+    """
+    registry = _registry(model)
+    registry.active = None if name is None else _known(registry, name).name
 
 
 def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
@@ -285,10 +355,7 @@ def get_adapter(model: nn.Module, name: str | None = None) -> Adapter:
         AdapterError: there is none of that name, or none is active.
     """
     registry = _registry(model)
-    name = registry.active if name is None else name
-    if name is None:
-        raise AdapterError(f"No adapter is active: name one of {', '.join(registry.adapters)}.")
-    return _known(registry, name)
+    return _known(registry, _active(registry) if name is None else name)
 
 
 def list_adapters(model: nn.Module) -> list[str]:
@@ -297,24 +364,32 @@ def list_adapters(model: nn.Module) -> list[str]:
     return [] if registry is None else list(registry.adapters)
 
 
-def remove_adapter(model: nn.Module, name: str = "default") -> None:
-    """Take an adapter off. After the last one the model is the base again, trainable where it was.
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter; None where the bare base answers."""
+    registry = _find(model)
+    return None if registry is None else registry.active
 
-    If it was the active one, no adapter is active afterwards.
+
+def remove_adapter(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter off, by default the active one. After the last one the model is the base again.
+
+    Afterwards no adapter is active if it was; what was trainable before the first adapter is so after the last.
 
     Raises:
-        AdapterError: there is no adapter of that name.
+        AdapterError: there is no adapter of that name, none is active, or it is in use.
     """
     registry = _registry(model)
-    _known(registry, name)
-    registry.remove(name)
-    if not registry.adapters:
-        registry.detach()
+    with registry.lock:
+        name = _active(registry) if name is None else name
+        _known(registry, name)
+        registry.remove(name)
+        if not registry.adapters:
+            registry.detach()
 
 
 def _find(model: nn.Module) -> _Adapters | None:
-    """The registry of a model, also through wrappers such as DDP or torch.compile."""
-    return next((getattr(m, _REGISTRY) for m in model.modules() if hasattr(m, _REGISTRY)), None)
+    """The registry of a model, also through wrappers such as DDP, PEFT or torch.compile."""
+    return next((vars(m)[_REGISTRY] for m in model.modules() if _REGISTRY in vars(m)), None)
 
 
 def _registry(model: nn.Module) -> _Adapters:
@@ -324,7 +399,14 @@ def _registry(model: nn.Module) -> _Adapters:
     return registry
 
 
+def _active(registry: _Adapters) -> str:
+    if registry.active is None:
+        raise AdapterError(f"No adapter is active: name one of {', '.join(registry.adapters)}.")
+    return registry.active
+
+
 def _known(registry: _Adapters, name: str) -> Adapter:
-    if name not in registry.adapters:
+    adapter = registry.adapters.get(name)
+    if adapter is None:
         raise AdapterError(f"The model has an {unknown_name('adapter', name, registry.adapters)}")
-    return registry.adapters[name]
+    return adapter

@@ -1,105 +1,173 @@
-"""From what the caller chose to what the attention is told: which adapter serves which row, under which condition."""
+"""Which adapter serves which row, under which condition: an argument of the forward, from there to attention.
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+Shape letters as in `zero_init.py`, and A distinct adapters in a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.functional import pad
 
-from llama_adapter.core.zero_init import Choice, with_zero_init
-from llama_adapter.errors import AdapterError, UnsupportedModelError
+from llama_adapter.core.zero_init import Projection, Prompts, ZeroInitAdapter, project_prompts
+from llama_adapter.errors import AdapterError
 
 Names = str | None | Sequence[str | None]
 """An adapter's name, None for the bare base, or a list with one of these per row of the batch."""
 
-EAGER = "llama_adapter_eager"
-"""Attention name of adapted models whose own is "eager", which transformers keeps out of its registry."""
 
-
-@dataclass
-class Use:
-    """What serves the forwards of a model.
+@dataclass(eq=False)
+class Adapter:
+    """Handle of one adapter on one model. Whoever holds it still holds the parameters after a removal.
 
     Attributes:
-        names: one name or None for all rows, or a tuple with one per row.
-        condition: [B, 1, hidden] or [B, K, hidden], added to the prompts of each row; None adds nothing.
+        name: what `use_adapter` calls it.
+        config: its `AdapterConfig`, with `adapter_layers` and `base_shape` filled in.
+        layers: the base's layer index -> the parameters there, lowest layer first.
+        condition: what turns features of a picture into a condition, where the configuration asks for one.
+        removed: whether it has been taken off its model.
     """
 
-    names: Names
+    name: str
+    config: Any
+    layers: Mapping[int, ZeroInitAdapter]
+    condition: nn.Module | None = None
+    removed: bool = False
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Prefix -> module with `adapter_params()`: what saving, counting, training and loading are written over."""
+        condition = {} if self.condition is None else {"condition": self.condition}
+        return {**{f"layers.{i}": layer for i, layer in self.layers.items()}, **condition}
+
+    def named_parameters(self) -> "list[tuple[str, nn.Parameter]]":
+        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] of each adapted layer i, then `condition.*`."""
+        return [(f"{prefix}.{key}", p) for prefix, part in self.parts.items() for key, p in part.adapter_params()]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Its trainable parameters."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its parameters by the names of `named_parameters`, fp32; views of the memory that they are in."""
+        return {key: parameter.detach() for key, parameter in self.named_parameters()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in what `state_dict` gave. Keys and shapes must be right already (`formats` checks files)."""
+        with torch.no_grad():
+            for key, mine in self.state_dict().items():
+                mine.copy_(tensors[key])
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained: L x (K x hidden + heads), and the condition's."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+@dataclass(eq=False)
+class Routing:
+    """What one forward is told.
+
+    Attributes:
+        adapters: the distinct adapters of the batch; None is the bare base.
+        rows: [B] int64, which of them serves each row; None where one serves them all.
+        condition: [B, 1, hidden] or [B, K, hidden], added to each row's prompts; None adds nothing.
+        prompts: what layers read, by their index: None where every forward projects anew; a dictionary that belongs
+            to one generation, filled on its first step; or all of them, from an engine that has them ready.
+        ready: whether `prompts` is complete; a layer that is not in it then reads none.
+    """
+
+    adapters: tuple[Adapter | None, ...]
+    rows: Tensor | None = None
     condition: Tensor | None = None
-    _made: tuple[int, torch.device, Choice | None] | None = field(default=None, repr=False)
+    prompts: dict[int, Prompts | None] | None = None
+    ready: bool = False
 
-    def choice(self, batch: Tensor) -> Choice | None:
-        """The `Choice` for a batch of so many rows; None where all of them are on the bare base.
 
-        The same object at every step of a generation, so that what is computed from it can be kept.
+class AdapterSlot(nn.Module):
+    """The adapters of one attention module, as submodules, so that they move and are saved with the model."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        self._projection = projection
+
+    def get(self, adapter: Adapter | None) -> ZeroInitAdapter | None:
+        """The layer of `adapter` here, or None where it has none.
 
         Raises:
-            AdapterError: names or conditions are not as many as the batch's rows.
+            AdapterError: the adapter was taken off while this forward ran.
         """
-        made = self._made
-        if made is None or made[0] != len(batch) or made[1] != batch.device:
-            self._made = made = (len(batch), batch.device, self._make(batch))
-        return made[2]
-
-    def _make(self, batch: Tensor) -> Choice | None:
-        if self.condition is not None:
-            self._check_count("conditions", len(self.condition), batch)
-        if self.names is None or isinstance(self.names, str):
-            return None if self.names is None else Choice((self.names,), None, self.condition)
-        self._check_count("names", len(self.names), batch)
-        distinct = tuple(dict.fromkeys(self.names))
-        if distinct == (None,):
+        if adapter is None:
             return None
-        if len(distinct) == 1:
-            return Choice(distinct, None, self.condition)
-        rows = torch.tensor([distinct.index(name) for name in self.names], device=batch.device)
-        return Choice(distinct, rows, self.condition)
+        found = self._modules.get(module_key(adapter.name))
+        if adapter.removed:  # asked after the look-up, and set before the removal: no gap between the two
+            raise AdapterError(f"Adapter '{adapter.name}' was removed while a forward used it: ask again.")
+        return found  # type: ignore[return-value]
 
-    def _check_count(self, what: str, count: int, batch: Tensor) -> None:
-        if count != len(batch):
-            one = what.removesuffix("s")
-            raise AdapterError(
-                f"use_adapter got {count} {what} for a batch of {len(batch)} rows: give one per row. "
-                f"Under beam search or num_return_sequences, repeat each {one} as often as its row is."
-            )
+    def prompts(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
+        """What the rows of `query` [B, H, T, D] read; None where none of their adapters has this layer."""
+        if routing.ready:
+            return (routing.prompts or {}).get(attention.layer_idx)  # type: ignore[call-overload]
+        if routing.prompts is None or torch.is_grad_enabled():
+            return self._of_rows(attention, routing, query)
+        layer: Any = attention.layer_idx
+        kept = routing.prompts.get(layer)
+        if kept is None or kept.key.dtype != query.dtype or len(kept.key) != len(query):
+            kept = routing.prompts[layer] = self._of_rows(attention, routing, query)
+        return kept
+
+    def _of_rows(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
+        layers = [self.get(adapter) for adapter in routing.adapters]
+        if not any(layers):
+            return None
+        prompt, strength, bias = stacked(layers, query)
+        if routing.condition is None:
+            key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)
+            return _per_row(routing.rows, len(query), Prompts(key, value, bias))
+        if routing.rows is not None:
+            rows = routing.rows.to(query.device)
+            prompt, strength, bias = prompt[rows], strength[rows], None if bias is None else bias[rows]
+        prompt = prompt + routing.condition.to(prompt)
+        key, value, _ = project_prompts(
+            attention, self._projection, prompt, strength.expand(len(prompt), -1), query.dtype
+        )
+        return Prompts(key, value, None if bias is None else bias.expand(len(prompt), -1, -1, -1))
 
 
-def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor among a decoder's arguments that tells how many rows there are, and where."""
-    for tensor in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
-        if isinstance(tensor, Tensor):
-            return tensor
-    return torch.empty(0)
+def stacked(layers: Sequence[ZeroInitAdapter | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Several adapters of unlike length side by side, on the device of `like`.
 
-
-def route_attention(config: Any) -> None:
-    """Make sure that the attention function `config` names adds the gated term.
-
-    Functions in transformers' registry are wrapped under their own name, which leaves the configuration, the mask
-    and code that looks for a stock name as they are; modules without adapters pass straight through. Only "eager"
-    is not in the registry (each model file has its own), so such a model gets a name of ours. Done before every
-    forward, because `set_attn_implementation` may have been called meanwhile; a dictionary look-up then.
+    Returns:
+        prompts [A, longest K, hidden], zeros past the end of shorter ones; act(g) [A, H], 0 for the bare base; and a
+        bias [A, 1, 1, K] in the dtype of `like`, -inf past the end, or None where all are as long.
     """
-    name = config._attn_implementation
-    if name == "eager":
-        AttentionInterface.register(EAGER, with_zero_init(_eager_attention))
-        AttentionMaskInterface.register(EAGER, eager_mask)
-        config._attn_implementation = EAGER
-    elif name != EAGER:
-        stock: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
-        if not hasattr(stock, "wraps"):
-            AttentionInterface.register(name, with_zero_init(stock))
+    first = next(layer for layer in layers if layer is not None)
+    lengths = [0 if layer is None else len(layer.prompt) for layer in layers]
+    longest = max(lengths)
+    no_prompt, no_strength = first.prompt.new_zeros(0, first.prompt.shape[1]), torch.zeros_like(first.gate)
+    prompts = [no_prompt if layer is None else layer.prompt for layer in layers]
+    prompt = torch.stack([pad(p, (0, 0, 0, longest - len(p))) if len(p) < longest else p for p in prompts])
+    strength = torch.stack([no_strength if layer is None else layer.strength() for layer in layers])
+    if all(length in (0, longest) for length in lengths):
+        return prompt.to(like.device), strength.to(like.device), None
+    bias = like.new_zeros(len(lengths), 1, 1, longest)
+    for row, length in zip(bias, lengths, strict=True):
+        row[..., length or longest :] = float("-inf")
+    return prompt.to(like.device), strength.to(like.device), bias
 
 
-def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """The eager function of the model file that `module` comes from."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention: load the base with sdpa.")
-    return function(module, *args, **kwargs)
+def _per_row(rows: Tensor | None, batch: int, prompts: Prompts) -> Prompts:
+    """The prompts of every row of a batch; where one adapter serves them all, no memory is taken."""
+    key, value, bias = prompts
+    if rows is not None:
+        rows = rows.to(key.device)
+        return Prompts(key[rows], value[rows], None if bias is None else bias[rows])
+    of_all = (batch, -1, -1, -1)
+    return Prompts(key.expand(of_all), value.expand(of_all), None if bias is None else bias.expand(of_all))
+
+
+def module_key(name: str) -> str:
+    """Submodule name of adapter `name`: PyTorch allows no dot in it, adapter names allow no colon."""
+    return "adapter_" + name.replace(".", ":")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.core.zero_init import ACTIVATIONS
+from llama_adapter.core.zero_init import GATE_ACTIVATIONS
 from llama_adapter.formats.native import WEIGHTS_FILE, read_config, read_tensors
 
 
@@ -20,7 +20,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     config = read_config(folder)
     tensors = read_tensors(folder, config)
-    activate = ACTIVATIONS[config.gate_activation]
+    activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
     for key in sorted((key for key in tensors if key.endswith(".gate")), key=lambda key: int(key.split(".")[1])):
         gates = activate(tensors[key].float())

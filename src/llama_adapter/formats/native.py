@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from llama_adapter.conditions.modules import build_condition
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import shape_of
-from llama_adapter.core.model import Adapter, add_adapter, get_adapter
+from llama_adapter.core.model import add_adapter, get_adapter
+from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
 

@@ -1,105 +1,59 @@
-"""torch.compile, where it helps: the layers in training, and a whole step of decoding.
+"""A whole step of decoding as one graph, by torch.compile.
 
-In training each layer is compiled for any number of tokens, except for its attention over packed examples.
-
-A step of decoding is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused
-and (there) replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another
-adapter, another condition or other weights need no new compilation, only another batch or cache size does.
+A step is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused and (there)
+replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another adapter, another
+condition or other weights need no new compilation, only another batch or cache size does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from llama_adapter.core.families import attention_modules
-from llama_adapter.errors import ModelError
+from llama_adapter import compiler
+from llama_adapter.core.attention import ROUTING
+from llama_adapter.core.model import list_adapters
+from llama_adapter.core.routing import Routing
 
-BACKEND = "inductor"
 ROUND = 256
 """Cache sizes are multiples of it, so that answers of like lengths share a compilation."""
 
-_forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
-_caches: "WeakKeyDictionary[nn.Module, tuple[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
 
+class CompiledSteps:
+    """One-token steps of a model as one graph, on a cache of fixed size; prompts come in as inputs."""
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every decoder layer, in place and for any number of tokens; the work is done at the first forward."""
-    attention = {id(module) for module in attention_modules(model)}
-    for layer in model.modules():
-        if any(id(module) in attention for module in layer.children()):
-            layer.compile(dynamic=True, backend=BACKEND)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._made: tuple[tuple[int, int], StaticCache] | None = None
+        self._forward: Callable[..., Any] | None = None
 
+    def cache(self, rows: int, tokens: int) -> StaticCache:
+        """An empty cache for so many rows of at least so many tokens; the last one again where it is of that size."""
+        wanted = rows, -(-tokens // ROUND) * ROUND
+        if self._made is not None and self._made[0] == wanted:
+            self._made[1].reset()
+            return self._made[1]
+        self._made = None  # before the next takes memory
+        self._made = wanted, StaticCache(config=self.model.config, max_cache_len=wanted[1])
+        return self._made[1]
 
-def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
-    """An empty cache for so many rows of at least so many tokens; the last one again where it is of that size.
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, routing: Routing) -> Tensor:
+        """Logits [B, vocabulary] behind `ids` [B, 1] at `positions` [B, 1].
 
-    Args:
-        model: the base.
-        rows: of the batch.
-        tokens: prompt and answer together.
-    """
-    wanted = rows, -(-tokens // ROUND) * ROUND
-    kept = _caches.get(model)
-    if kept is not None and kept[0] == wanted:
-        kept[1].reset()
-        return kept[1]
-    _caches.pop(model, None)  # before the next takes memory
-    cache = StaticCache(config=model.config, max_cache_len=wanted[1])
-    _caches[model] = wanted, cache
-    return cache
-
-
-@contextmanager
-def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the decoder's forwards of one token a row are compiled; prompts are read as ever.
-
-    Raises:
-        ModelError: there is nothing to compile with.
-    """
-    decoder = model.base_model
-    before, plain, compiled = vars(decoder).get("forward"), decoder.forward, _compiled(decoder)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids")
-        one = isinstance(ids, Tensor) and ids.shape[1] == 1
-        return compiled(decoder, *args, **kwargs) if one else plain(*args, **kwargs)
-
-    decoder.forward = forward
-    try:
-        with compiler_errors():
-            yield
-    finally:
-        del decoder.forward
-        if before is not None:  # quick steps
-            decoder.forward = before
-
-
-@contextmanager
-def compiler_errors() -> Iterator[None]:
-    """Say in one sentence that there is nothing to compile with.
-
-    Raises:
-        ModelError: so.
-    """
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise ModelError(
-            f"--compile found no way to compile ({type(error.inner_exception).__name__}): install a C++ compiler, on a "
-            "GPU Triton, or leave the flag out."
-        ) from None
-
-
-def _compiled(decoder: nn.Module) -> Callable[..., Any]:
-    """The compiled forward, which takes the decoder as its first argument: holding it, it would keep it alive."""
-    if decoder not in _forwards:
-        _forwards[decoder] = torch.compile(type(decoder).forward, backend=BACKEND, mode=_mode(decoder))
-    return _forwards[decoder]
+        Raises:
+            ModelError: there is nothing to compile with.
+        """
+        if self._forward is None:
+            self._forward = torch.compile(type(self.model).forward, backend=compiler.BACKEND, mode=_mode(self.model))
+        inputs = self.model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        if list_adapters(self.model):
+            inputs[ROUTING] = routing
+        with compiler.compiler_errors():
+            return self._forward(self.model, **inputs).logits[:, -1].clone()
 
 
 def _mode(decoder: nn.Module) -> str:

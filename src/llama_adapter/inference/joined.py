@@ -48,6 +48,7 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
 
 
+@torch.inference_mode(False)  # a parameter that was made in it could not learn afterwards
 @torch.no_grad()
 def as_slices(parts: Sequence[Tensor]) -> Tensor:
     """One tensor that `parts` are slices of from now on, along its first dimension; they may be that already."""

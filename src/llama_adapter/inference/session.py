@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
@@ -28,10 +27,8 @@ from llama_adapter.data import (
 )
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
-from llama_adapter.inference.cache import GrowingCache
-from llama_adapter.inference.compiled import compiled_steps, static_cache
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.steps import use_quick_steps
+from llama_adapter.inference.engine import Engine, Row
 from llama_adapter.settings import Precision
 
 
@@ -63,114 +60,123 @@ class Answer:
     finish_reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Session:
-    """A loaded base with its adapters, ready to answer."""
+    """A loaded base with its adapters, ready to answer. Threads may share one.
+
+    Attributes:
+        model: the base, which `engine` owns: it is not to be changed while the session answers.
+        tokenizer: the base's.
+        adapters: names.
+        templates: how each adapter, and None, the bare base, wants prompts to be written.
+        perceptions: what looks at files, for adapters with a condition.
+        engine: decodes.
+        generator: what is drawn without a seed comes from it.
+    """
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     adapters: tuple[str, ...]
     templates: Mapping[str | None, WrittenAs]
     perceptions: Mapping[str, Perception] = field(default_factory=dict)
+    engine: Engine = field(init=False)
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine, self.generator = Engine(self.model), torch.Generator()
+        self.generator.seed()
 
     def answer(
         self,
         prompts: Sequence[Prompt],
-        adapter: str | None,
+        adapter: str | Sequence[str | None] | None,
         config: GenerateConfig,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """Answer a batch of prompts with one adapter (None: the bare base).
+        """Answer a batch of prompts.
 
         Args:
             prompts: one per row; they are padded on the left.
-            adapter: a name in `adapters`.
+            adapter: a name in `adapters` or None, the bare base, for all of them; or a sequence with one for each.
             config: how to decode.
             on_text: called with each piece of text as it comes; takes a single prompt.
 
         Raises:
             DataError: a prompt does not fit into the base's context, or a file cannot be read.
-            AdapterError: pictures for an adapter that has no condition.
+            AdapterError: pictures for an adapter that has no condition, or an unknown name.
         """
-        template = self.templates[adapter]
-        rows = [encode_prompt(p.messages, template, self.tokenizer, p.input, raw=template == "raw") for p in prompts]
-        room = self._room(max(map(len, rows)))
-        settings = self._generation_config(config, min(config.max_new_tokens, room), template)
-        input_ids, mask = self._left_padded(rows)
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
+        rows = [self._row(*asked, config, draws) for asked in zip(prompts, names, strict=True)]
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
-        if config.seed is not None:
-            torch.manual_seed(config.seed)
-        began = time.perf_counter()
-        cache: Cache = GrowingCache(self.model.config)
-        if config.compile:
-            settings.disable_compile = True  # transformers would compile around the hook that chooses adapters
-            cache = static_cache(self.model, len(rows), input_ids.shape[1] + settings.max_new_tokens)
-        steps = compiled_steps(self.model) if config.compile else nullcontext()
-        with self.using(adapter, [prompt.media for prompt in prompts]), steps:
-            out = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                generation_config=settings,
-                streamer=streamer,
-                past_key_values=cache,
-            )
-        seconds = time.perf_counter() - began
-        stops = set(settings.eos_token_id)
-        return [
-            self._read(new, len(row), stops, seconds)
-            for new, row in zip(out[:, input_ids.shape[1] :].tolist(), rows, strict=True)
-        ]
 
-    def using(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> Any:
-        """A context in which `adapter` serves the model's forwards, under the condition of each row's files.
+        def stream(number: int, token: int) -> None:
+            if streamer is not None and token not in rows[number].stops:
+                streamer.put(torch.tensor([token]))
+
+        began = time.perf_counter()
+        answers = self.engine.generate(rows, stream, config.compile)
+        if streamer is not None:
+            streamer.end()
+        seconds = time.perf_counter() - began
+        return [self._read(ids, row, seconds) for ids, row in zip(answers, rows, strict=True)]
+
+    def _row(self, prompt: Prompt, name: str | None, config: GenerateConfig, draws: torch.Generator) -> Row:
+        template = self.templates[name]
+        tokens = encode_prompt(prompt.messages, template, self.tokenizer, prompt.input, raw=template == "raw")
+        condition = self.condition(name, [prompt.media])
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=draws)))
+        return Row(
+            tokens=tokens,
+            adapter=name,
+            condition=None if condition is None else condition[0].view(-1, condition.shape[-1]),
+            max_new_tokens=min(config.max_new_tokens, self._room(len(tokens))),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            stops=frozenset(_stop_tokens(self.model, self.tokenizer, template)),
+            generator=own,
+        )
+
+    @torch.no_grad()
+    def condition(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> torch.Tensor | None:
+        """The condition of each row's files, [B, hidden] or [B, K, hidden]; None where the adapter has none.
 
         Raises:
             DataError: a file cannot be read.
             AdapterError: files for an adapter that has no condition.
         """
+        perception = self.perceptions.get(adapter or "")
+        if perception is not None:
+            module: Any = get_adapter(self.model, adapter).condition
+            return perception.condition(module, media)
+        if adapter is not None and any(media):
+            raise AdapterError(
+                f"The adapter '{adapter}' was trained on text alone and cannot look at files: leave them out, or "
+                "take an adapter that was trained with --condition."
+            )
+        return None
+
+    def using(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> Any:
+        """A context in which `adapter` serves the model's forwards, under the condition of each row's files.
+
+        Raises:
+            DataError, AdapterError: see `condition`.
+        """
         if not self.adapters:
             return torch.no_grad()
-        perception = self.perceptions.get(adapter or "")
-        if perception is None:
-            if adapter is not None and any(media):
-                raise AdapterError(
-                    f"The adapter '{adapter}' was trained on text alone and cannot look at files: leave them out, or "
-                    "take an adapter that was trained with --condition."
-                )
-            return use_adapter(self.model, adapter)
-        module = get_adapter(self.model, adapter).condition
-        assert module is not None  # as there is a perception
-        with torch.no_grad():
-            return use_adapter(self.model, adapter, perception.condition(module, media))
+        return use_adapter(self.model, adapter, self.condition(adapter, media))
 
-    def _read(self, ids: list[int], prompt_tokens: int, stops: set[int], seconds: float) -> Answer:
-        end = next((i for i, token in enumerate(ids) if token in stops), None)
-        kept = ids if end is None else ids[:end]
+    def _read(self, ids: list[int], row: Row, seconds: float) -> Answer:
+        ended = bool(ids) and ids[-1] in row.stops
+        kept = ids[:-1] if ended else ids
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, prompt_tokens, len(kept), round(seconds, 4), "length" if end is None else "stop")
+        return Answer(text, len(row.tokens), len(kept), round(seconds, 4), "stop" if ended else "length")
 
-    def _room(self, longest: int) -> int:
+    def _room(self, tokens: int) -> int:
         context = max_positions(self.model.config) or 1 << 30
-        if longest >= context:
-            raise DataError(f"The prompt has {longest} tokens; the base takes at most {context - 1}: shorten it.")
-        return context - longest
-
-    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return ids.to(self.model.device), mask.to(self.model.device)
-
-    def _generation_config(self, config: GenerateConfig, max_new_tokens: int, template: WrittenAs) -> GenerationConfig:
-        stops = _stop_tokens(self.model, self.tokenizer, template)
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=config.temperature > 0,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
-            **sampling,
-        )
+        if tokens >= context:
+            raise DataError(f"The prompt has {tokens} tokens; the base takes at most {context - 1}: shorten it.")
+        return context - tokens
 
 
 def load_session(
@@ -212,7 +218,6 @@ def load_session(
     base = load_base(model, device, precision, load_in_4bit)
     for name, folder in adapters.items():
         load_adapter(base, folder, name)
-    use_quick_steps(base)
     fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
     templates: dict[str | None, WrittenAs] = {None: template or fallback}
     for name, config in configs.items():
@@ -289,7 +294,7 @@ class _Callback(TextStreamer):
     """Hands each finished piece of text to a function."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

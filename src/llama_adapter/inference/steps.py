@@ -7,16 +7,16 @@ the prompt, training, hidden states asked for, ...) goes through transformers' f
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import PreTrainedModel
 
-from llama_adapter.core.prompt_cache import Place, PromptCache
-from llama_adapter.core.zero_init import CHOICE, SLOT, Choice, second_softmax
+from llama_adapter.core.attention import SLOT
+from llama_adapter.core.zero_init import Prompts, second_softmax
 from llama_adapter.inference.joined import Joined
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = ("q_norm", "k_norm")
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-USUAL = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", CHOICE}
-"""What a step is told."""
 
 
 class Layer:
@@ -54,15 +52,14 @@ class Layer:
         self.head_norms = [Norm(getattr(attention, name)) for name in HEAD_NORMS if hasattr(attention, name)]
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DynamicCache, choice: Choice | None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any, prompts: Prompts | None
     ) -> Tensor:
         """The layer's output for `hidden` [B, 1, hidden]; cos and sin [B, 1, 1, D], mask [B, 1, 1, tokens] or None."""
         query, key, value = self._query_key_value(hidden, cos, sin)
         keys, values = cache.update(key, value, self.index)
         attended = scaled_dot_product_attention(query, keys, values, mask, scale=self.scaling, enable_gqa=self.grouped)
-        prompts = None if choice is None else choice.prepared.get(self.index)
         if prompts is not None:
-            attended = attended + second_softmax(query, prompts, self.scaling, None)
+            attended = attended + second_softmax(query, prompts, self.scaling)
         hidden = hidden + self.out(attended.flatten(1).unsqueeze(1))
         gate, up = self.gate_and_up.each(self.second_norm(hidden))
         return hidden + self.down(self.activation(gate) * up)
@@ -93,67 +90,51 @@ class Norm:
 
 
 class QuickSteps:
-    """Stands in for a decoder's `forward`; takes and returns what that does."""
+    """One-token steps of a model, without gradients, on a cache that grows.
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder, self.stock, self.norm = decoder, decoder.forward, Norm(decoder.norm)
-        self.kept: PromptCache[list[Layer]] = PromptCache()
+    Made anew for every batch of an engine, so that whatever was replaced, moved or hooked since is seen.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step, quickly, where it is one."""
-        if args or not self._is_step(kwargs):
-            return self.stock(*args, **kwargs)
-        cache: DynamicCache = kwargs["past_key_values"]
-        hidden = self.decoder.embed_tokens(kwargs["input_ids"])
-        cos, sin = (part.unsqueeze(1) for part in self.decoder.rotary_emb(hidden, kwargs["position_ids"]))
-        mask, choice = self._mask(kwargs.get("attention_mask")), kwargs.get(CHOICE)
-        for layer in self._layers():
-            hidden = layer.forward(hidden, cos, sin, mask, cache, choice)
-        return BaseModelOutputWithPast(self.norm(hidden), cache)
+    def __init__(self, model: Any) -> None:
+        self.decoder, self.head = model.model, model.lm_head
+        self.norm = Norm(self.decoder.norm)
+        self.layers = [Layer(module) for module in self.decoder.layers]
 
-    def _layers(self) -> list[Layer]:
-        """Made anew when a part has been replaced or its weights have moved."""
-        layers = self.kept.find(None)
-        if layers is None:
-            layers = [Layer(module) for module in self.decoder.layers]
-            self.kept.keep(None, layers, [place for module in self.decoder.layers for place in places(module)])
-        return layers
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "QuickSteps | None":
+        """Steps for a model, or None where `why_no_quick_steps` has an objection."""
+        reason = why_no_quick_steps(model)
+        if reason is not None:
+            log.debug("steps of decoding go through transformers' forward: %s", reason)
+        return None if reason else cls(model)
 
-    def _is_step(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this is one token a row behind others in a cache that grows, and nothing else is asked."""
-        ids, positions, choice = (kwargs.get(name) for name in ("input_ids", "position_ids", CHOICE))
-        config = self.decoder.config
-        return (
-            isinstance(kwargs.get("past_key_values"), DynamicCache)
-            and ids is not None
-            and ids.shape[1] == 1
-            and positions is not None
-            and (choice is None or bool(choice.prepared))
-            and all(value is None or name in USUAL for name, value in kwargs.items())
-            and not (torch.is_grad_enabled() or self.decoder.training)
-            and not torch.is_autocast_enabled(ids.device.type)
-            and config._attn_implementation == "sdpa"
-            and not (config.output_hidden_states or config.output_attentions)
-            and bool(config.return_dict)
-        )
-
-    @staticmethod
-    def _mask(attention_mask: Tensor | None) -> Tensor | None:
-        """[B, tokens] of a batch with padding as sdpa takes it; None where every token is seen."""
-        if attention_mask is None or bool(attention_mask.all()):
-            return None
-        return attention_mask.bool()[:, None, None]
+    def __call__(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, prompts: Mapping[int, Prompts | None]
+    ) -> Tensor:
+        """Logits [B, vocabulary] behind `ids` [B, 1] at `positions` [B, 1]; `mask` [B, tokens] is 0 on padding."""
+        hidden = self.decoder.embed_tokens(ids)
+        cos, sin = (part.unsqueeze(1) for part in self.decoder.rotary_emb(hidden, positions))
+        seen = None if mask is None else mask.bool()[:, None, None]
+        for layer in self.layers:
+            hidden = layer.forward(hidden, cos, sin, seen, cache, prompts.get(layer.index))
+        return self.head(self.norm(hidden))[:, -1]
 
 
 def why_no_quick_steps(model: PreTrainedModel) -> str | None:
     """The reason why a model takes all its steps through transformers' forward, or None where it need not."""
     kind, decoder = model.config.model_type, model.base_model
-    if kind not in SHAPED:
-        return f"there are none for models of family '{kind}'"
+    if kind not in SHAPED or type(model).__name__ != SHAPED[kind].replace("DecoderLayer", "ForCausalLM"):
+        return f"there are none for {type(model).__name__}"
+    if model.config._attn_implementation != "sdpa":
+        return "they need sdpa attention"
+    if any("forward" in vars(module) or hooked(module) for module in (model, model.lm_head, decoder.norm)):
+        return "something else has changed its forward"
+    if len(decoder.layers) != model.config.num_hidden_layers:
+        return "its configuration says another number of layers"
     if getattr(model.config, "sliding_window", None):
         return "its attention has a sliding window"
     for layer in decoder.layers:
-        if any("forward" in vars(module) or module._forward_hooks for module in layer.modules()):
+        if any("forward" in vars(module) or hooked(module) for module in layer.modules()):
             return "something else has changed its layers"
         if type(layer).__name__ != SHAPED[kind] or not has_known_parts(layer):
             return "this version of transformers builds its layers in another way"
@@ -163,37 +144,12 @@ def why_no_quick_steps(model: PreTrainedModel) -> str | None:
     return None
 
 
-def places(layer: Any) -> list[Place]:
-    """Where a decoder layer holds what `Layer` reads, adapters apart."""
-    held = {
-        layer: PARTS - {"self_attn", "mlp"},
-        layer.self_attn: ATTENTION_PARTS | set(HEAD_NORMS),
-        layer.mlp: MLP_PARTS,
-    }
-    return [(module, name) for module, names in held.items() for name in names]
+def hooked(module: Any) -> bool:
+    """Whether somebody listens to a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def has_known_parts(layer: Any) -> bool:
     """Whether a decoder layer consists of what is computed here, and of nothing else."""
     parts, attention, mlp = ({name for name, _ in m.named_children()} for m in (layer, layer.self_attn, layer.mlp))
     return parts == PARTS and attention - {SLOT, *HEAD_NORMS} == ATTENTION_PARTS and mlp == MLP_PARTS
-
-
-def use_quick_steps(model: PreTrainedModel) -> bool:
-    """Let a model take its one-token steps by the forward above, where `why_no_quick_steps` has no objection.
-
-    They are taken so without gradients and with a cache that grows, which is transformers' default; `GrowingCache` is
-    quicker. Logits are the same up to rounding.
-
-    Returns:
-        Whether it does from now on.
-    """
-    decoder = model.base_model
-    if isinstance(decoder.forward, QuickSteps):
-        return True
-    reason = why_no_quick_steps(model)
-    if reason is not None:
-        log.debug("steps of decoding go through transformers' forward: %s", reason)
-        return False
-    decoder.forward = QuickSteps(decoder)
-    return True

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from llama_adapter.core.model import Adapter
+from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import TrainingError
 from llama_adapter.files import write_atomically, writing
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter

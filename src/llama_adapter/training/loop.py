@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,15 +23,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.perception import Perception, describe
 from llama_adapter.core.families import max_positions
-from llama_adapter.core.model import Adapter, add_adapter, resolve_layers, use_adapter
+from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
+from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
-from llama_adapter.inference.compiled import compile_layers, compiler_errors
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.fp8 import quantise_base, require_fp8
@@ -287,7 +289,7 @@ class Run:
         """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
         if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
             return response_loss(self.model, batch, self.accelerator.device)
-        condition = self.perception.condition(self.adapter.condition, batch.media)
+        condition = self.perception.condition(cast(Condition, self.adapter.condition), batch.media)
         with use_adapter(self.model, self.adapter.name, condition):
             return response_loss(self.model, batch, self.accelerator.device)
 

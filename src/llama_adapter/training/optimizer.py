@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from llama_adapter.core.model import Adapter
+from llama_adapter.core.routing import Adapter
 from llama_adapter.training.config import TrainConfig
 
 

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from llama_adapter.training.varlen import Ranges, attend_at_once, fits
 
-SEGMENTS = "packed_segments"
-"""Name of the keyword argument that carries `Segments` from a model's forward to its attention."""
-
 
 @dataclass(frozen=True)
 class Segments:
@@ -52,43 +49,41 @@ class Segments:
         """The same for one call over all of them."""
         return Ranges.of(self.prefix, self.lengths, self.device)
 
+    @torch.compiler.disable  # it would be compiled anew for every batch
+    def attend(
+        self,
+        text_attention: Callable[..., tuple[Tensor, Any]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What `text_attention` (of transformers' interface) gives each example of a packed row.
 
-@torch.compiler.disable  # it would be compiled anew for every batch
-def attend(
-    segments: Segments,
-    text_attention: Callable[..., tuple[Tensor, Any]],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    **kwargs: Any,
-) -> Tensor:
-    """What `text_attention` (of transformers' interface) gives each example of a packed row.
+        Args:
+            text_attention: called once for the prefix and for every example, where `varlen.py` has nothing quicker.
+            module: the attention module.
+            query: [1, H, T, D], rotated by positions that restart behind the prefix.
+            key: [1, kv heads, T, D].
+            value: as `key`.
+            kwargs: handed on.
 
-    Args:
-        segments: where they lie.
-        text_attention: called once for the prefix and once for every example, where `varlen.py` has nothing quicker.
-        module: the attention module.
-        query: [1, H, T, D], rotated by positions that restart behind the prefix.
-        key: [1, kv heads, T, D].
-        value: as `key`.
-        kwargs: handed on.
-
-    Returns:
-        [1, T, H, D].
-    """
-    if fits(query, kwargs):
-        return attend_at_once(segments.ranges, query, key, value, kwargs.get("scaling"))
-    # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
-    sizes = [segments.prefix, *segments.lengths]
-    (first_query, *queries), (first_key, *keys), (first_value, *values) = (
-        states.split(sizes, 2) for states in (query, key, value)
-    )
-    outputs = []
-    if segments.prefix:
-        outputs.append(text_attention(module, first_query, first_key, first_value, None, **kwargs)[0])
-        keys = [torch.cat([first_key, own], 2) for own in keys]
-        values = [torch.cat([first_value, own], 2) for own in values]
-    for own in zip(queries, keys, values, segments.masks, strict=True):
-        outputs.append(text_attention(module, *own, **kwargs)[0])
-    return torch.cat(outputs, 1)
+        Returns:
+            [1, T, H, D].
+        """
+        if fits(query, kwargs):
+            return attend_at_once(self.ranges, query, key, value, kwargs.get("scaling"))
+        # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
+        sizes = [self.prefix, *self.lengths]
+        (first_query, *queries), (first_key, *keys), (first_value, *values) = (
+            states.split(sizes, 2) for states in (query, key, value)
+        )
+        outputs = []
+        if self.prefix:
+            outputs.append(text_attention(module, first_query, first_key, first_value, None, **kwargs)[0])
+            keys = [torch.cat([first_key, own], 2) for own in keys]
+            values = [torch.cat([first_value, own], 2) for own in values]
+        for own in zip(queries, keys, values, self.masks, strict=True):
+            outputs.append(text_attention(module, *own, **kwargs)[0])
+        return torch.cat(outputs, 1)

@@ -1,0 +1,88 @@
+"""The seam: transformers' attention interface, the only code of anybody's that is wrapped.
+
+transformers looks every attention function up by name and hands it the rotated query, key, value and the attention
+module. The stock function is wrapped under its own name; a module without adapters gets exactly what it returned.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_adapter.core.routing import AdapterSlot, Routing
+from llama_adapter.core.zero_init import second_softmax
+from llama_adapter.errors import AdapterError, UnsupportedModelError
+
+SLOT = "zero_init"
+"""Name under which an attention module holds its `AdapterSlot`."""
+ROUTING = "adapter_routing"
+"""Keyword argument that carries a `Routing` from the model's forward to its attention."""
+SEGMENTS = "packed_segments"
+"""Keyword argument that says where the examples of a packed row lie; its `attend` runs the text's attention."""
+NAMES = "adapter_names"
+"""Keyword argument of an adapted model's forward and `generate`: `routing.Names`."""
+EAGER = "llama_adapter_eager"
+"""Attention name of adapted models whose own is "eager", which transformers keeps out of its registry."""
+
+
+def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a transformers attention function so that adapted modules add their gated term.
+
+    The result has the signature of transformers' attention interface: (module, query [B, H, T, D], key, value,
+    attention_mask, scaling=, softcap=, ...) -> (output [B, T, H, D], weights).
+    """
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        routing: Routing | None = kwargs.pop(ROUTING, None)
+        segments: Any = kwargs.pop(SEGMENTS, None)
+        if segments is None:
+            text, weights = text_attention(module, query, key, value, attention_mask, **kwargs)
+        else:
+            text, weights = segments.attend(text_attention, module, query, key, value, **kwargs), None
+        if NAMES in kwargs:
+            raise AdapterError(f"{NAMES} was given to a model without adapters: add or load them first.")
+        slot: AdapterSlot | None = getattr(module, SLOT, None)
+        if slot is None or routing is None:
+            return text, weights
+        prompts = slot.prompts(module, routing, query)
+        if prompts is None:
+            return text, weights
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return text + second_softmax(query, prompts, scaling, kwargs.get("softcap")).transpose(1, 2), weights
+
+    attention.wraps = text_attention  # type: ignore[attr-defined]
+    return attention
+
+
+def wrap_attention(config: Any) -> None:
+    """Make sure that the attention function `config` names adds the gated term.
+
+    Functions in transformers' registry are wrapped under their own name, which leaves the configuration, the mask
+    and code that looks for a stock name as they are. Only "eager" is not in the registry (each model file has its
+    own), so such a model gets a name of ours. Done before every forward, because `set_attn_implementation` may have
+    been called meanwhile; a dictionary look-up then.
+    """
+    name = config._attn_implementation
+    if name == "eager":
+        AttentionInterface.register(EAGER, with_zero_init(_eager_attention))
+        AttentionMaskInterface.register(EAGER, eager_mask)
+        config._attn_implementation = EAGER
+    elif name != EAGER:
+        stock: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+        if not hasattr(stock, "wraps"):
+            AttentionInterface.register(name, with_zero_init(stock))
+
+
+def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """The eager function of the model file that `module` comes from."""
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention: load the base with sdpa.")
+    return function(module, *args, **kwargs)

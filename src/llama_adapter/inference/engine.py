@@ -1,0 +1,198 @@
+"""The engine: tokens in, tokens out. It owns its model, the slots of its adapters, and the ways to take a step.
+
+A batch has rows of any adapters and of the bare base. It is read at once, padded on the left, then goes on a token a
+row until the last one has ended. A row's answer does not depend on the rows beside it, up to rounding.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from llama_adapter.core.attention import ROUTING, wrap_attention
+from llama_adapter.core.families import attention_modules
+from llama_adapter.core.model import device_of, get_adapter, list_adapters
+from llama_adapter.core.routing import Routing
+from llama_adapter.core.zero_init import Prompts
+from llama_adapter.inference.cache import GrowingCache
+from llama_adapter.inference.compiled import CompiledSteps
+from llama_adapter.inference.slots import Slots
+from llama_adapter.inference.steps import QuickSteps
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What one row of a batch is asked.
+
+    Attributes:
+        tokens: the prompt, at least one.
+        adapter: its name; None is the bare base.
+        condition: [1, hidden] or [K, hidden], added to the adapter's prompts.
+        max_new_tokens: it ends after so many.
+        temperature: 0 takes the likeliest token, anything above draws.
+        top_p: draw from the likeliest tokens of this total probability.
+        stops: it ends after one of these.
+        generator: draws come from it, on the CPU; the row's own, so that rows beside it change nothing.
+    """
+
+    tokens: Sequence[int]
+    adapter: str | None = None
+    condition: Tensor | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stops: frozenset[int] = frozenset()
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+class Engine:
+    """Decodes on a model that nobody else changes while it does.
+
+    Threads may share it: one batch runs at a time.
+
+    Args:
+        model: the base with its adapters. Its weights may be joined into slices of larger tensors, in place.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.slots = Slots(model)
+        self.compiled = CompiledSteps(model)
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        rows: Sequence[Row],
+        on_tokens: Callable[[int, int], None] = lambda row, token: None,
+        compile: bool = False,
+    ) -> list[list[int]]:
+        """What each row is answered, its stop token included where it came to one.
+
+        Args:
+            rows: at least one.
+            on_tokens: called with a row's number and its next token, as it comes.
+            compile: take steps by one compiled graph, with a cache of fixed size.
+
+        Raises:
+            AdapterError: there is no adapter of a row's name.
+            ModelError: there is nothing to compile with.
+        """
+        with self._lock, torch.no_grad():
+            answers: list[list[int]] = [[] for _ in rows]
+            for tokens in self._decode(rows, compile):
+                for number, token in tokens.items():
+                    answers[number].append(token)
+                    on_tokens(number, token)
+            return answers
+
+    def _decode(self, rows: Sequence[Row], compile: bool) -> Iterator[dict[int, int]]:
+        """Each step's token of the rows that have not ended."""
+        device = device_of(self.model.get_input_embeddings())
+        slots: list[int] = []
+        temporary: list[int] = []
+        self.slots.drop_removed()
+        try:
+            for row in rows:
+                slots.append(self._slot(row))
+                if row.condition is not None and row.adapter is not None:
+                    temporary.append(slots[-1])
+            prompts = self.slots.rows(slots)
+            if compile:  # a graph is made for one layout of its inputs
+                prompts = {layer: contiguous(found) for layer, found in prompts.items()}
+            routing = Routing((), prompts=prompts, ready=True)
+            ids, mask = left_padded([row.tokens for row in rows], device)
+            room = max(row.max_new_tokens for row in rows)
+            step = self._stepper(len(rows), ids.shape[1] + room, routing, compile)
+            positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+            positions = (
+                torch.arange(ids.shape[1], device=device)[None].expand_as(ids) if positions is None else positions
+            )
+            going = set(range(len(rows)))
+            for count in range(1, room + 1):
+                logits = step(ids, positions, mask)
+                chosen = choose(logits, rows)
+                tokens = chosen.tolist()
+                yield {number: tokens[number] for number in sorted(going)}
+                going -= {n for n in going if tokens[n] in rows[n].stops or count >= rows[n].max_new_tokens}
+                if not going:
+                    return
+                ids, positions = chosen[:, None], positions[:, -1:] + 1
+                mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        finally:
+            for slot in temporary:
+                self.slots.release(slot)
+
+    def _slot(self, row: Row) -> int:
+        adapter = None if row.adapter is None else get_adapter(self.model, row.adapter)
+        if adapter is None or row.condition is None:
+            return self.slots.admit(adapter)
+        return self.slots.fill(Routing((adapter,), condition=row.condition[None]))
+
+    def _stepper(
+        self, rows: int, tokens: int, routing: Routing, compile: bool
+    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """What a batch is decoded by: ids and positions [B, T], mask [B, all tokens] or None -> logits [B, vocabulary]."""
+        model = self.model
+        wrap_attention(attention_modules(model)[0].config)
+        cache: Cache = self.compiled.cache(rows, tokens) if compile else GrowingCache(model.config)
+        quick = None if compile else QuickSteps.of(model)
+
+        def step(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+            if ids.shape[1] == 1 and cache.get_seq_length() > 0:
+                if quick is not None:
+                    return quick(ids, positions, mask, cache, routing.prompts or {})
+                if compile:
+                    return self.compiled(ids, positions, mask, cache, routing)
+            arguments: dict[str, Any] = {ROUTING: routing} if list_adapters(model) else {}
+            return model(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
+                logits_to_keep=1, **arguments,
+            ).logits[:, -1]  # fmt: skip
+
+        return step
+
+
+def contiguous(prompts: Prompts | None) -> Prompts | None:
+    """The same, each part in memory of its own."""
+    if prompts is None:
+        return None
+    key, value, bias = prompts
+    return Prompts(key.contiguous(), value.contiguous(), None if bias is None else bias.contiguous())
+
+
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids [B, T] padded with token 0 on the left, and their mask [B, T], or None where nothing is padded."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    if all(len(prompt) == longest for prompt in prompts):
+        return ids, None
+    return ids, torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The next token of each row, [B], from logits [B, vocabulary]."""
+    likeliest = logits.argmax(-1)
+    drawing = [number for number, row in enumerate(rows) if row.temperature > 0]
+    if not drawing:
+        return likeliest
+    asked = [rows[number] for number in drawing]
+    temperature, top_p, draws = (
+        torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
+        for values in (
+            [row.temperature for row in asked],
+            [row.top_p for row in asked],
+            [torch.rand((), generator=row.generator).item() for row in asked],
+        )
+    )
+    probabilities, order = (logits[drawing].float() / temperature).softmax(-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
+    total = probabilities.cumsum(-1)
+    place = (total <= draws * total[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    place = torch.minimum(place, (probabilities > 0).sum(-1, keepdim=True) - 1)
+    likeliest[drawing] = order.gather(-1, place)[:, 0]
+    return likeliest

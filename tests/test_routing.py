@@ -1,0 +1,383 @@
+"""Who serves which row: an argument of the call, or a block that is found from wherever its code runs."""
+
+import asyncio
+import contextvars
+import random
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import adapted, tiny_model, tokens
+
+from llama_adapter import (
+    active_adapter,
+    disable_adapter,
+    get_adapter,
+    list_adapters,
+    remove_adapter,
+    set_adapter,
+    use_adapter,
+)
+from llama_adapter.core import model as core_model
+from llama_adapter.errors import AdapterError
+
+IDS = tokens(3, 6)
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model():
+    """A Llama with open adapters "a" and "b"; "b" is active."""
+    model = tiny_model()
+    adapted(model, "a", 1)
+    adapted(model, "b", 2)
+    return model
+
+
+@torch.no_grad()
+def last(model, ids=IDS[:1], **options):
+    return model(ids, **options).logits[0, -1]
+
+
+@pytest.fixture
+def served(model):
+    """What each name gives; they all differ."""
+    found = {name: last(model, adapter_names=name) for name in ("a", "b", None)}
+    assert min((found["a"] - found["b"]).abs().max(), (found["b"] - found[None]).abs().max()) > 1e-2
+    return found
+
+
+# names as an argument
+
+
+def test_names_of_a_forward_serve_its_rows(model, served):
+    with torch.no_grad():
+        mixed = model(IDS[:1].repeat(3, 1), adapter_names=["b", None, "a"]).logits[:, -1]
+    for row, name in enumerate(("b", None, "a")):
+        torch.testing.assert_close(mixed[row], served[name], atol=1e-5, rtol=1e-5)
+
+
+def test_names_of_a_call_win_over_the_block_around_it(model, served):
+    with use_adapter(model, "a"):
+        assert torch.equal(last(model, adapter_names="b"), served["b"])
+        assert torch.equal(last(model, adapter_names=None), served[None])
+
+
+def test_gradients_follow_the_names_of_a_forward(model):
+    model(IDS, labels=IDS, adapter_names=["a", None, None]).loss.backward()
+    assert get_adapter(model, "a").layers[2].gate.grad.abs().max() > 0
+    assert get_adapter(model, "b").layers[2].gate.grad is None or not get_adapter(model, "b").layers[2].gate.grad.any()
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", None, "a"], []])
+def test_too_few_or_too_many_names_are_refused(model, names):
+    with pytest.raises(AdapterError, match=f"{len(names)} names for a batch of 3 rows"):
+        model(IDS, adapter_names=names)
+
+
+def test_unknown_names_are_refused_before_anything_is_computed(model, monkeypatch):
+    monkeypatch.setattr(type(model.model.embed_tokens), "forward", lambda *args: pytest.fail("computed"))
+    for call in (model, model.generate):
+        with pytest.raises(AdapterError, match=r"unknown adapter 'c'; known: a, b"):
+            call(IDS, adapter_names=["a", "c", None])
+
+
+def test_generate_takes_names_and_gives_each_row_its_single_run(model):
+    mixed = model.generate(IDS, adapter_names=["a", None, "b"], **GREEDY)
+    for row, name in enumerate(("a", None, "b")):
+        assert torch.equal(mixed[row], model.generate(IDS[row : row + 1], adapter_names=name, **GREEDY)[0])
+        with use_adapter(model, name):
+            assert torch.equal(mixed[row], model.generate(IDS[row : row + 1], **GREEDY)[0])
+
+
+def test_names_given_to_a_model_without_adapters_are_refused(model):
+    for name in ("a", "b"):
+        remove_adapter(model, name)
+    for call in (model, model.generate):
+        with pytest.raises((AdapterError, ValueError), match="adapter_names"):
+            call(IDS, adapter_names="a")
+
+
+def test_generate_is_transformers_own_again_after_the_last_removal(model):
+    assert "generate" in vars(model)
+    remove_adapter(model, "a")
+    remove_adapter(model, "b")
+    assert "generate" not in vars(model)
+    assert list_adapters(model) == []
+
+
+# the active adapter
+
+
+def test_set_adapter_chooses_who_serves_by_default(model, served):
+    for name in ("a", None, "b"):
+        set_adapter(model, name)
+        assert active_adapter(model) == name
+        assert torch.equal(last(model), served[name])
+    with pytest.raises(AdapterError, match="unknown adapter 'c'"):
+        set_adapter(model, "c")
+    assert active_adapter(model) == "b"
+
+
+def test_disable_adapter_is_the_bare_base_within_its_block(model, served):
+    with disable_adapter(model):
+        assert torch.equal(last(model), served[None])
+    assert torch.equal(last(model), served["b"])
+
+
+def test_remove_takes_the_active_adapter_by_default(model):
+    remove_adapter(model)
+    assert list_adapters(model) == ["a"]
+    with pytest.raises(AdapterError, match="No adapter is active: name one of a"):
+        remove_adapter(model)
+
+
+# blocks, from wherever their code runs
+
+
+def stream(model, name, steps=3):
+    with use_adapter(model, name):
+        for _ in range(steps):
+            yield last(model)
+
+
+def test_a_generator_keeps_its_adapter_in_any_context_and_thread(model, served):
+    found, chunks = [], stream(model, "a")
+    found.append(contextvars.copy_context().run(next, chunks))
+    thread = threading.Thread(target=lambda: found.append(next(chunks)))
+    thread.start()
+    thread.join()
+    found.append(next(chunks))
+    assert all(torch.equal(logits, served["a"]) for logits in found)
+    assert next(chunks, None) is None
+    assert torch.equal(last(model), served["b"])
+
+
+def test_generators_that_take_turns_keep_their_own(model, served):
+    streams = {name: stream(model, name) for name in ("a", None, "b")}
+    for name in ("a", "b", None, "b", "a", None):
+        assert torch.equal(next(streams[name]), served[name])
+    streams["b"].close()
+    assert torch.equal(next(streams["a"]), served["a"])
+
+
+def test_a_generator_that_opens_its_block_through_contextlib_keeps_its_own(model, served):
+    @contextmanager
+    def speaking(name):
+        with use_adapter(model, name):
+            yield
+
+    def by_helper(name):
+        with speaking(name):
+            while True:
+                yield last(model)
+
+    def by_stack(name):
+        with ExitStack() as stack:
+            stack.enter_context(use_adapter(model, name))
+            while True:
+                yield last(model)
+
+    for make in (by_helper, by_stack):
+        one, other = make("a"), make("b")
+        for _ in range(2):
+            assert torch.equal(next(one), served["a"])
+            assert torch.equal(next(other), served["b"])
+        one.close()
+        other.close()
+
+
+def test_helpers_nest(model, served):
+    @contextmanager
+    def speaking(name):
+        with use_adapter(model, name):
+            yield
+
+    with speaking("a"), speaking(None):
+        assert torch.equal(last(model), served[None])
+    with speaking("a"):
+        with speaking("b"):
+            pass
+        assert torch.equal(last(model), served["a"])
+
+
+def test_tasks_and_their_threads_get_their_own(model, served):
+    async def one(name):
+        with use_adapter(model, name):
+            await asyncio.sleep(0)
+            here = last(model)
+            await asyncio.sleep(0)
+            return here, await asyncio.to_thread(last, model)
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(name) for name in ("a", None, "b", "a")))
+
+    for name, found in zip(("a", None, "b", "a"), asyncio.run(all_of_them()), strict=True):
+        assert all(torch.equal(logits, served[name]) for logits in found)
+
+
+def in_thread(function):
+    """What a function gives or raises in a thread of its own."""
+    found = []
+
+    def work():
+        try:
+            found.append(function())
+        except AdapterError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+def test_a_thread_that_no_block_reaches_is_refused_and_not_served_by_another(model, served):
+    with use_adapter(model, "a"):
+        for call in (lambda: last(model), lambda: model.generate(IDS, **GREEDY)):
+            refusal = in_thread(call)
+            assert isinstance(refusal, AdapterError)
+            assert "not around this call" in str(refusal)
+        assert torch.equal(in_thread(lambda: last(model, adapter_names="a")), served["a"])
+        assert torch.equal(last(model), served["a"])
+    assert torch.equal(in_thread(lambda: last(model)), served["b"])
+
+
+def test_continuous_batching_is_served_by_the_active_adapter_or_refused(model, served):
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, page_size=8)
+
+    def batch():
+        out = model.generate_batch(
+            [row.tolist() for row in IDS], generation_config=settings, continuous_batching_config=small,
+            progress_bar=False,
+        )  # fmt: skip
+        return list(out.values())
+
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        expected = model.generate(IDS, generation_config=settings)[:, IDS.shape[1] :]
+        assert sorted(result.generated_tokens for result in batch()) == sorted(expected.tolist())
+    with use_adapter(model, "a"):
+        refused = batch()
+    assert all(not result.generated_tokens for result in refused)
+    assert all("not around this call" in str(result.error) for result in refused)
+
+
+# removal
+
+
+def test_an_adapter_that_a_block_uses_cannot_be_removed(model, served):
+    chunks = stream(model, "a")
+    next(chunks)
+    with pytest.raises(AdapterError, match="'a' is in use"):
+        remove_adapter(model, "a")
+    assert torch.equal(next(chunks), served["a"])
+    chunks.close()
+    with use_adapter(model, ["b", "a", None]), pytest.raises(AdapterError, match="in use"):
+        remove_adapter(model, "a")
+    remove_adapter(model, "a")
+    assert list_adapters(model) == ["b"]
+
+
+def test_an_adapter_that_a_generation_uses_cannot_be_removed(model):
+    from transformers import LogitsProcessor
+
+    class Removing(LogitsProcessor):
+        def __call__(self, ids, scores):
+            remove_adapter(model, "a")
+
+    with pytest.raises(AdapterError, match="'a' is in use"):
+        model.generate(IDS, adapter_names="a", logits_processor=[Removing()], **GREEDY)
+
+
+def test_an_adapter_removed_while_a_forward_runs_ends_that_forward(model):
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *args: remove_adapter(model, "a"))
+    with pytest.raises(AdapterError, match="'a' was removed while a forward used it"):
+        model(IDS, adapter_names="a")
+    handle.remove()
+
+
+def test_a_name_that_comes_back_is_another_adapter(model, served):
+    def swap(*args):
+        remove_adapter(model, "a")
+        adapted(model, "a", 9)
+
+    handle = model.model.layers[1].register_forward_pre_hook(swap)
+    with pytest.raises(AdapterError, match="was removed while a forward used it"):
+        model(IDS, adapter_names="a")
+    handle.remove()
+    assert not torch.allclose(last(model, adapter_names="a"), served["a"], atol=1e-3)
+
+
+def test_a_block_can_be_entered_once(model):
+    block = use_adapter(model, "a")
+    with block, pytest.raises(AdapterError, match="open already"), block:
+        pass
+
+
+def test_nested_forwards_inside_a_generation_follow_their_own_block(model, served):
+    from transformers import LogitsProcessor
+
+    class Contrast(LogitsProcessor):
+        def __call__(self, ids, scores):
+            with use_adapter(model, None):
+                bare = last(model)
+            assert torch.equal(bare, served[None])
+            return scores
+
+    model.generate(IDS[:1], adapter_names="a", logits_processor=[Contrast()], **GREEDY)
+
+
+@pytest.mark.slow
+def test_eight_threads_of_random_requests_get_their_single_runs_or_the_refusal(model, served):
+    adapted(model, "c", 3)
+    wrong, refused = [], []
+    single = {name: model.generate(IDS[:1], adapter_names=name, **GREEDY) for name in ("a", "b", None)}
+
+    def work(seed):
+        draw = random.Random(seed)
+        for _ in range(200):
+            name, kind = draw.choice(["a", "b", None, "gone"]), draw.randrange(4)
+            try:
+                if kind == 0:
+                    right = torch.equal(last(model, adapter_names=name), served[name])
+                elif kind == 1:
+                    with use_adapter(model, name):
+                        right = torch.equal(last(model), served[name])
+                elif kind == 2:
+                    right = torch.equal(model.generate(IDS[:1], adapter_names=name, **GREEDY), single[name])
+                else:
+                    right = torch.equal(next(stream(model, name)), served[name])
+            except AdapterError as error:
+                right = name == "gone" and "unknown adapter 'gone'" in str(error)
+                refused.append(name)
+            if not right:
+                wrong.append((name, kind))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert set(refused) == {"gone"}
+
+
+def test_requests_say_which_adapters_they_use(model):
+    registry = vars(model)["_llama_adapters"]
+    request = registry.request(["a", None])
+    assert request.uses(get_adapter(model, "a"))
+    assert not request.uses(get_adapter(model, "b"))
+    assert replace(request, adapters=get_adapter(model, "b")).uses(get_adapter(model, "b"))
+    assert core_model.list_adapters(model) == ["a", "b"]
