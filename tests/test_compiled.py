@@ -2,43 +2,40 @@
 
 import gc
 import random
+import threading
 import weakref
 
 import pytest
 import torch
 from tiny import VOCAB, adapted, open_gates, tiny_llama, tiny_model
-from transformers import GenerationConfig
 
-from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter import AdapterConfig, add_adapter
+from llama_adapter.compiler import compile_layers
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate
 from llama_adapter.errors import ModelError
-from llama_adapter.inference.compiled import ROUND, compile_layers, compiled_steps, static_cache
-from llama_adapter.inference.steps import use_quick_steps
+from llama_adapter.inference.compiled import ROUND, CompiledSteps
+from llama_adapter.inference.engine import Engine, Row
 from llama_adapter.training.loss import packed_loss, response_losses
 from llama_adapter.training.packing import pack
 
-PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+PROMPT = [[5, 6, 7, 8], [9, 10, 11, 12]]
 GRAPHS = {"llama": 1, "qwen3": 1, "gemma2": 2}
 """How often one sort of batch is compiled; sliding windows count steps in a number, seen to change at the second."""
 
 
-def written(model, steps=6, prompt=PROMPT, compiled=False):
-    """Greedy tokens."""
-    cache = static_cache(model, len(prompt), prompt.shape[1] + steps) if compiled else None
-    settings = GenerationConfig(max_new_tokens=steps, do_sample=False, disable_compile=True, pad_token_id=0)
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, generation_config=settings, past_key_values=cache)
+def rows_of(*names, prompt=PROMPT):
+    """A row for each name."""
+    return [Row(tokens, name, max_new_tokens=6) for tokens, name in zip(prompt, names, strict=True)]
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """Compile with a backend that runs the graph as it is, and count the graphs."""
     graphs = []
-    monkeypatch.setattr(
-        "llama_adapter.inference.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda decoder: None)
+    run = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr("llama_adapter.compiler.BACKEND", run)
+    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda model: None)
     torch._dynamo.reset()
     return graphs
 
@@ -49,20 +46,29 @@ def test_one_graph_serves_every_step_adapter_and_weight(family, counted):
     adapter = adapted(model)
     second = add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2), "second")
     open_gates(second)
+    engine = Engine(model)
+    engine.generate(rows_of("default", "second"))  # room for both: slots of another size are another graph
     for change in (lambda: None, lambda: adapter.layers[2].prompt.data.mul_(-3)):
         change()
-        for name in ("default", "second"):
-            with use_adapter(model, name):
-                plain = written(model)
-                with compiled_steps(model):
-                    assert torch.equal(written(model, compiled=True), plain)
+        for names in (["default"] * 2, ["second"] * 2, ["default", "second"], ["second", None]):
+            plain = engine.generate(rows_of(*names))
+            assert engine.generate(rows_of(*names), compile=True) == plain
     assert len(counted) == GRAPHS[family]
-    for names in (["default", "second"], ["second", "default"]):
-        with use_adapter(model, names):
-            plain = written(model)
-            with compiled_steps(model):
-                assert torch.equal(written(model, compiled=True), plain)
-    assert len(counted) == GRAPHS[family] + 1
+
+
+def test_padded_rows_are_compiled_right(counted):
+    model = tiny_model()
+    adapted(model)
+    engine, prompt = Engine(model), [[5, 6, 7, 8, 9], [9, 10]]
+    plain = engine.generate(rows_of("default", None, prompt=prompt))
+    assert engine.generate(rows_of("default", None, prompt=prompt), compile=True) == plain
+    assert counted
+
+
+def test_a_model_without_adapters_is_compiled_too(counted):
+    engine = Engine(tiny_model())
+    assert engine.generate(rows_of(None, None), compile=True) == engine.generate(rows_of(None, None))
+    assert len(counted) == 1
 
 
 @pytest.mark.slow
@@ -70,35 +76,22 @@ def test_what_torch_compiles_writes_the_same():
     model = tiny_model()
     adapted(model)
     torch._dynamo.reset()
-    plain = written(model)
-    with compiled_steps(model):
-        assert torch.equal(written(model, compiled=True), plain)
-
-
-def test_outside_the_block_the_model_is_as_it_was(counted):
-    model = tiny_model()
-    adapted(model)
-    before = model.base_model.forward
-    with compiled_steps(model):
-        assert model.base_model.forward != before
-    assert model.base_model.forward == before
-    written(model)
-    assert not counted
+    engine = Engine(model)
+    assert engine.generate(rows_of("default", None), compile=True) == engine.generate(rows_of("default", None))
 
 
 def test_the_last_cache_is_used_again_where_its_size_fits():
-    model = tiny_model()
-    cache = static_cache(model, 2, 5)
-    assert static_cache(model, 2, ROUND) is cache
-    assert static_cache(model, 3, 5) is not cache
-    assert static_cache(model, 2, ROUND + 1) is not cache
+    steps = CompiledSteps(tiny_model())
+    cache = steps.cache(2, 5)
+    assert steps.cache(2, ROUND) is cache
+    assert steps.cache(3, 5) is not cache
+    assert steps.cache(2, ROUND + 1) is not cache
 
 
 def test_a_compiled_model_can_be_freed(counted):
     model = tiny_model()
     adapted(model)
-    with compiled_steps(model):
-        written(model, compiled=True)
+    Engine(model).generate(rows_of("default", "default"), compile=True)
     gone = weakref.ref(model.base_model)
     del model
     torch._dynamo.reset()
@@ -110,25 +103,36 @@ def test_nothing_to_compile_with_is_told_in_a_sentence(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr("llama_adapter.inference.compiled.BACKEND", broken)
-    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda decoder: None)
+    monkeypatch.setattr("llama_adapter.compiler.BACKEND", broken)
+    monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda model: None)
     torch._dynamo.reset()
     model = tiny_model()
     adapted(model)
-    with pytest.raises(ModelError, match="--compile found no way to compile"), compiled_steps(model):
-        written(model, compiled=True)
+    with pytest.raises(ModelError, match="--compile found no way to compile"):
+        Engine(model).generate(rows_of("default", "default"), compile=True)
 
 
-def test_after_the_block_quick_steps_are_back(counted):
+def test_threads_share_an_engine_compiled_or_not(counted):
     model = tiny_model()
-    adapted(model)
-    assert use_quick_steps(model)
-    quick = model.base_model.forward
-    with compiled_steps(model):
-        assert model.base_model.forward is not quick
-        written(model, compiled=True)
-    assert model.base_model.forward is quick
-    assert counted
+    for seed, name in enumerate("ab"):
+        adapted(model, name, seed)
+    engine, names = Engine(model), ["a", "b", None]
+    single = {name: engine.generate(rows_of(name, name)) for name in names}
+    wrong = []
+
+    def work(seed):
+        draw = random.Random(seed)
+        for _ in range(15):
+            name = draw.choice(names)
+            if engine.generate(rows_of(name, name), compile=draw.random() < 0.5) != single[name]:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def examples(count, seed):
