@@ -15,9 +15,11 @@ from benchmarks import harness, shapes
 from benchmarks.decode import TOLERANCE, generate
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
-from llama_adapter import AdapterConfig, add_adapter, use_adapter
-from llama_adapter.inference.steps import use_quick_steps
+from llama_adapter import AdapterConfig, add_adapter, get_adapter, use_adapter
+from llama_adapter.core.routing import Routing
+from llama_adapter.inference.engine import Engine
 
+CHANGING = "another batch every step"
 CHECKED = 3
 """Adapters whose rows are compared with a batch of their own."""
 
@@ -34,7 +36,6 @@ def adapted(setting: Setting, count: int) -> Any:
     config = AdapterConfig(adapter_len=shape.adapter_len, adapter_layers=shape.adapter_layers)
     for number in range(count):
         shapes.open_gates(add_adapter(model, config, f"expert-{number}"), setting.dtype)
-    use_quick_steps(model)
     return model
 
 
@@ -66,10 +67,18 @@ def check_parity(model: Any, ids: Tensor, distinct: int, dtype: torch.dtype) -> 
     return worst
 
 
-def decode_step(model: Any, prompts: Tensor, names: list[str] | None, new_tokens: int) -> None:
-    """Generate for the whole batch, a row each under its adapter."""
-    with use_adapter(model, names):
-        generate(model, prompts, new_tokens)
+@torch.no_grad()
+def changing_batch(engine: Engine, prompts: Tensor, names: Sequence[str | None], new_tokens: int) -> None:
+    """Decode while every step has another batch, as in continuous batching: each row under another adapter."""
+    slots = [engine.slots.admit(get_adapter(engine.model, name)) for name in names]
+    routing = Routing((), prompts=engine.slots.rows(slots), ready=True)
+    step = engine.stepper(len(prompts), prompts.shape[1] + new_tokens, routing, False)
+    ids, positions = prompts, torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
+    for _ in range(new_tokens):
+        logits = step(ids, positions, None)
+        ids, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
+        slots = slots[1:] + slots[:1]
+        routing.prompts = engine.slots.rows(slots)
 
 
 def title_of(distinct: int) -> str:
@@ -117,19 +126,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = adapted(setting, counts[-1])
     prompts = random_prompts(options.rows, options.prompt_tokens, setting.shape.vocab, setting.device, options.seed)
     parity = max(check_parity(model, prompts[:, :16], count, setting.dtype) for count in counts)
-    choices = {title_of(count): names_of(options.rows, count) if count else None for count in (0, *counts)}
+    engine = Engine(model)
+    engine, count = Engine(model), options.new_tokens
+    choices: dict[str, Any] = {title_of(0): [None] * options.rows}
+    choices |= {title_of(distinct): names_of(options.rows, distinct) for distinct in counts}
     turn_takers = [
-        Contender(name, lambda _, names=choices[name]: decode_step(model, prompts, names, options.new_tokens))
+        Contender(name, lambda _, names=choices[name]: generate(engine, prompts, count, names))
         for name in setting.chosen(list(choices))
+    ]
+    turn_takers += [
+        Contender(f"{name}, {CHANGING}", lambda _, names=choices[name]: changing_batch(engine, prompts, names, count))
+        for name in (title_of(1), title_of(counts[-1]))
     ]
     timings = harness.interleave(turn_takers, options.turns, options.warmup, setting.device, setting.budget)
     tokens, one = options.rows * options.new_tokens, timings.get(title_of(1))
+    one_changing = timings.get(f"{title_of(1)}, {CHANGING}")
     rows = [
         {
             "name": name,
             "failure": timing.failure,
             "tokens_per_second": harness.spread([tokens / s for s in timing.seconds]) if timing.seconds else None,
-            "time_against_one": harness.ratios(timing, one) if one else None,
+            "time_against_one": harness.ratios(timing, one_changing if CHANGING in name else one) if one else None,
             "seconds": timing.seconds,
             "peak_bytes": timing.peak_bytes,
         }

@@ -6,7 +6,6 @@ Before anything is timed, our logits and PEFT's must be equal, teacher-forced an
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor
 from benchmarks import harness, shapes
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
+from llama_adapter import list_adapters
+from llama_adapter.core.model import active_adapter
 from llama_adapter.inference.cache import GrowingCache
-from llama_adapter.inference.compiled import compiled_steps, static_cache
-from llama_adapter.inference.steps import QuickSteps, use_quick_steps, why_no_quick_steps
+from llama_adapter.inference.engine import Engine, Row
+from llama_adapter.inference.steps import why_no_quick_steps
 
 BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"
 QUICK_BASE, STOCK_OURS = "bare base, our steps", "ours, transformers' steps"
@@ -28,41 +29,51 @@ CACHED_STEPS = 4
 
 
 def models(setting: Setting) -> dict[str, Any]:
-    """The base and three ways to adapt it, on the same weights; base and ours also by the other's forward."""
+    """The base and three ways to adapt it, on the same weights; base and ours by transformers' `generate` and ours."""
     base = shapes.build(setting.shape, setting.device, setting.dtype, setting.options.seed)
     ours, adapter = shapes.with_ours(base, setting.shape)
-    quick_base = shapes.share(base)
-    if not (use_quick_steps(ours) and use_quick_steps(quick_base)):
-        raise BenchmarkError(f"There are no quick steps here: {why_no_quick_steps(base)}.")
+    for model in (base, ours):
+        if (reason := why_no_quick_steps(model)) is not None:
+            raise BenchmarkError(f"There are no quick steps here: {reason}.")
     return {
         BASE: base,
-        QUICK_BASE: quick_base,
-        OURS: ours,
+        QUICK_BASE: Engine(shapes.share(base)),
+        OURS: Engine(ours),
         STOCK_OURS: shapes.with_ours(base, setting.shape, adapter)[0],
         PEFT: shapes.with_adaption_prompt(base, setting.shape, adapter),
         LORA: shapes.with_lora(base, setting.options.lora_rank),
     }
 
 
-def generate(model: Any, prompts: Tensor, new_tokens: int, compiled: bool = False) -> Tensor:
-    """Exactly `new_tokens` greedy tokens for every prompt; `compiled` is this project's way, whoever the model is."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows, length = prompts.shape
-    more: dict[str, Any] = {}
-    if compiled:
-        more["past_key_values"] = static_cache(inner, rows, length + new_tokens)
-    elif isinstance(inner.base_model.forward, QuickSteps):
-        more["past_key_values"] = GrowingCache(inner.config)
-    with compiled_steps(inner) if compiled else nullcontext():
-        return model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            disable_compile=True,
-            **more,
-        )
+def plain_model(found: Any) -> Any:
+    """The transformers model that an engine or PEFT has."""
+    found = found.model if isinstance(found, Engine) else found
+    return found.get_base_model() if hasattr(found, "get_base_model") else found
+
+
+def generate(found: Any, prompts: Tensor, new_tokens: int, names: Sequence[str | None] | None = None) -> Tensor:
+    """Exactly `new_tokens` greedy tokens for every prompt, by an engine or by transformers' `generate`."""
+    if isinstance(found, Engine):
+        return by_engine(found, prompts, new_tokens, names)
+    return found.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        disable_compile=True,
+    )
+
+
+def by_engine(
+    engine: Engine, prompts: Tensor, new_tokens: int, names: Sequence[str | None] | None, compiled: bool = False
+) -> Tensor:
+    """The same by an engine; None is the active adapter for all."""
+    active = active_adapter(engine.model) if list_adapters(engine.model) else None
+    asked = zip(prompts.tolist(), names or [active] * len(prompts), strict=True)
+    rows = [Row(tokens, name, max_new_tokens=new_tokens) for tokens, name in asked]
+    written = torch.tensor(engine.generate(rows, compile=compiled), device=prompts.device)
+    return torch.cat([prompts, written], 1)
 
 
 @torch.no_grad()
@@ -70,8 +81,7 @@ def forced_logits(model: Any, ids: Tensor) -> Tensor:
     """Logits of every position in one forward, and behind them those of the last positions one by one with a cache."""
     whole = model(input_ids=ids).logits
     split = ids.shape[1] - CACHED_STEPS
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cache, steps = GrowingCache(inner.config), []
+    cache, steps = GrowingCache(model.config), []
     model(input_ids=ids[:, :split], past_key_values=cache, use_cache=True)
     for position in range(split, ids.shape[1]):
         out = model(
@@ -90,7 +100,7 @@ def check_parity(found: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> floa
     Raises:
         BenchmarkError: further than `TOLERANCE`, or the adapter changes so little that this shows nothing.
     """
-    ours, peft, base = (forced_logits(found[name], ids) for name in (OURS, PEFT, BASE))
+    ours, peft, base = (forced_logits(plain_model(found[name]), ids) for name in (OURS, PEFT, BASE))
     difference, effect = float((ours - peft).norm() / peft.norm()), float((ours - base).norm() / base.norm())
     if not difference <= TOLERANCE[dtype]:
         raise BenchmarkError(
@@ -108,10 +118,12 @@ def contenders(setting: Setting, found: dict[str, Any], prompts: Tensor) -> list
     plain = [Contender(name, lambda _, m=found[name]: generate(m, prompts, count)) for name in chosen]
     if not setting.options.compile or len(prompts) != setting.options.batches[0]:
         return plain
+    engines = {name: Engine(plain_model(found[name])) for name in chosen if name in (BASE, OURS, PEFT)}
     return plain + [
-        Contender(f"{name}, compiled", lambda _, m=found[name]: generate(m, prompts, count, True), optional=True)
-        for name in chosen
-        if name in (BASE, OURS, PEFT)
+        Contender(
+            f"{name}, compiled", lambda _, engine=engine: by_engine(engine, prompts, count, None, True), optional=True
+        )
+        for name, engine in engines.items()
     ]
 
 

@@ -288,8 +288,8 @@ class TestScripts:
 
     def test_rows_go_by_the_steps_in_their_names(self, monkeypatch):
         found, steps = decode.models(Setting.of(decode.parse(SMOKE))), []
-        before = QuickSteps._mask
-        monkeypatch.setattr(QuickSteps, "_mask", staticmethod(lambda mask: steps.append(1) or before(mask)))
+        before = QuickSteps.__call__
+        monkeypatch.setattr(QuickSteps, "__call__", lambda self, *args: steps.append(1) or before(self, *args))
         taken = {}
         for name, model in found.items():
             decode.generate(model, torch.full((2, 5), 7), 6)
@@ -303,7 +303,10 @@ class TestScripts:
         options = ["--rows", "4", "--adapters", "2", "4", "--prompt-tokens", "8", "--new-tokens", "4"]
         adapters.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "adapters")
-        assert list(rows) == ["bare base", "1 adapter", "2 adapters", "4 adapters"]
+        assert list(rows) == [
+            "bare base", "1 adapter", "2 adapters", "4 adapters",
+            f"1 adapter, {adapters.CHANGING}", f"4 adapters, {adapters.CHANGING}",
+        ]  # fmt: skip
         assert rows["1 adapter"]["time_against_one"]["median"] == 1
         assert "Mixed and separate batches agree" in capsys.readouterr().out
 

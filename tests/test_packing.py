@@ -10,7 +10,7 @@ from llama_adapter.core.families import FAMILIES
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, response_tokens
 from llama_adapter.training.loss import response_loss, why_not_packed
-from llama_adapter.training.packed_attention import Segments, attend
+from llama_adapter.training.packed_attention import Segments
 from llama_adapter.training.packing import pack, packed_rows, shared_prefix
 from llama_adapter.training.varlen import attend_at_once, fits
 
@@ -84,7 +84,7 @@ def test_one_call_over_all_examples_is_attention_to_each(prefix, scaling):
     module.is_causal, module.num_key_value_groups = True, 2
     shapes = [(1, heads, prefix + 11, 8) for heads in (4, 2, 2)]
     states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    apart = attend(segments, ALL_ATTENTION_FUNCTIONS["sdpa"], module, *states, scaling=scaling)
+    apart = segments.attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, *states, scaling=scaling)
     together = attend_at_once(segments.ranges, *states, scaling, kernel)
     torch.testing.assert_close(together, apart)
     weights = torch.randn_like(apart)

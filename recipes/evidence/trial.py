@@ -14,6 +14,7 @@ import torch
 from methods import METHODS, Options, Prepared
 
 import llama_adapter
+from llama_adapter import list_adapters
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import global_batch, micro_batches, response_tokens, steps_per_epoch
@@ -71,7 +72,7 @@ def run(trial: Trial) -> dict[str, Any]:
     began = time.perf_counter()
     curve, val_curve = fit(prepared, config, data.train, data.val)
     seconds = time.perf_counter() - began
-    session = Session(prepared.model.eval(), tokenizer, (), {None: "alpaca"})
+    session = session_of(prepared.model.eval(), tokenizer)
     figures = measure(session)
     parameters = prepared.parameters
     return {
@@ -117,11 +118,18 @@ def mean_loss(model: Any, examples: list[Encoded], size: int) -> float:
     return round(total / response_tokens(examples), 4)
 
 
+def session_of(model: Any, tokenizer: Any) -> Session:
+    """A trained model as it is; where it has an adapter of ours, that answers."""
+    names = tuple(list_adapters(model))
+    return Session(model, tokenizer, names, dict.fromkeys((None, *names), "alpaca"))
+
+
 def measure(session: Session) -> dict[str, Any]:
     """Greedy exact match and loss on held-out facts and wordings, by family, and the damage done to prose."""
     figures: dict[str, Any] = {}
+    answering = session.adapters[0] if session.adapters else None
     for name in ("heldout_facts", "heldout_wordings"):
-        scores, _ = evaluate_instructions(session, None, tasks(name), max_new_tokens=16, batch_size=64)
+        scores, _ = evaluate_instructions(session, answering, tasks(name), max_new_tokens=16, batch_size=64)
         figures[name] = {score.family: [round(score.exact_match, 4), round(score.loss, 4)] for score in scores}
     figures["prose_perplexity"] = prose_perplexity(session)
     return figures
@@ -146,7 +154,7 @@ def base_figures() -> dict[str, Any]:
     for (fact, _), hit in zip(pairs, hits, strict=True):
         by_family.setdefault(fact.family, []).append(hit)
     shares = {family: round(sum(found) / len(found), 4) for family, found in by_family.items()}
-    session = Session(model, tokenizer, (), {None: "alpaca"})
+    session = session_of(model, tokenizer)
     return {
         "recall": shares | {"all": round(sum(hits) / len(hits), 4)},
         **measure(session),

@@ -203,8 +203,8 @@ def _times(what: str, count: int, batch: Tensor, repeats: bool) -> int:
     if repeats and count and len(batch) % count == 0:
         return len(batch) // count
     raise AdapterError(
-        f"Got {count} {what} for a batch of {len(batch)} rows: give one per row. A block around a search of one's own must "
-        f"repeat each as often as its row is; model.generate does that by itself."
+        f"Got {count} {what} for a batch of {len(batch)} rows: give one per row. Only model.generate repeats "
+        "them, for beams and returned sequences."
     )
 
 

@@ -106,7 +106,7 @@ class Engine:
             routing = Routing((), prompts=prompts, ready=True)
             ids, mask = left_padded([row.tokens for row in rows], device)
             room = max(row.max_new_tokens for row in rows)
-            step = self._stepper(len(rows), ids.shape[1] + room, routing, compile)
+            step = self.stepper(len(rows), ids.shape[1] + room, routing, compile)
             positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
             positions = (
                 torch.arange(ids.shape[1], device=device)[None].expand_as(ids) if positions is None else positions
@@ -132,10 +132,10 @@ class Engine:
             return self.slots.admit(adapter)
         return self.slots.fill(Routing((adapter,), condition=row.condition[None]))
 
-    def _stepper(
+    def stepper(
         self, rows: int, tokens: int, routing: Routing, compile: bool
     ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """What a batch is decoded by: ids and positions [B, T], mask [B, all tokens] or None -> logits [B, vocabulary]."""
+        """What decodes a batch: ids, positions [B, T], mask [B, all tokens] or None -> logits [B, vocabulary]."""
         model = self.model
         wrap_attention(attention_modules(model)[0].config)
         cache: Cache = self.compiled.cache(rows, tokens) if compile else GrowingCache(model.config)
