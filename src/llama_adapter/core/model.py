@@ -291,6 +291,16 @@ def get_adapter(model: nn.Module, name: str | None = None) -> Adapter:
     return _known(registry, name)
 
 
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make adapter `name` the active one, or with None the bare base.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+    """
+    registry = _registry(model)
+    registry.active = None if name is None else _known(registry, name).name
+
+
 def list_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on `model`, oldest first; empty for a model that was never adapted."""
     registry = _find(model)
