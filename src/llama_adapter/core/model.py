@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_adapter.conditions.modules import Condition, build_condition
+from llama_adapter.conditions.modules import Condition
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import attention_modules, family_of, shape_of, text_config
 from llama_adapter.core.prompt_cache import Place, PromptCache
@@ -162,7 +162,7 @@ class _Adapters:
             layers[int(module.layer_idx)] = layer
         condition = None
         if config.condition is not None:
-            condition = build_condition(config.condition, text.hidden_size, config.adapter_len)
+            condition = config.condition.build(text.hidden_size, config.adapter_len)  # type: ignore[assignment]
             condition.to(next(self.attention[0].parameters()).device)
             getattr(self.model.base_model, CONDITIONS)[module_key(name)] = condition
         self.adapters[name] = Adapter(name, config, layers, condition)
