@@ -517,7 +517,7 @@ def test_a_base_of_another_shape_is_refused_by_that_dimension_alone(saved, dimen
     changes, message = OTHER_BASES[dimension]
     model = tiny_llama(**changes)
     before = logits(model)
-    with pytest.raises(AdapterError, match=f"was made for some/base, not for this one: {message}. Load it"):
+    with pytest.raises(AdapterError, match=f"was made for 'some/base', not for this one: {message}. Load it"):
         load_adapter(model, saved)
     assert list_adapters(model) == []
     assert all(parameter.requires_grad for parameter in model.parameters())

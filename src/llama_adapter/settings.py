@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,9 @@ Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What every library takes as a seed."""
 Sound = Callable[..., bool]
 """Whether the fields of these names follow the rules of their annotations."""
+
+MOST = 20
+"""Broken rules of annotations that one message names: a list may break one in every item."""
 
 _WORDS = {
     "greater_than_equal": "at least {ge:g}",
@@ -53,18 +57,20 @@ def check(config: Any, between: Callable[[Sound], Iterator[str]] | None = None) 
     for name, hint in _hints(cls).items():
         if typing.get_origin(hint) is tuple and isinstance(values[name], list):
             values[name] = tuple(values[name])
-    problems: dict[str, str] = {}
+    broken: set[Any] = set()
+    sentences: list[str] = []
     try:
         values = dict(vars(_rules(cls)(**values)))
     except ValidationError as error:
         for found in error.errors(include_url=False):
-            where = ".".join(str(part) for part in found["loc"] if part not in ("int", "str"))  # members of a union
-            problems.setdefault(where, _sentence(where, found))
+            broken.add(found["loc"][0])
+            if len(sentences) < MOST and found["loc"][-1:] != ("str",):  # of an "int | str" the first one says enough
+                sentences.append(_sentence(found))
     for name, value in values.items():
         object.__setattr__(config, name, value)
-    broken = {where.partition(".")[0] for where in problems}
-    rest = between(lambda *names: broken.isdisjoint(names)) if between else ()
-    if sentences := [*problems.values(), *rest]:
+    if between:
+        sentences += between(lambda *names: broken.isdisjoint(names))
+    if sentences:
         raise ConfigError("; ".join(sentences))
 
 
@@ -81,7 +87,8 @@ def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text
         ConfigError: naming `source`, every offending key, its value and the rule.
     """
     hints, fields = _hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
-    wrong = [unknown_name("key", shown(key).strip("'"), hints) for key in values if key not in hints][:5]
+    unknown = itertools.islice((key for key in values if key not in hints), 3)
+    wrong = [unknown_name("key", shown(key).strip("'"), hints) for key in unknown]
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     wrong += [f"{name} is missing: give one" for name in needed if name not in values]
     if wrong:
@@ -138,7 +145,8 @@ def _read(hint: Any, value: Any) -> Any:
         return value
 
 
-def _sentence(where: str, error: Mapping[str, Any]) -> str:
+def _sentence(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "int")  # which names a member of a union
     rule = _WORDS.get(error["type"], error["msg"].removeprefix("Input should be ").lower())
     limits = {
         key: str(value).replace("'", "").replace(" or ", ", ") if key == "expected" else value

@@ -32,8 +32,8 @@ from llama_adapter.settings import parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-LARGEST_TEXT = 2**20
-"""Bytes of a configuration, or of the header of the weights; ours have some thousands."""
+LARGEST_CONFIG, LARGEST_HEADER = 2**16, 2**20
+"""Bytes of a configuration and of the header of the weights; ours have some hundreds and some thousands."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK_TENSORS = 12
 """Tensors of one block of a visual prompt."""
@@ -161,8 +161,8 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     path = Path(folder) / CONFIG_FILE
     hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
     size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
-    if size > LARGEST_TEXT:
-        raise AdapterError(f"{path} has {size:,} bytes and no adapter's configuration has 2^20: restore the file.")
+    if size > LARGEST_CONFIG:
+        raise AdapterError(f"{path} has {size:,} bytes and no adapter's configuration has 2^16: restore the file.")
     try:
         values = json.loads(path.read_bytes().decode(), object_pairs_hook=_object, parse_constant=_refuse)
     except RecursionError:
@@ -244,8 +244,9 @@ def check_base(config: AdapterConfig, shape: dict[str, int | str], source: objec
         if made_for[key] != shape.get(key)
     ]
     if differences:
+        base = config.base_model_name_or_path
         raise AdapterError(
-            f"The adapter in {source} was made for {config.base_model_name_or_path or 'another base'}, "
+            f"The adapter in {source} was made for {shown(base) if base else 'another base'}, "
             f"not for this one: {', '.join(differences[:6])}. Load it on the base it was trained on."
         )
 
@@ -263,12 +264,12 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
             start = file.read(40)
         if start.startswith(b"version https://git-lfs"):
             raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder.")
-        if (header := int.from_bytes(start[:8], "little")) > LARGEST_TEXT:
+        if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
             raise SafetensorError(f"a header of {header:,} bytes")
         with safe_open(path, "pt") as file:
             _check_header({key: file.get_slice(key) for key in file.keys()}, config, path)  # noqa: SIM118
             tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than the address space allows
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -305,8 +306,14 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    if config.condition is not None:
+    condition = config.condition
+    if condition is not None:
+        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
+        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
         with torch.device("meta"):
-            condition = config.condition.build(hidden, config.adapter_len)
-        wanted |= {f"condition.{key}": tuple(p.shape) for key, p in condition.named_parameters()}
+            module = one.build(hidden, config.adapter_len)
+        for key, parameter in module.named_parameters():
+            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
+            for i in range(blocks):
+                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
     return wanted
