@@ -57,9 +57,21 @@ def test_a_new_adapter_is_active(pair):
     assert torch.equal(logits(model), expected["b"])
 
 
-def test_a_loaded_adapter_is_active(pair, tmp_path):
+def test_a_loaded_adapter_waits_until_it_is_activated(pair, tmp_path):
     model, expected = pair
     save_adapter(model, tmp_path, "a")
+    load_adapter(model, tmp_path, "quiet")
+    assert get_adapter(model).name == "b"
+    assert torch.equal(logits(model), expected["b"])
+    load_adapter(model, tmp_path, "loud", activate=True)
+    assert get_adapter(model).name == "loud"
+    assert torch.equal(logits(model), expected["a"])
+
+
+def test_an_adapter_loaded_where_none_is_active_becomes_active(pair, tmp_path):
+    model, expected = pair
+    save_adapter(model, tmp_path, "a")
+    remove_adapter(model, "b")
     load_adapter(model, tmp_path, "again")
     assert get_adapter(model).name == "again"
     assert torch.equal(logits(model), expected["a"])

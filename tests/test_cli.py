@@ -141,7 +141,7 @@ def test_version(capsys):
         (["validate", "--epochs", "inf"], ["epochs is inf"]),
         (["train", "--template", "vicuna"], ["'vicuna'", "alpaca", "chat"]),
         (["train", "--resume", "--overwrite"], ["resume and overwrite exclude each other"]),
-        (["train", "--trackers", "mlflow"], ["trackers is 'mlflow'"]),
+        (["train", "--trackers", "mlflow"], ["trackers.0 is 'mlflow'"]),
         (["generate", "--max-new-tokens", "0", "x"], ["max_new_tokens is 0"]),
         (["generate", "--max-new-tokens", "few", "x"], ["'few'"]),
         (["generate", "--top-p", "1.5", "x"], ["top_p is 1.5"]),

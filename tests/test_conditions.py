@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_adapter.conditions.cache import LONG_WORK, FeatureCache, content_digest
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition, build_condition
+from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition
 from llama_adapter.errors import ConfigError, DataError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "official_v2_bias_a.safetensors"
@@ -39,7 +39,7 @@ def test_a_config_survives_json(values):
     ("field", "value", "rule"),
     [
         ("kind", "smell", "kind is 'smell'; it must be one of image, visual_prompt, audio, video"),
-        ("kind", None, "kind is missing: give one"),
+        ("kind", None, "kind is None; it must be one of image, visual_prompt, audio, video"),
         ("tower", "", "tower is empty: give a folder, a hub name or 'bundled'"),
         ("tower_width", 0, "tower_width is 0; it must be at least 1"),
         ("depths", (), "depths names no hidden state: give at least one, such as -1"),
@@ -67,9 +67,9 @@ def test_all_problems_in_one_error():
         ConditionConfig(kind="smell", tower="", tower_width=0, width=0)
     assert [part.split()[0] for part in str(caught.value).split("; ") if not part.startswith("it must")] == [
         "kind",
-        "tower",
         "tower_width",
         "width",
+        "tower",
     ]
 
 
@@ -104,7 +104,7 @@ def test_parameters_at_7b_shape_are_the_paper_s():
 def test_without_biases_and_with_a_learnt_absence(values, expected):
     config = ConditionConfig("image", "clip", 768, depths=(4, 8, 12, 16, 20, 24), **values)
     with torch.device("meta"):
-        assert count(build_condition(config, 4096, 10)) == expected
+        assert count(config.build(4096, 10)) == expected
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_without_biases_and_with_a_learnt_absence(values, expected):
 )
 def test_the_bottleneck_is_the_formula(activation, function):
     torch.manual_seed(0)
-    condition = build_condition(
-        ConditionConfig(**IMAGE, depths=(0, 1, 2), width=4, activation=activation), hidden_size=7, adapter_len=5
+    condition = ConditionConfig(**IMAGE, depths=(0, 1, 2), width=4, activation=activation).build(
+        hidden_size=7, adapter_len=5
     )
     features = torch.randn(3, 3, 6)
     p = {key: value.double() for key, value in condition.state_dict().items()}
@@ -144,7 +144,7 @@ def official(prefix=("adapter.visual_", "adapter.clip_")):
         block_width=shape["v_embed_dim"],
         block_heads=shape["v_num_heads"],
     )
-    condition = build_condition(config, shape["dim"], shape["adapter_len"])
+    condition = config.build(shape["dim"], shape["adapter_len"])
     condition.load_state_dict(
         {key.removeprefix("adapter."): value for key, value in tensors.items() if key.startswith(prefix)}
     )
@@ -185,8 +185,8 @@ def test_parameters_of_the_official_projector():
 
 def both(absent="zero"):
     torch.manual_seed(0)
-    yield build_condition(ConditionConfig(**IMAGE, depths=(0, 1), absent=absent), 16, 3), torch.randn(3, 2, 6)
-    yield build_condition(ConditionConfig(**{**VISUAL, "absent": absent}), 16, 3), torch.randn(3, 9, 6)
+    yield ConditionConfig(**IMAGE, depths=(0, 1), absent=absent).build(16, 3), torch.randn(3, 2, 6)
+    yield ConditionConfig(**{**VISUAL, "absent": absent}).build(16, 3), torch.randn(3, 9, 6)
 
 
 @pytest.mark.parametrize("which", [0, 1])

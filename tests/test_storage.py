@@ -1,6 +1,7 @@
 """An adapter on disk: what is written, what is refused, and that a refusal leaves the model alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, LAYERS, adapted, open_gates, tiny_llama, tiny_model, tokens
 
-from llama_adapter import AdapterConfig, get_adapter, list_adapters, load_adapter, save_adapter, use_adapter
+from llama_adapter import (
+    AdapterConfig,
+    add_adapter,
+    get_adapter,
+    list_adapters,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+    use_adapter,
+)
 from llama_adapter.core.config import FORMAT_VERSION
 from llama_adapter.errors import AdapterError
-from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, config_from, read_config, read_tensors
 
 IDS = tokens()
 KEYS = ["layers.1.gate", "layers.1.prompt", "layers.2.gate", "layers.2.prompt"]
@@ -136,6 +146,17 @@ def test_save_takes_the_named_adapter_not_the_active_one(tmp_path):
     assert torch.equal(logits(other), wanted)
 
 
+def test_save_takes_the_active_adapter_where_none_is_named(tmp_path):
+    model = tiny_llama()
+    adapted(model, "a", seed=1)
+    adapted(model, "b", seed=2, adapter_len=6)
+    save_adapter(model, tmp_path)
+    assert read_config(tmp_path).adapter_len == 6
+    remove_adapter(model, "b")
+    with pytest.raises(AdapterError, match="No adapter is active: name one of a"):
+        save_adapter(model, tmp_path)
+
+
 def test_saving_an_unknown_adapter_is_refused_and_writes_nothing(tmp_path):
     model = tiny_llama()
     adapted(model, "poet")
@@ -223,6 +244,118 @@ def test_a_loaded_adapter_can_be_saved_again_unchanged(saved, tmp_path):
         assert (tmp_path / "copy" / name).read_bytes() == (saved / name).read_bytes()
 
 
+# in the place of another
+
+
+def test_a_replaced_adapter_answers_with_the_new_parameters(saved):
+    model = tiny_llama()
+    adapted(model, "other", seed=3)
+    adapted(model, "mine", seed=4, adapter_len=2, adapter_layers=1)
+    new = load_adapter(model, saved, "mine", replace=True)
+    assert get_adapter(model) is new
+    assert sorted(list_adapters(model)) == ["mine", "other"]
+    fresh = tiny_llama()
+    load_adapter(fresh, saved)
+    assert torch.equal(logits(model), logits(fresh))
+
+
+def test_replacing_leaves_another_active_adapter_and_the_base_s_flags(saved):
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapted(model, "mine", seed=4)
+    load_adapter(model, saved, "mine", replace=True)
+    adapted(model, "active", seed=3)
+    load_adapter(model, saved, "mine", replace=True)
+    assert get_adapter(model).name == "active"
+    load_adapter(model, saved, "mine", replace=True, activate=True)
+    assert get_adapter(model).name == "mine"
+    remove_adapter(model, "mine")
+    remove_adapter(model, "active")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+def test_replace_of_a_name_that_is_free_adds(saved):
+    model = tiny_llama()
+    load_adapter(model, saved, "new", replace=True)
+    assert list_adapters(model) == ["new"]
+
+
+def test_an_unreadable_adapter_replaces_nothing(saved):
+    model = tiny_llama()
+    mine = adapted(model, seed=8)
+    spoil_truncated(saved)
+    with pytest.raises(AdapterError, match="truncated"):
+        load_adapter(model, saved, replace=True)
+    assert get_adapter(model) is mine
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_if_the_new_one_cannot_be_added_the_old_one_is_there(saved, monkeypatch, failing):
+    model = tiny_llama()
+    mine = adapted(model, "mine", seed=8)
+    mine.layers[1].gate.requires_grad_(False)
+    with_mine, kept = logits(model), {key: tensor.clone() for key, tensor in mine.state_dict().items()}
+    adapted(model, "active", seed=9)
+    calls = []
+
+    def add(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no room")
+        return add_adapter(*args)
+
+    monkeypatch.setattr("llama_adapter.formats.native.add_adapter", add)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(model, saved, "mine", replace=True)
+    assert sorted(list_adapters(model)) == ["active", "mine"]
+    assert get_adapter(model).name == "active"
+    there = get_adapter(model, "mine")
+    assert all(torch.equal(kept[key], tensor) for key, tensor in there.state_dict().items())
+    assert [p.requires_grad for p in there.parameters()] == [p.requires_grad for p in mine.parameters()]
+    with use_adapter(model, "mine"):
+        assert torch.equal(logits(model), with_mine)
+
+
+# from the hub
+
+
+def test_a_name_that_is_no_folder_comes_from_the_hub(saved, monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        return str(saved)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_adapter(tiny_llama(), "owner/name", revision="v2")
+    assert asked == [("owner/name", {"revision": "v2", "allow_patterns": [CONFIG_FILE, WEIGHTS_FILE]})]
+    (tmp_path / "owner").mkdir()
+    saved.rename(tmp_path / "owner" / "name")
+    load_adapter(tiny_llama(), "owner/name")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("source", ["name", "./owner/name", "a/b/c", "/owner/name", "~/name", Path("owner/name"), ""])
+def test_what_does_not_look_like_a_repository_is_a_folder(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(AdapterError, match="is not an adapter: it "):
+        load_adapter(tiny_llama(), source)
+
+
+def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = r"^owner/no-such-adapter is not an adapter: it is no folder, and the hub gave none \(.+\)\.$"
+    with pytest.raises(AdapterError, match=message) as error:
+        load_adapter(tiny_llama(), "owner/no-such-adapter")
+    assert "\n" not in str(error.value)
+
+
 # what is refused
 
 
@@ -276,7 +409,7 @@ BAD = {
     "truncated": (spoil_truncated, r"adapter_model.safetensors is truncated or no safetensors file"),
     "cut in the header": (spoil_header, r"adapter_model.safetensors is truncated or no safetensors file"),
     "empty": (lambda f: (f / WEIGHTS_FILE).write_bytes(b""), r"adapter_model.safetensors is truncated"),
-    "git-lfs pointer": (spoil_text, r"adapter_model.safetensors is truncated or no safetensors file"),
+    "git-lfs pointer": (spoil_text, r"adapter_model.safetensors is a Git LFS pointer, not the weights: run 'git lfs"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), r"has no adapter_model.safetensors"),
     "foreign keys": (spoil_foreign_keys, r"does not fit its.*missing.*layers.1.*unexpected.*lora_A"),
     "a key missing": (lambda f: rewrite_tensors(f, drop_one), r"missing \['layers.1.gate'\], unexpected none"),
@@ -286,9 +419,9 @@ BAD = {
         r"layers.2.prompt is .*\[5, 32\], not float \[4, 32\]",
     ),
     "wrong gate": (lambda f: rewrite_tensors(f, wrong_gate), r"layers.2.gate is .*\[1, 4, 1\], not float \[4\]"),
-    "integers": (lambda f: rewrite_tensors(f, integers), r"layers.2.prompt is torch.int64"),
-    "NaN": (lambda f: rewrite_tensors(f, nan), r"layers.1.prompt holds NaN or infinity"),
-    "infinity": (lambda f: rewrite_tensors(f, infinity), r"layers.1.gate holds NaN or infinity"),
+    "integers": (lambda f: rewrite_tensors(f, integers), r"layers.2.prompt is I64"),
+    "NaN": (lambda f: rewrite_tensors(f, nan), r"layers.1.prompt holds NaN, infinity or more"),
+    "infinity": (lambda f: rewrite_tensors(f, infinity), r"layers.1.gate holds NaN, infinity or more"),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), r"is not an adapter: it has no adapter_config.json"),
     "config no JSON": (lambda f: (f / CONFIG_FILE).write_text("{"), r"adapter_config.json cannot be read as JSON"),
     "config empty": (lambda f: (f / CONFIG_FILE).write_text(""), r"adapter_config.json cannot be read as JSON"),
@@ -296,7 +429,7 @@ BAD = {
     "config a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), r"is not llama-adapter's"),
     "PEFT": (
         lambda f: (f / CONFIG_FILE).write_text('{"peft_type": "ADAPTION_PROMPT", "adapter_len": 4}'),
-        r"is PEFT's \(ADAPTION_PROMPT\)",
+        r"is PEFT's \('ADAPTION_PROMPT'\)",
     ),
     "newer format": (
         lambda f: rewrite_config(f, format_version=FORMAT_VERSION + 1),
@@ -384,7 +517,7 @@ def test_a_base_of_another_shape_is_refused_by_that_dimension_alone(saved, dimen
     changes, message = OTHER_BASES[dimension]
     model = tiny_llama(**changes)
     before = logits(model)
-    with pytest.raises(AdapterError, match=f"was made for some/base, not for this one: {message}. Load it"):
+    with pytest.raises(AdapterError, match=f"was made for 'some/base', not for this one: {message}. Load it"):
         load_adapter(model, saved)
     assert list_adapters(model) == []
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -399,7 +532,7 @@ def test_every_dimension_that_differs_is_named(saved):
 
 
 def test_another_family_of_equal_dimensions_is_refused(saved):
-    with pytest.raises(AdapterError, match="model_type llama against qwen2"):
+    with pytest.raises(AdapterError, match="model_type 'llama' against 'qwen2'"):
         load_adapter(tiny_model("qwen2"), saved)
 
 
@@ -449,4 +582,4 @@ def test_several_loaded_adapters_serve_one_batch(tmp_path):
     )
 )
 def test_any_config_survives_json(config):
-    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from(json.loads(json.dumps(config.to_dict()))) == config

@@ -37,7 +37,6 @@ from llama_adapter.conditions import inputs
 from llama_adapter.conditions.cache import FeatureCache
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.inputs import PictureSteps, with_settings
-from llama_adapter.conditions.modules import build_condition
 from llama_adapter.conditions.tower_families import (
     CLIP_MEAN,
     CLIP_STD,
@@ -299,8 +298,8 @@ def test_tokens_of_what_has_none(made):
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov3", "whisper", "wav2vec2"])
 def test_gradients_reach_the_condition_and_not_the_tower(made, name):
     tower = load_tower(str(made(name)[1]))
-    condition = build_condition(
-        ConditionConfig("image", "tiny", tower.width, depths=(1, -1), width=4), hidden_size=8, adapter_len=2
+    condition = ConditionConfig("image", "tiny", tower.width, depths=(1, -1), width=4).build(
+        hidden_size=8, adapter_len=2
     )
     features = tower.features([an_input(name)], (1, -1))
     assert not features.requires_grad

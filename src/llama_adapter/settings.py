@@ -1,11 +1,15 @@
-"""How settings are checked: every broken rule is collected, and outside values are read with a sentence for each."""
+"""How settings are checked: one place reads the rules of their annotations, and says each broken one in a sentence."""
 
 import dataclasses
 import difflib
-import math
+import functools
+import itertools
+import reprlib
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
 
 from llama_adapter.errors import ConfigError
 
@@ -14,64 +18,85 @@ ConfigType = typing.TypeVar("ConfigType")
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+"""What every library takes as a seed."""
+Sound = Callable[..., bool]
+"""Whether the fields of these names follow the rules of their annotations."""
+
+MOST = 20
+"""Broken rules of annotations that one message names: a list may break one in every item."""
+
+_WORDS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt}",
+    "literal_error": "one of {expected}",
+}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
-class Problems:
-    """Collects every broken rule, so that one run of a command reports them all."""
+def check(config: Any, between: Callable[[Sound], Iterator[str]] | None = None) -> None:
+    """Hold a new frozen dataclass against its annotations, strictly: neither "10" nor True is a number.
 
-    def __init__(self) -> None:
-        self.found: list[str] = []
+    Args:
+        config: the instance; lists become tuples, and whole numbers floats, where the annotation says so.
+        between: yields a sentence for each broken rule that an annotation cannot say.
 
-    def require(self, name: str, holds: bool, sentence: str) -> None:
-        """`name` `sentence` is a problem unless it `holds`."""
-        if not holds:
-            self.found.append(f"{name} {sentence}")
+    Raises:
+        ConfigError: naming every broken rule.
+    """
+    from pydantic import ValidationError  # slow to import, so not before a setting is made
 
-    def at_least(self, name: str, value: float | None, least: float) -> None:
-        """A finite number from `least` on; None passes."""
-        self.require(name, value is None or value >= least, f"is {value}; it must be at least {least}")
-        self._finite(name, value)
-
-    def above_zero(self, name: str, value: float | None) -> None:
-        """A finite number above 0; None passes."""
-        self.require(name, value is None or value > 0, f"is {value}; it must be above 0")
-        self._finite(name, value)
-
-    def seed(self, value: int | None) -> None:
-        """A seed that every library takes."""
-        self.require("seed", value is None or 0 <= value < 2**32, f"is {value}; it must be at least 0 and below 2^32")
-
-    def _finite(self, name: str, value: float | None) -> None:
-        self.require(name, value is None or value != math.inf, f"is {value}; it must be a finite number")
-
-    def one_of(self, name: str, value: Any, choices: Any) -> None:
-        """One of a Literal's values; None passes."""
-        allowed = typing.get_args(choices)
-        self.require(name, value is None or value in allowed, f"is {value!r}; it must be one of {', '.join(allowed)}")
-
-    def raise_if_any(self) -> None:
-        """Raise all of them in one ConfigError."""
-        if self.found:
-            raise ConfigError("; ".join(self.found))
+    cls: Any = type(config)
+    values = {name: getattr(config, name) for name in _hints(cls)}
+    for name, hint in _hints(cls).items():
+        if typing.get_origin(hint) is tuple and isinstance(values[name], list):
+            values[name] = tuple(values[name])
+    broken: set[Any] = set()
+    sentences: list[str] = []
+    try:
+        values = dict(vars(_rules(cls)(**values)))
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            broken.add(found["loc"][0])
+            if len(sentences) < MOST and found["loc"][-1:] != ("str",):  # of an "int | str" the first one says enough
+                sentences.append(_sentence(found))
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    if between:
+        sentences += between(lambda *names: broken.isdisjoint(names))
+    if sentences:
+        raise ConfigError("; ".join(sentences))
 
 
-def parse(cls: type[ConfigType], values: Mapping[str, Any], source: str) -> ConfigType:
-    """Build a config from outside values: numbers given as text are read, unknown keys refused.
+def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text: bool = False) -> ConfigType:
+    """Build a config from outside values.
+
+    Args:
+        cls: what to build.
+        values: its fields by name.
+        source: where they come from.
+        text: read numbers and switches that are given as text, as flags are, and 3e-4 is in YAML.
 
     Raises:
         ConfigError: naming `source`, every offending key, its value and the rule.
     """
-    from pydantic import TypeAdapter, ValidationError  # slow to import, so not before a command needs it
-
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ConfigError("; ".join(f"{source}: {unknown_name('key', key, known)}" for key in unknown))
-    cleaned = {key: _as_tuple(cls, key, value) for key, value in values.items()}
+    hints, fields = _hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
+    unknown = itertools.islice((key for key in values if key not in hints), 3)
+    wrong = [unknown_name("key", shown(key).strip("'"), hints) for key in unknown]
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    wrong += [f"{name} is missing: give one" for name in needed if name not in values]
+    if wrong:
+        raise ConfigError("; ".join(f"{source}: {sentence}" for sentence in wrong))
     try:
-        return TypeAdapter(cls).validate_python(cleaned)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(map(_sentence, error.errors()))) from None
+        return cls(**({key: _read(hints[key], value) for key, value in values.items()} if text else values))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
@@ -82,12 +107,49 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'; {hint}"
 
 
-def _as_tuple(cls: type, key: str, value: Any) -> Any:
-    is_list = typing.get_origin(typing.get_type_hints(cls)[key]) is tuple
-    return (value,) if is_list and isinstance(value, str) else value
+def shown(value: object) -> str:
+    """A value from outside as an error message may show it: on one line, and never a megabyte of it."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@functools.cache
+def _rules(cls: type) -> Any:
+    from pydantic import ConfigDict, create_model
+
+    config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in hints.items()}
+    return create_model(cls.__name__, __config__=config, **fields)
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """What `value` says where it is text; what cannot be read stays, for `check` to name."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if typing.get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        return [_read(typing.get_args(hint)[0], item) for item in items] if isinstance(items, list | tuple) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError:
+        return value
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{'.'.join(map(str, error['loc']))} is {error['input']!r}: {error['msg'].lower()}"
+    where = ".".join(str(part) for part in error["loc"] if part != "int")  # which names a member of a union
+    rule = _WORDS.get(error["type"], error["msg"].removeprefix("Input should be ").lower())
+    limits = {
+        key: str(value).replace("'", "").replace(" or ", ", ") if key == "expected" else value
+        for key, value in error.get("ctx", {}).items()
+    }
+    return f"{where} is {shown(error['input'])}; it must be {rule.format(**limits)}"

@@ -29,7 +29,7 @@ def add_session_options(
     base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
     base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
     base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
-    decoding, default = parser.add_argument_group("decoding"), GenerateConfig()
+    decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
         help="longest answer in tokens (default: %(default)s)",
@@ -38,11 +38,11 @@ def add_session_options(
         return
     decoding.add_argument("--compile", action="store_true", help="compile the step: for long answers on a GPU")
     decoding.add_argument(
-        "--temperature", type=float, default=default.temperature, metavar="X",
+        "--temperature", type=float, default=GenerateConfig.temperature, metavar="X",
         help="0 always takes the likeliest token (default: %(default)s)",
     )  # fmt: skip
     decoding.add_argument(
-        "--top-p", type=float, default=default.top_p, metavar="X",
+        "--top-p", type=float, default=GenerateConfig.top_p, metavar="X",
         help="sample from the likeliest tokens of this total probability (default: %(default)s)",
     )  # fmt: skip
     decoding.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")

@@ -1,11 +1,14 @@
 """What a condition is: the settings of its learnable part, and the tower that its features come from. No torch here."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llama_adapter.settings import Problems, parse
+from llama_adapter.settings import Count, Sound, check, parse, shown
+
+if TYPE_CHECKING:
+    from llama_adapter.conditions.modules import Condition
 
 Kind = Literal["image", "visual_prompt", "audio", "video"]
 Activation = Literal["silu", "gelu", "relu", "identity"]
@@ -39,49 +42,48 @@ class ConditionConfig:
 
     kind: Kind
     tower: str
-    tower_width: int
+    tower_width: Count
     depths: tuple[int, ...] = LAST
-    width: int = 64
+    width: Count = 64
     activation: Activation = "gelu"
     bias: bool = True
     absent: Absent = "zero"
-    blocks: int = 8
-    block_width: int = 768
-    block_heads: int = 16
+    blocks: Count = 8
+    block_width: Count = 768
+    block_heads: Count = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))  # JSON and callers hand over lists
-        problems = Problems()
-        for name, choices in (("kind", Kind), ("activation", Activation), ("absent", Absent)):
-            value = getattr(self, name)
-            problems.require(name, value is not None, "is missing: give one")
-            problems.one_of(name, value, choices)
-        problems.require("tower", bool(self.tower), "is empty: give a folder, a hub name or 'bundled'")
-        for name in ("tower_width", "width", "blocks", "block_width", "block_heads"):
-            problems.at_least(name, getattr(self, name), 1)
-        problems.require("depths", bool(self.depths), "names no hidden state: give at least one, such as -1")
-        problems.require(
-            "depths",
-            len(set(self.depths)) == len(self.depths),
-            f"are {list(self.depths)}: each hidden state may be named once",
-        )
-        problems.require(
-            "depths",
-            self.kind != "visual_prompt" or self.depths == LAST,
-            f"are {list(self.depths)}; kind visual_prompt reads the tower's last hidden state: leave them at [-1]",
-        )
-        problems.require(
-            "block_heads",
-            self.block_heads < 1 or self.block_width % self.block_heads == 0,
-            f"is {self.block_heads}; it must divide block_width, which is {self.block_width}",
-        )
-        problems.raise_if_any()
+        check(self, self._between)
 
-    def build(self, hidden_size: int, adapter_len: int) -> Any:
-        """The module that this describes, with new parameters; see `conditions/modules.py`."""
-        from llama_adapter.conditions.modules import build_condition
+    def _between(self, sound: Sound) -> Iterator[str]:
+        if sound("tower") and not self.tower:
+            yield "tower is empty: give a folder, a hub name or 'bundled'"
+        if sound("depths"):
+            depths = f"depths are {shown([*self.depths])}"
+            if not self.depths:
+                yield "depths names no hidden state: give at least one, such as -1"
+            if len(set(self.depths)) < len(self.depths):
+                yield f"{depths}: each hidden state may be named once"
+            if self.kind == "visual_prompt" and self.depths != LAST:
+                yield f"{depths}; kind visual_prompt reads the tower's last hidden state: leave them at [-1]"
+        if sound("block_heads", "block_width") and self.block_width % self.block_heads:
+            heads, width = shown(self.block_heads), shown(self.block_width)
+            yield f"block_heads is {heads}; it must divide block_width, which is {width}"
 
-        return build_condition(self, hidden_size, adapter_len)
+    def build(self, hidden_size: int, adapter_len: int) -> "Condition":
+        """The module that these settings describe, with new parameters.
+
+        Args:
+            hidden_size: of the base whose prompts it is added to.
+            adapter_len: K, prompts of a layer; only "visual_prompt" gives each of them a condition of its own.
+        """
+        from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition
+
+        width, absent = self.tower_width, self.absent
+        if self.kind == "visual_prompt":
+            shape = (self.blocks, self.block_width, self.block_heads)
+            return VisualPromptCondition(hidden_size, adapter_len, width, *shape, absent)
+        return ImageCondition(hidden_size, len(self.depths), width, self.width, self.activation, self.bias, absent)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.conditions.config import Absent, Activation, ConditionConfig
 from llama_adapter.core.fixed_dtype import FixedDtype
 
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -29,7 +28,7 @@ MLP_RATIO = 4
 class Condition(FixedDtype):
     """What both kinds share: rows without a picture, and parameters that stay fp32 on a half-precision model."""
 
-    def __init__(self, absent: Absent, *shape: int) -> None:
+    def __init__(self, absent: str, *shape: int) -> None:
         super().__init__()
         self.shape = shape
         # Zero is where "no picture" already is; what a learnt one is worth, training says.
@@ -72,9 +71,9 @@ class ImageCondition(Condition):
         scales: int = 6,
         tower_width: int = 768,
         width: int = 64,
-        activation: Activation = "gelu",
+        activation: str = "gelu",
         bias: bool = True,
-        absent: Absent = "zero",
+        absent: str = "zero",
     ) -> None:
         super().__init__(absent, hidden_size)
         self.down = nn.Linear(scales * tower_width, width, bias=bias)
@@ -100,7 +99,7 @@ class VisualPromptCondition(Condition):
         blocks: int = 8,
         block_width: int = 768,
         block_heads: int = 16,
-        absent: Absent = "zero",
+        absent: str = "zero",
     ) -> None:
         super().__init__(absent, adapter_len, hidden_size)
         self.visual_query = nn.Embedding(adapter_len, block_width)
@@ -160,32 +159,3 @@ class _Mlp(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(states)))
-
-
-def build_condition(config: ConditionConfig, hidden_size: int, adapter_len: int) -> Condition:
-    """The module that `config` describes, with new parameters.
-
-    Args:
-        config: what to build.
-        hidden_size: of the base whose prompts it is added to.
-        adapter_len: K, prompts of a layer; only "visual_prompt" gives each of them a condition of its own.
-    """
-    if config.kind == "visual_prompt":
-        return VisualPromptCondition(
-            hidden_size,
-            adapter_len,
-            config.tower_width,
-            config.blocks,
-            config.block_width,
-            config.block_heads,
-            config.absent,
-        )
-    return ImageCondition(
-        hidden_size,
-        len(config.depths),
-        config.tower_width,
-        config.width,
-        config.activation,
-        config.bias,
-        config.absent,
-    )

@@ -1,19 +1,30 @@
-"""`AdapterConfig`, which describes an adapter and is stored beside its weights, and the condition that it may take."""
+"""`AdapterConfig`, which describes an adapter and is stored beside its weights."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.errors import ConfigError
-from llama_adapter.settings import Problems, parse
+from llama_adapter.settings import Count, check
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT_VERSION = 1
 GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
 WrittenAs = Literal["alpaca", "chat", "raw"]
 """A template, or "raw": prompt-completion text that was trained without any."""
+
+
+@runtime_checkable
+class ConditionSettings(Protocol):
+    """What an adapter asks of its condition's settings; `conditions.config.ConditionConfig` is one."""
+
+    def build(self, hidden_size: int, adapter_len: int) -> "nn.Module":
+        """The learnable module, which gives [B, hidden] or [B, K, hidden] to add to the prompts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
 
 
 @dataclass(frozen=True)
@@ -33,45 +44,26 @@ class AdapterConfig:
         condition: what else the prompts depend on, such as a picture; None for text alone.
 
     Raises:
-        ConfigError: a value breaks its rule.
+        ConfigError: values break their rules; every one of them is named.
     """
 
-    adapter_len: int = 10
-    adapter_layers: int | None = None
+    adapter_len: Count = 10
+    adapter_layers: Count | None = None
     gate_activation: GateActivation = "tanh"
     template: WrittenAs | None = None
     base_model_name_or_path: str | None = None
-    base_shape: Mapping[str, Any] | None = None
+    base_shape: Mapping[str, int | str] | None = None
     format_version: int = FORMAT_VERSION
-    condition: ConditionConfig | None = None
+    condition: ConditionSettings | None = None
 
     def __post_init__(self) -> None:
-        problems = Problems()
-        problems.at_least("adapter_len", self.adapter_len, 1)
-        problems.at_least("adapter_layers", self.adapter_layers, 1)
-        problems.one_of("gate_activation", self.gate_activation, GateActivation)
-        problems.one_of("template", self.template, WrittenAs)
-        problems.raise_if_any()
+        check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        values = dataclasses.asdict(self)
-        return values if self.condition is None else {**values, "condition": self.condition.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "AdapterConfig":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ConfigError: an unknown key, a wrong type, or files of a newer format version.
-        """
-        version = values.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ConfigError(
-                f"format_version is {version!r}, and this llama-adapter reads versions up to {FORMAT_VERSION}: "
-                "upgrade with pip install -U llama-adapter."
-            )
-        if isinstance(values.get("condition"), Mapping):
-            condition = ConditionConfig.from_dict(values["condition"], "adapter_config.json, condition")
-            values = {**values, "condition": condition}
-        return parse(cls, values, "adapter_config.json")
+        shape, condition = self.base_shape, self.condition
+        return {
+            **vars(self),
+            "base_shape": None if shape is None else dict(shape),
+            "condition": None if condition is None else condition.to_dict(),
+        }

@@ -8,8 +8,8 @@ gets a `generate` that takes `adapter_names`, which transformers' refuses. Nothi
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace as with_values
 from typing import Any
 
 import torch
@@ -96,8 +96,8 @@ class _Adapters:
             return Request(adapters)
         return Request(adapters, _fitting(condition, [adapter for adapter in chosen if adapter is not None]))
 
-    def add(self, name: str, config: AdapterConfig) -> Adapter:
-        """Give the top layers new parameters, and the decoder the condition that `config` asks for."""
+    def build(self, name: str, config: AdapterConfig) -> Adapter:
+        """New parameters for the top layers, and the condition that `config` asks for; the model is not touched."""
         text = text_config(self.model.config)
         layers = {}
         for module in self.attention[-(config.adapter_layers or 0) :]:
@@ -109,34 +109,38 @@ class _Adapters:
         condition = None
         if config.condition is not None:
             condition = config.condition.build(text.hidden_size, config.adapter_len).to(device_of(self.attention[0]))
-        for module in self.attention:
-            if int(module.layer_idx) in layers:
-                getattr(module, SLOT).add_module(module_key(name), layers[int(module.layer_idx)])
-        if condition is not None:
-            getattr(self.model.base_model, CONDITIONS)[module_key(name)] = condition
-        self.adapters[name] = Adapter(name, config, layers, condition)
-        self.active = name
-        return self.adapters[name]
+        return Adapter(name, config, layers, condition)
 
-    def remove(self, name: str) -> None:
-        """Take an adapter's parameters off.
+    def place(self, name: str, adapter: Adapter | None) -> None:
+        """Put an adapter's modules where the one of that name has its own; None leaves none there.
 
         Raises:
-            AdapterError: a block that is open, or a generation that runs, uses it.
+            AdapterError: a block that is open, or a generation that runs, uses the old one.
         """
-        adapter = self.adapters[name]
-        if any(block.request.uses(adapter) for block in self.scope.blocks):
-            raise AdapterError(f"Adapter '{name}' is in use, by a use_adapter block or a generation: remove it after.")
-        adapter.removed = True
-        if self.active == name:
-            self.active = None
-        del self.adapters[name]
+        old = self.adapters.get(name)
+        if old is not None:
+            if any(block.request.uses(old) for block in self.scope.blocks):
+                raise AdapterError(
+                    f"Adapter '{name}' is in use, by a use_adapter block or a generation: remove it after."
+                )
+            old.removed = True  # first: a forward that runs ends with an error instead of meeting half of it
+        layers, condition = ({}, None) if adapter is None else (adapter.layers, adapter.condition)
         for module in self.attention:
-            slot: AdapterSlot = getattr(module, SLOT)
-            if slot._modules.get(module_key(name)) is not None:
-                delattr(slot, module_key(name))
-        if adapter.condition is not None:
-            del getattr(self.model.base_model, CONDITIONS)[module_key(name)]
+            _put(getattr(module, SLOT), name, layers.get(int(module.layer_idx)))
+        _put(getattr(self.model.base_model, CONDITIONS), name, condition)
+        if adapter is not None:
+            self.adapters[name] = adapter
+        elif old is not None:
+            del self.adapters[name]
+            self.active = None if self.active == name else self.active
+
+
+def _put(holder: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Let `holder` have this module for an adapter, in place of what it had."""
+    if module is not None:
+        holder.add_module(module_key(name), module)
+    elif module_key(name) in holder._modules:
+        delattr(holder, module_key(name))
 
 
 class _Router:
@@ -171,7 +175,7 @@ class _Generate:
     def __call__(self, *args: Any, adapter_names: Names = _UNSAID, **kwargs: Any) -> Any:  # type: ignore[assignment]
         registry: _Adapters = getattr(self.model, _REGISTRY)
         asked = registry.request(adapter_names)
-        with Block(registry.scope, replace(asked, repeats=True, prompts={})):
+        with Block(registry.scope, with_values(asked, repeats=True, prompts={})):
             return type(self.model).generate(self.model, *args, **kwargs)
 
 
@@ -237,7 +241,15 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, name: str = "default") -> Adapter:
+def add_adapter(
+    model: PreTrainedModel,
+    config: AdapterConfig | None = None,
+    name: str = "default",
+    *,
+    activate: bool = True,
+    replace: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """Freeze the base and give its top layers a new adapter, which becomes the active one.
 
     A new adapter changes nothing: its gates are 0, the logits equal the base's bit for bit. Its prompts are drawn
@@ -248,11 +260,14 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
         model: any supported transformers model, see `llama_adapter.core.families.FAMILIES`, or a PeftModel of one.
         config: defaults to `AdapterConfig()`.
         name: letters, digits, '.', '_', '-'.
+        activate: whether it becomes the active one.
+        replace: take the place of an adapter of that name; what serves at any moment is the old one or the new one.
+        state_dict: parameters to start from, as `Adapter.state_dict` gives them; nothing is drawn then.
 
     Raises:
         UnsupportedModelError: the family cannot be adapted.
         ConfigError: more layers asked for than the base has.
-        AdapterError: the name is taken or malformed.
+        AdapterError: the name is taken or malformed, or the adapter to replace is in use.
     """
     if hasattr(model, "get_base_model"):  # a PeftModel around the one that is meant
         model = model.get_base_model()
@@ -260,15 +275,26 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig | None = None, nam
     family_of(model.config)
     layers = resolve_layers(config, model.config)
     check_name(name)
-    registry = getattr(model, _REGISTRY, None) or _Adapters(model)
+    registry = vars(model).get(_REGISTRY) or _Adapters(model)
     with registry.lock:
-        if name in registry.adapters:
-            raise AdapterError(f"The model already has an adapter '{name}': remove it first or choose another name.")
-        config = replace(config, adapter_layers=layers, base_shape=shape_of(model.config))
-        if config.base_model_name_or_path is None:
-            config = replace(config, base_model_name_or_path=model.config.name_or_path or None)
+        if name in registry.adapters and not replace:
+            raise AdapterError(
+                f"The model already has an adapter '{name}': remove it first, pass replace=True or choose another name."
+            )
+        source = config.base_model_name_or_path or model.config.name_or_path or None
+        shape = shape_of(model.config)
+        config = with_values(config, adapter_layers=layers, base_shape=shape, base_model_name_or_path=source)
+        if state_dict is None:
+            adapter = registry.build(name, config)
+        else:
+            with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten: the caller's state stays
+                adapter = registry.build(name, config)
+            adapter.load_state_dict(state_dict)
         setattr(model, _REGISTRY, registry)
-        return registry.add(name, config)
+        registry.place(name, adapter)
+        if activate:
+            registry.active = name
+        return adapter
 
 
 def check_name(name: str) -> None:
@@ -382,7 +408,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     with registry.lock:
         name = _active(registry) if name is None else name
         _known(registry, name)
-        registry.remove(name)
+        registry.place(name, None)
         if not registry.adapters:
             registry.detach()
 

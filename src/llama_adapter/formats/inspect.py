@@ -23,8 +23,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
     for key in sorted((key for key in tensors if key.endswith(".gate")), key=lambda key: int(key.split(".")[1])):
-        gates = activate(tensors[key].float())
-        prompt = tensors[key.replace(".gate", ".prompt")].float()
+        gates = activate(tensors[key])
+        prompt = tensors[key.replace(".gate", ".prompt")]
         layers.append(
             {
                 "layer": int(key.split(".")[1]),

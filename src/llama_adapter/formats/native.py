@@ -2,35 +2,46 @@
 
 The tensors are fp32: `layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads], i the layer's index in the base,
 and `condition.*` where it has a condition, whose tower is only named in the configuration.
-Everything is checked before the model is touched, and files are replaced atomically: a reader or a crash sees the
-old file or the new one.
+Everything is checked before the model is touched, and what the files claim before any tensor is read; files are
+replaced atomically: a reader or a crash sees the old file or the new one.
 """
 
 import json
 import os
+import re
+import stat
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llama_adapter.conditions.modules import build_condition
-from llama_adapter.core.config import AdapterConfig
+from llama_adapter.base import first_sentence
+from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
 from llama_adapter.core.families import shape_of
-from llama_adapter.core.model import add_adapter, get_adapter
+from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
+from llama_adapter.settings import parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LARGEST_CONFIG, LARGEST_HEADER = 2**16, 2**20
+"""Bytes of a configuration and of the header of the weights; ours have some hundreds and some thousands."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+BLOCK_TENSORS = 12
+"""Tensors of one block of a visual prompt."""
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Path:
-    """Write one adapter of `model` to `folder`, which is created where needed.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write one adapter of `model`, by default the active one, to `folder`, which is created where needed.
 
     Raises:
         AdapterError: there is no such adapter, or the folder cannot be written to (the old files are kept then).
@@ -47,29 +58,60 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | os.PathLike[str], name: str = "default", trainable: bool = False
+    model: PreTrainedModel,
+    source: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    activate: bool = False,
+    replace: bool = False,
+    trainable: bool = False,
+    revision: str | None = None,
 ) -> Adapter:
-    """Read an adapter from `folder` onto `model`, where it becomes the active one.
+    """Read an adapter onto `model`.
 
     Args:
         model: a base of the shape the adapter was made for.
-        folder: what `save_adapter` wrote.
+        source: a folder that `save_adapter` wrote, or where there is none, a hub repository "owner/name".
         name: what the adapter is called on this model.
+        activate: whether it becomes the active one; it does in any case where none is active.
+        replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
         trainable: whether its parameters take gradients.
+        revision: branch, tag or commit of a hub repository.
 
     Raises:
-        AdapterError: no adapter there, damaged or foreign files, or one made for a base of another shape.
+        AdapterError: no adapter there, damaged or foreign files, one made for a base of another shape, or a name
+            that is taken.
         UnsupportedModelError: the family cannot be adapted.
     """
+    folder = find_adapter(source, revision)
     config = read_config(folder)
     check_base(config, shape_of(model.config), folder)
     tensors = read_tensors(folder, config)
-    with torch.random.fork_rng(devices=[]):  # the prompts drawn here are overwritten: leave the caller's state alone
-        adapter = add_adapter(model, replace(config, base_shape=None), name)
-    adapter.load_state_dict(tensors)
+    adapter = add_adapter(
+        model, config, name, activate=activate or active_adapter(model) is None, replace=replace, state_dict=tensors
+    )
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable)
     return adapter
+
+
+def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of an adapter; where `source` is no path here but "owner/name", its files come from the hub.
+
+    Raises:
+        AdapterError: the hub has no such repository or cannot be reached.
+    """
+    folder = Path(source)
+    if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
+        ) from None
 
 
 def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -79,26 +121,76 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         AdapterError: the folder holds none, or it is not ours.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        hint = "it is no folder" if not Path(folder).is_dir() else f"it has no {CONFIG_FILE}"
-        raise AdapterError(f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
+    hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
+    size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
+    if size > LARGEST_CONFIG:
+        raise AdapterError(f"{path} has {size:,} bytes and no adapter's configuration has 2^16: restore the file.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes().decode(), object_pairs_hook=_object, parse_constant=_refuse)
+    except RecursionError:
+        raise AdapterError(f"{path} is nested too deep for a configuration: restore the file.") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error}): restore the file or train again.") from None
     if not isinstance(values, dict) or "format_version" not in values:
-        is_peft = isinstance(values, dict) and "peft_type" in values
-        kind = f"PEFT's ({values['peft_type']})" if is_peft else "not llama-adapter's"
+        peft = values.get("peft_type") if isinstance(values, dict) else None
+        kind = f"PEFT's ({shown(peft)})" if peft else "not llama-adapter's"
         raise AdapterError(f"{path} is {kind}: it has no 'format_version'. Give a folder that llama-adapter wrote.")
     try:
-        config = AdapterConfig.from_dict(values)
+        config = config_from(values, str(path))
     except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from None
+        raise AdapterError(str(error)) from None
     shape = config.base_shape or {}
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if config.adapter_layers is None or not isinstance(shape.get(key), int):
+        number = shape.get(key)
+        if config.adapter_layers is None or not isinstance(number, int) or number < 1:
             raise AdapterError(f"{path} does not say adapter_layers and the base's shape ({key}): it was edited.")
+        if key == "num_hidden_layers" and config.adapter_layers > number:
+            layers = shown(config.adapter_layers)
+            raise AdapterError(f"{path}: adapter_layers is {layers}, more than the base's {shown(number)} layers.")
     return config
+
+
+def config_from(values: Mapping[str, Any], source: str = CONFIG_FILE) -> AdapterConfig:
+    """The inverse of `AdapterConfig.to_dict`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a broken rule, or files of a newer format version.
+    """
+    version = values.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ConfigError(
+            f"{source}: format_version is {shown(version)}, and this llama-adapter reads versions up to "
+            f"{FORMAT_VERSION}: upgrade with pip install -U llama-adapter."
+        )
+    condition = values.get("condition")
+    if isinstance(condition, Mapping):
+        values = {**values, "condition": ConditionConfig.from_dict(condition, f"{source}, condition")}
+    return parse(AdapterConfig, values, source)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _size(path: Path, missing: str) -> int:
+    """Bytes of a file; `missing` is said where there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterError(missing) from None
+    except (OSError, ValueError) as error:  # a circle of links, no permission, an impossible name
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{path} cannot be read ({reason}): copy the adapter again.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterError(f"{path} is no file: copy the adapter again.")
+    return status.st_size
 
 
 def check_base(config: AdapterConfig, shape: dict[str, int | str], source: object) -> None:
@@ -109,52 +201,81 @@ def check_base(config: AdapterConfig, shape: dict[str, int | str], source: objec
     """
     made_for = config.base_shape or {}
     differences = [
-        f"{key} {made_for[key]} against {shape.get(key)}" for key in made_for if made_for[key] != shape.get(key)
+        f"{key:.40} {shown(made_for[key])} against {shape.get(key)!r}"
+        for key in made_for
+        if made_for[key] != shape.get(key)
     ]
     if differences:
+        base = config.base_model_name_or_path
         raise AdapterError(
-            f"The adapter in {source} was made for {config.base_model_name_or_path or 'another base'}, "
-            f"not for this one: {', '.join(differences)}. Load it on the base it was trained on."
+            f"The adapter in {source} was made for {shown(base) if base else 'another base'}, "
+            f"not for this one: {', '.join(differences[:6])}. Load it on the base it was trained on."
         )
 
 
 def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[str, Tensor]:
-    """The tensors of an adapter, checked against its configuration.
+    """The tensors of an adapter in fp32, checked against its configuration before any of them is read.
 
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
     """
     path = Path(folder) / WEIGHTS_FILE
+    _size(path, f"{folder} has no {WEIGHTS_FILE}: the copy is incomplete.")
     try:
-        tensors = load(path.read_bytes())
-    except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}: the copy is incomplete.") from None
-    except (OSError, SafetensorError) as error:
+        with path.open("rb") as file:
+            start = file.read(40)
+        if start.startswith(b"version https://git-lfs"):
+            raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder.")
+        if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
+            raise SafetensorError(f"a header of {header:,} bytes")
+        with safe_open(path, "pt") as file:
+            _check_header({key: file.get_slice(key) for key in file.keys()}, config, path)  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than the address space allows
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
-    wanted = tensor_shapes(config)
-    if wanted.keys() != tensors.keys():
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path}: {key} holds NaN, infinity or more than fp32 can; take an earlier checkpoint.")
+    return tensors
+
+
+def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -> None:
+    """Names, shapes and dtypes that the header claims, against those that follow from the configuration."""
+    condition = config.condition
+    blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
+    # Names are made only where there can be as many: an edited configuration may ask for 10^9.
+    if max(2 * (config.adapter_layers or 0), BLOCK_TENSORS * blocks) > len(found) + 1000:
+        raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
+    try:
+        wanted = tensor_shapes(config)
+    except (RuntimeError, TypeError) as error:  # numbers that PyTorch does not count up to
+        raise AdapterError(f"{path}: no weights fit its {CONFIG_FILE} ({first_sentence(error)[:80]})") from None
+    if wanted.keys() != found.keys():
+        missing, extra = sorted(wanted.keys() - found)[:3], sorted(found.keys() - wanted)[:3]
         raise AdapterError(
-            f"{path} does not fit its {CONFIG_FILE}: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}."
+            f"{path} does not fit its {CONFIG_FILE}: missing {missing or 'none'}, "
+            f"unexpected {shown(extra) if extra else 'none'}."
         )
     for key, size in wanted.items():
-        if tuple(tensors[key].shape) != size or not tensors[key].is_floating_point():
-            raise AdapterError(
-                f"{path}: {key} is {tensors[key].dtype} {list(tensors[key].shape)}, not float {list(size)}."
-            )
-        if not tensors[key].isfinite().all():
-            raise AdapterError(f"{path}: {key} holds NaN or infinity; take an earlier checkpoint.")
-    return tensors
+        kind, shape = found[key].get_dtype(), found[key].get_shape()
+        if tuple(shape) != size or kind not in FLOATS:
+            raise AdapterError(f"{path}: {key} is {kind} {shape}, not float {shown([*size])}.")
 
 
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of an adapter whose `adapter_layers` and `base_shape` are known."""
-    shape = config.base_shape or {}
+    shape: Mapping[str, Any] = config.base_shape or {}
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    if config.condition is not None:
+    condition = config.condition
+    if condition is not None:
+        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
+        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
         with torch.device("meta"):
-            condition = build_condition(config.condition, hidden, config.adapter_len)
-        wanted |= {f"condition.{key}": tuple(p.shape) for key, p in condition.named_parameters()}
+            module = one.build(hidden, config.adapter_len)
+        for key, parameter in module.named_parameters():
+            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
+            for i in range(blocks):
+                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
     return wanted

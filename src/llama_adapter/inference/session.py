@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
 from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.core.families import max_positions, shape_of
@@ -212,7 +213,9 @@ def load_session(
         check_base(configs[name], shape, folder)
         read_tensors(folder, configs[name])
     perceptions = {
-        name: Perception(config.condition, device) for name, config in configs.items() if config.condition is not None
+        name: Perception(config.condition, device)
+        for name, config in configs.items()
+        if isinstance(config.condition, ConditionConfig)
     }
     tokenizer = load_tokenizer(model)
     base = load_base(model, device, precision, load_in_4bit)

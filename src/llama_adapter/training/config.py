@@ -1,17 +1,20 @@
 """`TrainConfig`, a training recipe: each field is a key of the YAML file and a flag of `llama-adapter train`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from llama_adapter.conditions.config import Absent, Activation, Kind
 from llama_adapter.core.config import AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
-from llama_adapter.settings import BUNDLED, Precision, Problems, parse
+from llama_adapter.settings import BUNDLED, Count, NotNegative, Positive, Precision, Seed, Sound, check, parse
 
 BasePrecision = Literal["auto", "fp8"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
 def setting(default: Any, text: str, group: str) -> Any:
@@ -21,7 +24,11 @@ def setting(default: Any, text: str, group: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training recipe; the defaults are the paper's (its section 4.1) where it gives any."""
+    """A training recipe; the defaults are the paper's (its section 4.1) where it gives any.
+
+    Raises:
+        ConfigError: values break their rules; every one of them is named.
+    """
 
     model: str = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
     data: tuple[str, ...] = setting(
@@ -30,7 +37,7 @@ class TrainConfig:
         "Model and data",
     )
     val_data: tuple[str, ...] = setting((), "Validation data; else a part of --data is held out.", "Model and data")
-    val_size: float = setting(
+    val_size: NotNegative = setting(
         0.02, "Validation part of --data: a fraction below 1, or a number of records.", "Model and data"
     )
     output_dir: str = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
@@ -38,11 +45,13 @@ class TrainConfig:
     scienceqa_style: str = setting(
         "paper", "How ScienceQA is written: paper, words, or QCM-A and its kin.", "Model and data"
     )
-    max_length: int = setting(512, "Longest example in tokens; longer ones are truncated.", "Model and data")
+    max_length: Annotated[int, Ge(8)] = setting(
+        512, "Longest example in tokens; longer ones are truncated.", "Model and data"
+    )
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
-    adapter_len: int = setting(10, "K, prompt vectors per adapted layer.", "Adapter")
-    adapter_layers: int | None = setting(None, "L, top layers adapted (default: all but the lowest two).", "Adapter")
+    adapter_len: Count = setting(10, "K, prompt vectors per adapted layer.", "Adapter")
+    adapter_layers: Count | None = setting(None, "L, top layers adapted (default: all but the lowest two).", "Adapter")
     gate_activation: GateActivation = setting("tanh", "Applied to the gates.", "Adapter")
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
@@ -50,30 +59,30 @@ class TrainConfig:
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
-    condition_lr: float | None = setting(
+    condition_lr: Positive | None = setting(
         None, "Peak learning rate of the condition (default: as prompts).", "Condition"
     )
-    condition_width: int = setting(64, "Width of the bottleneck.", "Condition")
+    condition_width: Count = setting(64, "Width of the bottleneck.", "Condition")
     condition_activation: Activation = setting("gelu", "Of the bottleneck.", "Condition")
     absent: Absent = setting("zero", "Condition of an example without a picture.", "Condition")
-    visual_blocks: int = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
-    visual_width: int = setting(768, "Their width.", "Condition")
-    visual_heads: int = setting(16, "Their heads.", "Condition")
+    visual_blocks: Count = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
+    visual_width: Count = setting(768, "Their width.", "Condition")
+    visual_heads: Count = setting(16, "Their heads.", "Condition")
     feature_cache: str | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
-    epochs: float = setting(5.0, "Passes over the training data.", "Optimisation")
-    max_steps: int | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
-    warmup_epochs: float = setting(
+    epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
+    max_steps: Count | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
+    warmup_epochs: NotNegative = setting(
         2.0, "Linear warm-up, in epochs; under --max-steps the same share of the run.", "Optimisation"
     )
-    batch_size: int = setting(64, "Examples per optimiser step, over all processes.", "Optimisation")
-    micro_batch_size: int = setting(8, "Examples per forward on one process.", "Optimisation")
-    base_lr: float = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
-    lr: float | None = setting(None, "Learning rate as it is, instead of --base-lr.", "Optimisation")
-    min_lr: float = setting(0.0, "Where the cosine decay ends.", "Optimisation")
-    weight_decay: float = setting(0.02, "AdamW's, on prompts and gates alike.", "Optimisation")
-    max_grad_norm: float | None = setting(None, "Clip the gradient's norm (default: never).", "Optimisation")
-    seed: int = setting(0, "Of initialisation, split and order.", "Optimisation")
+    batch_size: Count = setting(64, "Examples per optimiser step, over all processes.", "Optimisation")
+    micro_batch_size: Count = setting(8, "Examples per forward on one process.", "Optimisation")
+    base_lr: Positive = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
+    lr: Positive | None = setting(None, "Learning rate as it is, instead of --base-lr.", "Optimisation")
+    min_lr: NotNegative = setting(0.0, "Where the cosine decay ends.", "Optimisation")
+    weight_decay: NotNegative = setting(0.02, "AdamW's, on prompts and gates alike.", "Optimisation")
+    max_grad_norm: Positive | None = setting(None, "Clip the gradient's norm (default: never).", "Optimisation")
+    seed: Seed = setting(0, "Of initialisation, split and order.", "Optimisation")
 
     precision: Precision = setting(
         "auto", "Of the frozen base; 'auto' is bf16 on hardware that has it. Adapters stay fp32.", "Running"
@@ -88,55 +97,28 @@ class TrainConfig:
     )
     compile: bool = setting(False, "Compile the layers: slow start, quicker steps.", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
-    eval_every: int | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
-    save_every: int = setting(100, "Steps between checkpoints.", "Running")
-    trackers: tuple[str, ...] = setting(
+    eval_every: Count | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
+    save_every: Count = setting(100, "Steps between checkpoints.", "Running")
+    trackers: tuple[Tracker, ...] = setting(
         ("tensorboard",), "Also log to: tensorboard, wandb, trackio. Repeatable; 'none' for none.", "Running"
     )
     resume: bool = setting(False, "Continue the run in --output-dir.", "Running")
     overwrite: bool = setting(False, "Delete the run in --output-dir first.", "Running")
 
     def __post_init__(self) -> None:
-        problems = Problems()
-        for name in ("adapter_len", "adapter_layers", "batch_size", "micro_batch_size", "max_steps"):
-            problems.at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every"):
-            problems.at_least(name, getattr(self, name), 1)
-        problems.at_least("max_length", self.max_length, 8)
-        for name in ("epochs", "base_lr", "lr", "condition_lr", "max_grad_norm"):
-            problems.above_zero(name, getattr(self, name))
-        for name in ("warmup_epochs", "min_lr", "weight_decay", "val_size"):
-            problems.at_least(name, getattr(self, name), 0)
-        for name in ("condition_width", "visual_blocks", "visual_width", "visual_heads"):
-            problems.at_least(name, getattr(self, name), 1)
-        problems.one_of("condition", self.condition, Kind)
-        problems.one_of("condition_activation", self.condition_activation, Activation)
-        problems.one_of("absent", self.absent, Absent)
-        problems.seed(self.seed)
-        problems.one_of("gate_activation", self.gate_activation, GateActivation)
-        problems.one_of("template", self.template, Template)
-        problems.one_of("precision", self.precision, Precision)
-        problems.one_of("base_precision", self.base_precision, BasePrecision)
-        for tracker in self.trackers:
-            problems.one_of("trackers", tracker, Literal["tensorboard", "wandb", "trackio", "none"])
-        problems.require("data", bool(self.data), "names no file: pass --data FILE")
-        problems.require("output_dir", bool(self.output_dir), "is empty: pass --output-dir FOLDER")
-        problems.require(
-            "warmup_epochs",
-            self.warmup_epochs <= self.epochs,
-            f"is {self.warmup_epochs}, more than the {self.epochs} epochs of the run",
-        )
-        problems.require(
-            "base_precision",
-            not (self.base_precision == "fp8" and self.load_in_4bit),
-            "fp8 and load_in_4bit exclude each other: pass one of them",
-        )
-        problems.require(
-            "resume",
-            not (self.resume and self.overwrite),
-            "and overwrite exclude each other: pass one of them",
-        )
-        problems.raise_if_any()
+        check(self, self._between)
+
+    def _between(self, sound: Sound) -> Iterator[str]:
+        if sound("data") and not self.data:
+            yield "data names no file: pass --data FILE"
+        if sound("output_dir") and not self.output_dir:
+            yield "output_dir is empty: pass --output-dir FOLDER"
+        if sound("warmup_epochs", "epochs") and self.warmup_epochs > self.epochs:
+            yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
+        if self.base_precision == "fp8" and self.load_in_4bit is True:
+            yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
+        if self.resume is True and self.overwrite is True:
+            yield "resume and overwrite exclude each other: pass one of them"
 
     @property
     def peak_lr(self) -> float:
@@ -183,4 +165,4 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         if not isinstance(loaded, dict | None):
             raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
         values = loaded or {}
-    return parse(TrainConfig, {**values, **overrides}, "flags" if path is None else str(path))
+    return parse(TrainConfig, {**values, **overrides}, "flags" if path is None else str(path), text=True)
