@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoFeatureExtractor, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.feature_extraction_auto import get_feature_extractor_config
-from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+# Not from transformers itself, whose 5.17 hands out a stand-in that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor, get_image_processor_config
 
 from llama_adapter.base import first_sentence, quiet, read_config, resolve_model
 from llama_adapter.conditions.processors import Piece
