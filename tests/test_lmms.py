@@ -16,7 +16,7 @@ from runs import write_base
 from test_generate import write_adapter
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from llama_adapter.conditions.perception import describe
+from llama_adapter.conditions.perception import condition_config
 from llama_adapter.conditions.pictures import read_picture
 from llama_adapter.data import Message, render_prompt
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
@@ -80,7 +80,7 @@ def adapter(base, tmp_path_factory):
     CLIPVisionModelWithProjection(
         CLIPVisionConfig(**shape, image_size=16, patch_size=8, projection_dim=20)
     ).save_pretrained(tower)
-    return write_adapter(base, tmp_path_factory.mktemp("adapter"), condition=describe("image", str(tower)))
+    return write_adapter(base, tmp_path_factory.mktemp("adapter"), condition=condition_config("image", str(tower)))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Whispe
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, remove_adapter, save_adapter, use_adapter
 from llama_adapter.cli import main
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.conditions.towers import Tower
 from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupted
 from llama_adapter.evaluation.instructions import evaluate_instructions, read_tasks
@@ -365,19 +365,19 @@ def test_a_tower_of_another_width(tower):
 
 
 def test_the_bundled_tower_tells_colours_apart(pictures):
-    perception = Perception(describe("image", "bundled"), torch.device("cpu"))
+    perception = Perception(condition_config("image", "bundled"), torch.device("cpu"))
     first, second, third = perception.features([str(pictures / f"{i}.png") for i in range(3)])
     assert first.shape == (6, 128)
     alike, apart = (first[-1] - third[-1]).norm(), (first[-1] - second[-1]).norm()
     assert alike < 0.5 * apart
 
 
-def test_describe_reads_the_tower_s_width(tower):
-    config = describe("image", str(tower), width=8)
+def test_condition_config_reads_the_tower_s_width(tower):
+    config = condition_config("image", str(tower), width=8)
     assert (config.tower_width, config.depths, config.width) == (20, (1, 2, 3), 8)
-    assert describe("visual_prompt", str(tower)).depths == (-1,)
+    assert condition_config("visual_prompt", str(tower)).depths == (-1,)
     with pytest.raises(AdapterError, match="hidden states 0 to 3, not \\[9\\]"):
-        describe("image", str(tower), (9,))
+        condition_config("image", str(tower), (9,))
 
 
 # the command line

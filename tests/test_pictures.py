@@ -4,17 +4,19 @@ import io
 import os
 import re
 import struct
+import sys
 import wave
 import zlib
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image, ImageDraw
 
 from llama_adapter.conditions import pictures
 from llama_adapter.conditions.pictures import read_picture, read_video
-from llama_adapter.conditions.recordings import MAX_SECONDS, SAMPLE_RATE, read_audio, resample
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.conditions.recordings import MAX_SAMPLES, MAX_SECONDS, SAMPLE_RATE, read_audio
+from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -308,38 +310,64 @@ def test_a_tone_stays_the_tone_at_16_kilohertz(tmp_path, rate):
     np.testing.assert_allclose(found[inside], expected[inside], atol=2e-3)
 
 
-def test_what_16_kilohertz_cannot_hold_is_removed_not_folded():
-    high = resample(tone(11_000, 44_100), 44_100)  # would come back as 5 kHz
+def test_what_16_kilohertz_cannot_hold_is_removed_not_folded(tmp_path):
+    high = read_audio(wav(tmp_path / "a.wav", tone(11_000, 44_100), 44_100))  # would come back as 5 kHz
     assert np.abs(high[800:7200]).max() < 2e-3
-    assert len(resample(np.ones(1), 44_100)) == 1
 
 
-def test_the_end_does_not_ring_into_the_beginning():
-    samples = np.zeros(4410)
-    samples[-100:] = 1
-    found = resample(samples, 44_100)
-    assert np.abs(found[:50]).max() < 0.01
-    assert abs(found[-10] - 1) < 0.1
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
+def test_other_formats(tmp_path, kind, subtype):
+    samples = tone(440, 22_050)
+    soundfile.write(tmp_path / "a.bin", np.stack([samples, samples], 1), 22_050, format=kind, subtype=subtype)
+    found = read_audio(tmp_path / "a.bin")
+    assert found.dtype == np.float32
+    assert len(found) == SAMPLE_RATE // 2
+    np.testing.assert_allclose(found[800:7200], tone(440, SAMPLE_RATE)[800:7200], atol=0.02 if kind == "OGG" else 2e-3)
+
+
+def test_a_recording_written_into_a_pipe(tmp_path):
+    """ffmpeg cannot know the length in advance, and says the largest number."""
+    content = bytearray(wav(tmp_path / "a.wav", tone(440, SAMPLE_RATE)).read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(content)
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav"), tone(440, SAMPLE_RATE), atol=1e-4)
+
+
+@pytest.mark.parametrize("package", ["soundfile", "soxr"])
+def test_recordings_need_an_extra(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"needs '{package}': pip install 'llama-adapter\[audio\]'"):
+        read_audio(wav(tmp_path / "a.wav", tone(440, SAMPLE_RATE)))
 
 
 def test_recordings_that_cannot_be_read(tmp_path):
     whole = wav(tmp_path / "whole.wav", tone(440, SAMPLE_RATE)).read_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "header.wav").write_bytes(whole[:30])
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "words.wav").write_text("no sound")
-    (tmp_path / "float.wav").write_bytes(whole[:20] + struct.pack("<H", 3) + whole[22:])
     wav(tmp_path / "silent.wav", [])
+    wav(tmp_path / "instant.wav", [0.5], 44_100)  # a third of a sample at 16 kHz
     wav(tmp_path / "long.wav", np.zeros(MAX_SECONDS + 1), rate=1, width=1)
+    soundfile.write(tmp_path / "nan.wav", np.full(99, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "wide.flac", np.zeros((MAX_SAMPLES // 8 + 1, 8), np.int16), 384_000)
+    soundfile.write(tmp_path / "cut.flac", tone(440, SAMPLE_RATE), SAMPLE_RATE)
+    content = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(content[: len(content) // 2])
     for name, sentence in {
         "missing.wav": "does not exist: check the path",
-        "cut.wav": "is truncated: ",
-        "empty.wav": "is no WAV file of PCM samples (it ends early): convert it with: ffmpeg",
-        "words.wav": "is no WAV file of PCM samples (",
-        "float.wav": "is no WAV file of PCM samples (unknown format: 3)",
+        "cut.wav": f"is truncated: {len(whole) // 2} of {len(whole)} bytes. Copy it again.",
+        "header.wav": "is truncated: ",
+        "empty.wav": "cannot be read as a recording (Format not recognised): copy it again, or convert it with: ffmpeg",
+        "words.wav": "cannot be read as a recording (Format not recognised)",
         "silent.wav": "holds no sample",
+        "instant.wav": "holds no sample",
         "long.wav": f"is longer than {MAX_SECONDS} seconds: cut it into pieces.",
+        "nan.wav": "holds samples that are no numbers",
+        "wide.flac": f"has more than {MAX_SAMPLES} samples: convert it to mono at 16 kHz first.",
+        "cut.flac": "cannot be read as a recording (",
     }.items():
         with pytest.raises(DataError, match=re.escape(f"{tmp_path / name} {sentence}")):
             read_audio(tmp_path / name)
-    with pytest.raises(DataError, match="is a folder: give the path of one WAV file"):
+    with pytest.raises(DataError, match="is a folder: give the path of one recording"):
         read_audio(tmp_path)

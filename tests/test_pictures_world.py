@@ -405,5 +405,5 @@ def test_a_short_training_writes_a_tower_that_loads(tmp_path, monkeypatch):
     tower = load_tower(str(tmp_path / "tower"))
     assert (tower.width, tower.layers) == (32, 2)
     picture = draw.draw(Sized("big", "red", "star"), random.Random(0))
-    assert torch.allclose(tower.steps.tensor(picture), towers.normalised(np.stack([picture]))[0], atol=1e-6)
+    assert torch.allclose(tower.pieces(picture)[0].values, towers.normalised(np.stack([picture]))[0], atol=1e-6)
     assert torch.isfinite(tower.features([picture], [0, 2])).all()

@@ -1,5 +1,5 @@
 """Conditions: what a picture, a recording or a video adds to the prompts of every adapted layer.
 
-`pictures` reads files, `towers` turns them into features with a frozen encoder, `cache` keeps those, and `modules`
-has the learnable part, which `ConditionConfig` describes. `perception` runs them for a batch.
+`pictures` and `recordings` read files, `processors` and `towers` turn them into features with a frozen encoder, and
+`cache` keeps those. `modules` has the learnable part, which `ConditionConfig` describes; `perception` runs all of it.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llama_adapter.core.fixed_dtype import FixedDtype
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+BOTTLENECK_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -77,7 +77,7 @@ class ImageCondition(Condition):
     ) -> None:
         super().__init__(absent, hidden_size)
         self.down = nn.Linear(scales * tower_width, width, bias=bias)
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = BOTTLENECK_ACTIVATIONS[activation]()
         self.up = nn.Linear(width, hidden_size, bias=bias)
 
     def project(self, features: Tensor) -> Tensor:

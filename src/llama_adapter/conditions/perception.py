@@ -23,7 +23,7 @@ READERS: dict[Kind, Callable[[Any], Any]] = {
 }
 
 
-def describe(kind: Kind, tower: str, depths: Sequence[int] = (), **settings: Any) -> ConditionConfig:
+def condition_config(kind: Kind, tower: str, depths: Sequence[int] = (), **settings: Any) -> ConditionConfig:
     """A condition for a tower, whose width is read from its configuration.
 
     Args:

@@ -17,9 +17,9 @@ MAX_PIXELS = 100_000_000
 """A picture above this is refused by its header, before anything is decoded: 300 MB as RGB."""
 WORKING_SIDE = 2048
 """A larger shortest side is shrunk to this: towers look at a few hundred pixels."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is read. Not everything Pillow opens: EPS, for one, would start Ghostscript on whatever the file holds."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 """Files with other suffixes in a folder of frames are passed over."""
 
 Source = str | os.PathLike[str] | bytes
@@ -97,7 +97,9 @@ def _opened(source: Source, hint: str = "save it as PNG or JPEG") -> Iterator[Im
         _check_file(source, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and of sizes, which are checked here
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with Image.open(
+                io.BytesIO(source) if isinstance(source, bytes) else source, formats=PICTURE_FORMATS
+            ) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise _too_large(name, f"{width} x {height} pixels")
@@ -128,7 +130,7 @@ def _refusal(name: str, error: Exception, hint: str) -> DataError:
     if isinstance(error, _UnknownWhiteError):
         return DataError(f"{name} {error}")
     if isinstance(error, UnidentifiedImageError):
-        return DataError(f"{name} is no picture in a known format ({', '.join(FORMATS)}): {hint}.")
+        return DataError(f"{name} is no picture in a known format ({', '.join(PICTURE_FORMATS)}): {hint}.")
     if isinstance(error, Image.DecompressionBombError):
         return _too_large(name, "far larger than a picture should be")
     if isinstance(error, OSError) and error.strerror:  # the system's; decoders raise OSError with a text alone
@@ -186,7 +188,7 @@ def _from_16_bits(values: np.ndarray) -> Image.Image:
 
 
 def _is_frame(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -1,86 +1,69 @@
-"""Recordings from disk: WAV files as mono samples at 16 kHz, the rate of every audio tower here."""
+"""Recordings from disk: what libsndfile reads (WAV, FLAC, OGG), as mono samples at 16 kHz, every audio tower's rate."""
 
-import math
 import os
-import wave
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_adapter.errors import DataError
+from llama_adapter.errors import DataError, MissingExtraError
 
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 1800
 """Longer recordings are refused; half an hour is already 60 windows of Whisper."""
-_CONVERT = "convert it with: ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
+MAX_SAMPLES = MAX_SECONDS * 2 * 48_000
+"""Over all channels: a few kilobytes of FLAC can claim to be gigabytes of silence."""
 
 
 def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """A WAV file (PCM of 8, 16, 24 or 32 bits, any rate and number of channels) as samples in [-1, 1].
+    """A recording of any rate and number of channels.
 
     Returns:
-        [samples] at 16 kHz, the mean of the channels.
+        [samples] at 16 kHz, in [-1, 1] where the file's are, the mean of the channels.
 
     Raises:
-        DataError: missing, a folder, empty, truncated, not PCM, without a sample, or above `MAX_SECONDS`.
+        DataError: missing, a folder, truncated, no recording, without a sample, or above `MAX_SECONDS`.
+        MissingExtraError: soundfile or soxr is not installed.
     """
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise MissingExtraError(error.name or "soundfile", "audio", "Reading recordings") from None
     file = Path(path)
     if file.is_dir():
-        raise DataError(f"{path} is a folder: give the path of one WAV file.")
+        raise DataError(f"{path} is a folder: give the path of one recording.")
+    if not file.exists():
+        raise DataError(f"{path} does not exist: check the path and the folder it is relative to.")
     try:
-        with wave.open(str(file), "rb") as reader:
-            channels, width, rate, count = reader.getparams()[:4]
-            if count == 0 or rate == 0:
-                raise DataError(f"{path} holds no sample: record it again or leave it out.")
-            if count > MAX_SECONDS * rate:
+        _check_whole(file)
+        with soundfile.SoundFile(file) as sound:
+            if sound.frames > MAX_SECONDS * sound.samplerate:
                 raise DataError(f"{path} is longer than {MAX_SECONDS} seconds: cut it into pieces.")
-            content = reader.readframes(count)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: check the path and the folder it is relative to.") from None
-    except (wave.Error, EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it ends early"
-        raise DataError(f"{path} is no WAV file of PCM samples ({reason}): {_CONVERT}.") from None
-    if len(content) != count * channels * width:
-        raise DataError(f"{path} is truncated: {len(content)} of {count * channels * width} bytes. Copy it again.")
-    if width not in (1, 2, 3, 4):
-        raise DataError(f"{path} has samples of {8 * width} bits: {_CONVERT}.")
-    return resample(pcm(content, width).reshape(-1, channels).mean(1), rate)
+            if sound.frames * sound.channels > MAX_SAMPLES:
+                raise DataError(f"{path} has more than {MAX_SAMPLES} samples: convert it to mono at 16 kHz first.")
+            samples = sound.read(dtype="float32", always_2d=True)  # [frames, channels]
+            if len(samples) < sound.frames:
+                raise DataError(f"{path} is truncated: {len(samples)} of {sound.frames} samples. Copy it again.")
+            samples = soxr.resample(samples.mean(1), sound.samplerate, SAMPLE_RATE)
+    except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "error_string", None) or str(error)
+        raise DataError(
+            f"{path} cannot be read as a recording ({reason.strip().rstrip('.') or 'it is damaged'}): copy it again, "
+            "or convert it with: ffmpeg -i FILE -ac 1 -ar 16000 OUT.wav"
+        ) from None
+    if not len(samples):
+        raise DataError(f"{path} holds no sample: record it again or leave it out.")
+    if not np.isfinite(samples).all():
+        raise DataError(f"{path} holds samples that are no numbers: record it again or leave it out.")
+    return samples
 
 
-def pcm(content: bytes, width: int) -> NDArray[np.float64]:
-    """Little-endian PCM of `width` bytes a sample as numbers in [-1, 1); 8 bits are unsigned, the others signed."""
-    if width == 1:
-        return (np.frombuffer(content, np.uint8) - 128.0) / 128
-    # Each sample goes to the upper bytes of a 32-bit one, which also takes care of the sign of 24 bits.
-    wide = np.zeros((len(content) // width, 4), np.uint8)
-    wide[:, 4 - width :] = np.frombuffer(content, np.uint8).reshape(-1, width)
-    return wide.view("<i4").ravel() / 2.0**31
-
-
-def resample(samples: NDArray[np.floating], rate: int) -> NDArray[np.float32]:
-    """From `rate` to 16 kHz by cutting or extending the spectrum: no phase shift, nothing above either Nyquist rate.
-
-    Args:
-        samples: [n], at `rate` Hz.
-        rate: at least 1.
-
-    Returns:
-        [ceil(n x 16000 / rate)].
-    """
-    if rate == SAMPLE_RATE:
-        return samples.astype(np.float32)
-    step, new_step = rate // math.gcd(rate, SAMPLE_RATE), SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)
-    # A spectrum belongs to a periodic signal: silence keeps the end from ringing into the beginning. The length must
-    # be a multiple of `step`, so that both rates have a whole number of samples in it.
-    blocks = math.ceil((len(samples) + rate // 20) / step)
-    unit = 1 << max(0, blocks.bit_length() - 5)
-    blocks = math.ceil(blocks / unit) * unit  # nearly a power of two: large factors make the transform slow
-    padded = np.zeros(blocks * step)
-    padded[: len(samples)] = samples
-    spectrum = np.fft.rfft(padded)
-    wanted = np.zeros(blocks * new_step // 2 + 1, spectrum.dtype)
-    kept = min(len(spectrum), len(wanted))
-    wanted[:kept] = spectrum[:kept]
-    resampled = np.fft.irfft(wanted, blocks * new_step) * (new_step / step)
-    return resampled[: math.ceil(len(samples) * SAMPLE_RATE / rate)].astype(np.float32)
+def _check_whole(file: Path) -> None:
+    """Refuse a WAV file that says it is longer than it is: libsndfile would give what is there, and say nothing."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    claimed, actual = int.from_bytes(head[4:], "little") + 8, file.stat().st_size
+    streamed = head[4:] == b"\xff\xff\xff\xff"  # written into a pipe, by somebody who could not know
+    if head[:4] == b"RIFF" and not streamed and claimed > actual:
+        raise DataError(f"{file} is truncated: {actual} of {claimed} bytes. Copy it again.")

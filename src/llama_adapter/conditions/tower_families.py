@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
-from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import (
+    CLIPImageProcessorPil,
+    PretrainedConfig,
+    SiglipImageProcessorPil,
+    ViTImageProcessorPil,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.conditions.inputs import MelSteps, PictureSteps, Steps, WaveSteps, with_settings
+from llama_adapter.conditions.processors import Piece, mel_pieces, picture_pieces, wave_pieces
 from llama_adapter.errors import AdapterError, UnsupportedModelError
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class TowerFamily:
         model_class: configuration -> name of the class in transformers that has this encoder and nothing else.
         embed: (model, hidden state [N, T, W]) -> [N, T, D], the way the model treats its last one.
         pool: the same -> [N, D], one vector a piece; None is a mean over time, which `Tower` takes.
-        steps: (configuration of the encoder, preprocessor_config.json) -> how inputs become tensors.
-        fixed_size: pictures must have the size that the position embeddings were made for.
+        processor: configuration of the encoder -> transformers' processor for a folder that has none of its own.
+        pieces: (processor, configuration of the encoder, input) -> what the encoder takes.
+        input_shape: configuration of the encoder -> shape of a piece; None where it varies.
+        fixed_size: it must be that one, as the position embeddings were made for it.
+        own_processor: what a folder names is passed over for `processor`'s class, as it would need torchvision.
         load_options: for `from_pretrained`.
         optional: weights that a checkpoint may lack, because nothing here reads them.
     """
@@ -38,8 +44,11 @@ class TowerFamily:
     model_class: Callable[[PretrainedConfig], str]
     embed: Callable[[Any, Tensor], Tensor]
     pool: Callable[[Any, Tensor], Tensor] | None
-    steps: Callable[[PretrainedConfig, Mapping[str, Any]], Steps]
-    fixed_size: bool = False
+    processor: Callable[[PretrainedConfig], Any]
+    pieces: Callable[[Any, PretrainedConfig, Any], list[Piece]]
+    input_shape: Callable[[PretrainedConfig], tuple[int, ...]] | None
+    fixed_size: bool = True
+    own_processor: bool = False
     load_options: Mapping[str, Any] | None = None
     optional: tuple[str, ...] = ()
 
@@ -79,20 +88,24 @@ def _unchanged(model: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _clip_steps(config: PretrainedConfig, settings: Mapping[str, Any]) -> Steps:
-    size = config.image_size
-    return with_settings(PictureSteps(size, (size, size), CLIP_MEAN, CLIP_STD), settings)
+def _square(config: PretrainedConfig) -> dict[str, int]:
+    return {"height": config.image_size, "width": config.image_size}
 
 
-def _siglip_steps(config: PretrainedConfig, settings: Mapping[str, Any]) -> Steps:
-    size = config.image_size
-    return with_settings(PictureSteps((size, size), None, HALF, HALF), settings)
+def _picture_shape(config: PretrainedConfig) -> tuple[int, ...]:
+    return (3, config.image_size, config.image_size)
 
 
-def _dino_steps(config: PretrainedConfig, settings: Mapping[str, Any]) -> Steps:
-    size, bilinear = config.image_size, int(Image.Resampling.BILINEAR)
-    defaults = PictureSteps((size, size), None, IMAGENET_MEAN, IMAGENET_STD, bilinear, scale_first=True)
-    return with_settings(defaults, settings)
+def _clip_processor(config: PretrainedConfig) -> Any:
+    return CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=_square(config))
+
+
+def _siglip_processor(config: PretrainedConfig) -> Any:
+    return SiglipImageProcessorPil(size=_square(config))
+
+
+def _dino_processor(config: PretrainedConfig) -> Any:
+    return ViTImageProcessorPil(size=_square(config), image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
 
 
 def _clip_class(config: PretrainedConfig) -> str:
@@ -104,14 +117,30 @@ def _is_projected(config: PretrainedConfig) -> bool:
     return config.model_type == "clip" or any("WithProjection" in name for name in config.architectures or ())
 
 
-_CLIP = TowerFamily("picture", _clip_class, _clip_embed, _clip_pool, _clip_steps, fixed_size=True)
+_CLIP = TowerFamily("picture", _clip_class, _clip_embed, _clip_pool, _clip_processor, picture_pieces, _picture_shape)
 _SIGLIP = TowerFamily(
-    "picture", lambda config: "SiglipVisionModel", _siglip_embed, _siglip_pool, _siglip_steps, fixed_size=True
+    "picture",
+    lambda config: "SiglipVisionModel",
+    _siglip_embed,
+    _siglip_pool,
+    _siglip_processor,
+    picture_pieces,
+    _picture_shape,
 )
 TOWERS: dict[str, TowerFamily] = {
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
-    "dinov3_vit": TowerFamily("picture", lambda config: "DINOv3ViTModel", _dino_embed, _dino_pool, _dino_steps),
+    "dinov3_vit": TowerFamily(
+        "picture",
+        lambda config: "DINOv3ViTModel",
+        _dino_embed,
+        _dino_pool,
+        _dino_processor,
+        picture_pieces,
+        _picture_shape,
+        fixed_size=False,
+        own_processor=True,
+    ),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
     "wav2vec2": TowerFamily(
@@ -119,7 +148,9 @@ TOWERS: dict[str, TowerFamily] = {
         lambda config: "Wav2Vec2Model",
         _unchanged,
         None,
-        WaveSteps.of,
+        lambda config: Wav2Vec2FeatureExtractor(),
+        wave_pieces,
+        input_shape=None,
         optional=("masked_spec_embed",),  # hides stretches in training
     ),
     "whisper": TowerFamily(
@@ -127,7 +158,9 @@ TOWERS: dict[str, TowerFamily] = {
         lambda config: "WhisperEncoder",
         _unchanged,
         None,
-        lambda config, settings: MelSteps(config.num_mel_bins, config.max_source_positions),
+        lambda config: WhisperFeatureExtractor(feature_size=config.num_mel_bins),
+        mel_pieces,
+        lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
         load_options={"key_mapping": {r"^(model\.)?encoder\.": ""}},
     ),
 }
@@ -135,7 +168,7 @@ _NAFLEX = (
     "its pictures have no fixed number of patches (NaFlex); SigLIP 2 of a fixed resolution, such as "
     "google/siglip2-base-patch16-224, is of family 'siglip' and works"
 )
-REFUSED: dict[str, str] = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}
+REFUSED_TOWERS: dict[str, str] = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}
 
 
 def tower_family(config: PretrainedConfig) -> TowerFamily:
@@ -147,7 +180,7 @@ def tower_family(config: PretrainedConfig) -> TowerFamily:
     name = config.model_type
     if name in TOWERS:
         return TOWERS[name]
-    reason = REFUSED.get(name, "nobody has added it to the table in llama_adapter/conditions/tower_families.py yet")
+    reason = REFUSED_TOWERS.get(name, "nobody has added it to llama_adapter/conditions/tower_families.py yet")
     raise UnsupportedModelError(
         f"Models of family '{name}' cannot be a tower: {reason}. Supported: {', '.join(sorted(TOWERS))}."
     )

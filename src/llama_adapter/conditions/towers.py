@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoFeatureExtractor, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.feature_extraction_auto import get_feature_extractor_config
+
+# Not from transformers itself, whose 5.17 hands out a stand-in that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor, get_image_processor_config
 
 from llama_adapter.base import first_sentence, quiet, read_config, resolve_model
-from llama_adapter.conditions.inputs import PictureSteps, Piece, Steps
+from llama_adapter.conditions.processors import Piece
 from llama_adapter.conditions.tower_families import (
     TowerFamily,
     encoder_config,
@@ -43,13 +47,22 @@ class Tower:
         batch_size: pieces (pictures, frames, windows) of one forward.
     """
 
-    def __init__(self, name: str, config: PretrainedConfig, model: PreTrainedModel, steps: Steps) -> None:
-        self.name, self.config, self.steps = name, config, steps
+    def __init__(self, name: str, config: PretrainedConfig, model: PreTrainedModel, processor: Any) -> None:
+        self.name, self.config, self.processor = name, config, processor
         self.width, self.layers = tower_width(config), tower_layers(config)
         self.family: TowerFamily = tower_family(config)
+        self._encoder = encoder_config(config)
         self.sense = self.family.sense
         self.model = model.eval().requires_grad_(False)
         self.batch_size = 16
+
+    def pieces(self, given: Any) -> list[Piece]:
+        """What the encoder takes of one input: at least one piece.
+
+        Raises:
+            DataError: an input of another kind than this tower's.
+        """
+        return self.family.pieces(self.processor, self._encoder, given)
 
     @torch.no_grad()  # not inference_mode: what is trained on the features must be able to save them for backward
     def features(self, inputs: Sequence[Any], depths: Sequence[int] = (-1,)) -> Tensor:
@@ -63,7 +76,7 @@ class Tower:
             AdapterError: no such depth.
         """
         chosen = resolve_depths(tuple(depths), self.config, self.name)
-        cut = [self.steps.pieces(given) for given in inputs]
+        cut = [self.pieces(given) for given in inputs]
         vectors: list[Tensor] = []
         for batch, hidden_states in self._forward(cut):
             vectors += torch.stack([self._pool(hidden_states[depth], batch) for depth in chosen], 1).unbind()
@@ -84,7 +97,7 @@ class Tower:
             raise ModelError(
                 f"The tower '{self.name}' is for audio: visual prompts need a picture tower, such as CLIP."
             )
-        cut = [self.steps.pieces(given) for given in inputs]
+        cut = [self.pieces(given) for given in inputs]
         if any(len(pieces) > 1 for pieces in cut):
             raise DataError("A visual prompt is made of one picture, not of a video: give one frame of it.")
         found = [self.family.embed(self.model, states[-1]).float() for _, states in self._forward(cut)]
@@ -100,9 +113,10 @@ class Tower:
         return f"{self._fingerprint()}:{chosen}"
 
     def _fingerprint(self) -> str:
-        known = {key: value for key, value in encoder_config(self.config).to_dict().items() if key not in _VOLATILE}
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-        digest.update(f"{type(self.model).__name__} {self.steps!r} {self.model.dtype}".encode())
+        known = {key: value for key, value in self._encoder.to_dict().items() if key not in _VOLATILE}
+        settings = json.dumps([known, self.processor.to_dict()], sort_keys=True, default=str)
+        digest = hashlib.sha256(settings.encode())
+        digest.update(f"{type(self.model).__name__} {self.model.dtype}".encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
             # Training moves every value: a few of each tensor tell two checkpoints apart without reading gigabytes.
@@ -151,7 +165,7 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
     """
     config = load_tower_config(name)
     family = tower_family(config)
-    steps = _steps(name, config, _settings(name))
+    processor = _load_processor(name, config)
     options = {"config": encoder_config(config), "dtype": dtype, "device_map": {"": device}}
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -171,39 +185,49 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
             f"The weights of the tower '{name}' do not fit its config.json: {len(wrong)} tensors are missing or of "
             f"another shape, such as {wrong[0]}. Copy it again."
         )
-    return Tower(name, config, model, steps)
+    return Tower(name, config, model, processor)
 
 
-def _settings(name: str) -> Mapping[str, Any]:
-    """What the tower's folder says about preprocessing; empty where it says nothing."""
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        try:
-            path = cached_file(resolve_model(name, "tower"), file, _raise_exceptions_for_missing_entries=False)
-            values = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} of the tower '{name}' cannot be read: {first_sentence(error)}") from None
-        if file == "processor_config.json" and isinstance(values, dict):
-            values = values.get("image_processor", values.get("feature_extractor", {}))
-        if not isinstance(values, dict):
-            raise ModelError(f"{file} of the tower '{name}' holds a {type(values).__name__}, not settings by name.")
-        if values:
-            return values
-    return {}
-
-
-def _steps(name: str, config: PretrainedConfig, settings: Mapping[str, Any]) -> Steps:
-    encoder, family = encoder_config(config), tower_family(config)
+def _load_processor(name: str, config: PretrainedConfig) -> Any:
+    """transformers' processor as the tower's folder has it, or its family's; it gives what the encoder takes."""
+    family, encoder = tower_family(config), encoder_config(config)
+    picture = family.sense == "picture"
+    probes: list[Any] = [np.zeros(400, np.float32)]
+    if picture:
+        probes = [Image.new("RGB", size) for size in ((400, 200), (200, 400))]
     try:
-        steps = family.steps(encoder, settings)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"a size has no {error}" if isinstance(error, KeyError) else first_sentence(error).rstrip(".")
-        raise ModelError(f"preprocessor_config.json of the tower '{name}' cannot be used: {reason}.") from None
-    if not isinstance(steps, PictureSteps):
-        return steps
-    if steps.size is None or (family.fixed_size and steps.size != (encoder.image_size,) * 2):
-        found = "pictures of varying sizes" if steps.size is None else "pictures of {} x {}".format(*steps.size)
+        with quiet(reports=False):
+            processor = _read_processor(resolve_model(name, "tower"), family, encoder)
+            shapes = {
+                tuple(piece.values.shape) for probe in probes for piece in family.pieces(processor, encoder, probe)
+            }
+    except Exception as error:  # processors raise whatever their first wrong setting meets
+        raise ModelError(
+            f"preprocessor_config.json of the tower '{name}' cannot be used: {first_sentence(error)} "
+            "Restore it, or take it away for the settings of the tower's family."
+        ) from None
+    wanted = family.input_shape(encoder) if family.input_shape else None
+    if wanted and (len(shapes) > 1 or (family.fixed_size and wanted not in shapes)):
+        found = "inputs of varying sizes" if len(shapes) > 1 else f"inputs of {_times(*shapes)}"
         raise ModelError(
             f"preprocessor_config.json of the tower '{name}' gives {found}, and its config.json wants "
-            f"{encoder.image_size} x {encoder.image_size}: restore the two files."
+            f"{_times(wanted)}: restore the two files."
         )
-    return steps
+    return processor
+
+
+def _read_processor(folder: str, family: TowerFamily, encoder: PretrainedConfig) -> Any:
+    picture = family.sense == "picture"
+    settings = get_image_processor_config(folder) if picture else get_feature_extractor_config(folder)
+    named = settings.keys() & {"image_processor_type", "feature_extractor_type"}
+    if named and not family.own_processor:
+        if picture:  # by Pillow, so that features do not depend on whether torchvision is installed
+            return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+    default = family.processor(encoder)
+    told = {key: value for key, value in settings.items() if value is not None and key not in named}
+    return type(default)(**{**default.to_dict(), **told}) if told else default
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -26,7 +26,7 @@ from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
-from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.core.families import max_positions
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.routing import Adapter
@@ -107,7 +107,7 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
 
     Raises:
         ConfigError: there is a condition and nothing in the data to perceive.
-        LlamaAdapterError: see `llama_adapter.conditions.perception.describe`.
+        LlamaAdapterError: see `llama_adapter.conditions.perception.condition_config`.
     """
     files = data.media()
     if config.condition is None:
@@ -119,7 +119,7 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
             f"condition is {config.condition}, and no record names a file: give data with 'image' keys, or leave "
             "--condition out."
         )
-    return describe(
+    return condition_config(
         config.condition,
         config.tower,
         config.tower_depths,
