@@ -1,5 +1,6 @@
 """Text in, text out: a base with its adapters answers prompts written as in training."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,6 +34,8 @@ from llama_adapter.inference.compiled import compiled_steps, static_cache
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.steps import use_quick_steps
 from llama_adapter.settings import Precision
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ def load_session(
     }
     tokenizer = load_tokenizer(model)
     base = load_base(model, device, precision, load_in_4bit)
+    log.info("base: %s on %s in %s", model, device.type, str(base.dtype).removeprefix("torch."))
     for name, folder in adapters.items():
         load_adapter(base, folder, name)
     use_quick_steps(base)
