@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from llama_adapter.core.model import Adapter, add_adapter, get_adapter, list_adapters, remove_adapter, use_adapter
     from llama_adapter.errors import LlamaAdapterError
     from llama_adapter.formats.native import load_adapter, save_adapter
+    from llama_adapter.training.callback import AdapterCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdapterCallback",
     "AdapterConfig",
     "LlamaAdapterError",
     "add_adapter",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdapterCallback": "training.callback",
     "AdapterConfig": "core.config",
     "LlamaAdapterError": "errors",
     "load_adapter": "formats.native",
