@@ -19,8 +19,8 @@ class AdapterCallback(TrainerCallback):
 
     The trainer's own `model.safetensors` then holds only what is trained, so that `load_best_model_at_end` and
     `resume_from_checkpoint` read the adapter back and the base is never written. From the trainer's making to the
-    end of its training this goes for every `model.save_pretrained`; afterwards the model saves as before. A training that
-    an exception ends leaves it so: `model._keys_to_ignore_on_save = None` undoes it.
+    end of its training this goes for every `model.save_pretrained`; afterwards the model saves as before. A training
+    that an exception ends leaves it so: `model._keys_to_ignore_on_save = None` undoes it.
 
     Args:
         name: of the adapter that is saved; what the trainer restores is every parameter that it trains.
