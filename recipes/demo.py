@@ -55,7 +55,7 @@ def main() -> None:
 def ask(tasks: Sequence[Task], adapter: str | None) -> tuple[Score, list[str]]:
     """Score and greedy answers of the bundled base, with an adapter or without."""
     adapters = {} if adapter is None else {"demo": adapter}
-    session = load_session("bundled", adapters, default_device(), template="alpaca")
+    session = load_session("bundled", adapters, default_device(), "fp32", template="alpaca")
     scores, answers = evaluate_instructions(session, "demo" if adapters else None, tasks)
     return scores[-1], answers
 

@@ -10,6 +10,8 @@ import torch
 from runs import write_base, write_data
 
 torch.set_num_threads(1)
+for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+    setattr(torch.cpu, probe, lambda: False)  # --precision auto is fp32 here, whatever the processor
 
 
 @pytest.fixture(scope="module")

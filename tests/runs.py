@@ -81,6 +81,7 @@ def recipe(base: Path, data: Path, output: Path, **changes) -> TrainConfig:
         "micro_batch_size": 4,
         "lr": 0.02,
         "trackers": ("none",),
+        "precision": "fp32",
         "save_every": 2,
     }
     return TrainConfig(**{**values, **changes})

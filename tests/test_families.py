@@ -11,6 +11,7 @@ from llama_adapter import AdapterConfig, add_adapter, remove_adapter, use_adapte
 from llama_adapter.core.families import FAMILIES, REFUSED, attention_modules, family_of
 from llama_adapter.core.zero_init import second_softmax
 from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.training.loop import enable_checkpointing
 
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -217,3 +218,36 @@ def test_every_configured_family_is_built_with_its_own_class():
     for family, row in FAMILIES.items():
         assert tiny_config(family).model_type == family
         assert row.attention.endswith("Attention")
+
+
+@families
+def test_checkpointing_recomputes_the_layers_of_a_base_that_answers_as_in_evaluation(family):
+    config = tiny_config(family)
+    noise = [key for key in config.to_dict() if "drop" in key or "jitter" in key]
+    for key in noise:
+        setattr(config, key, 0.5)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tokens()
+    adapter, calls = adapted(model), []
+    for module in attention_modules(model):
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def loss_and_gradients():
+        calls.clear()
+        model.zero_grad()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())]
+
+    plain = loss_and_gradients()
+    assert len(calls) == LAYERS
+    enable_checkpointing(model)
+    for _ in range(3):
+        for mine, expected in zip(loss_and_gradients(), plain, strict=True):
+            torch.testing.assert_close(mine, expected)
+        assert len(calls) == 2 * LAYERS
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, labels=ids, use_cache=False).loss, plain[0])
+    if noise:  # it would show
+        model.train()
+        assert not torch.allclose(loss_and_gradients()[1], plain[1])

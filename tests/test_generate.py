@@ -468,6 +468,22 @@ def test_prompt_files_that_cannot_be_read_are_named(tmp_path):
             read_prompts(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_auto_is_bf16_on_a_cpu_that_computes_in_it_and_the_log_says_so(base, monkeypatch, caplog, probe):
+    caplog.set_level("INFO", "llama_adapter")
+    monkeypatch.setattr(torch.cpu, probe, lambda: True)
+    assert load_session(str(base), {}, CPU).model.dtype == torch.bfloat16
+    assert load_session(str(base), {}, CPU, "fp32").model.dtype == torch.float32
+    assert caplog.messages == [f"base: {base} on cpu in bfloat16", f"base: {base} on cpu in float32"]
+
+
+def test_auto_is_fp32_on_a_cpu_without_bf16_or_where_torch_cannot_tell(base, monkeypatch):
+    assert load_base(str(base), CPU).dtype == torch.float32
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, probe)
+    assert load_base(str(base), CPU).dtype == torch.float32
+
+
 def test_four_bit_weights_need_cuda(base):
     with pytest.raises(ModelError, match=r"--load-in-4bit needs a CUDA device, and this is cpu"):
         load_base(str(base), CPU, load_in_4bit=True)

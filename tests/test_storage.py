@@ -1,6 +1,7 @@
 """An adapter on disk: what is written, what is refused, and that a refusal leaves the model alone."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from llama_adapter import (
 )
 from llama_adapter.core.config import FORMAT_VERSION
 from llama_adapter.errors import AdapterError
+from llama_adapter.files import write_atomically
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, config_from, read_config, read_tensors
 
 IDS = tokens()
@@ -111,8 +113,49 @@ def test_the_config_file_holds_every_field(saved):
 
 def test_only_the_two_files_are_left_in_the_folder(saved):
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
-    for path in saved.iterdir():
-        assert path.stat().st_mode & 0o777 == 0o644
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+UNIX = pytest.mark.skipif(os.name != "posix", reason="permissions as Unix has them")
+
+
+@UNIX
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_new_files_have_the_permissions_of_the_user_s_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", b"new")
+        assert os.umask(umask) == umask  # left as it was
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "file") == 0o666 & ~umask
+
+
+@UNIX
+@pytest.mark.parametrize("permissions", [0o600, 0o640, 0o666])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, permissions):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(permissions)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert mode(path) == permissions
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_parents_of_the_folder_are_created(tmp_path):

@@ -260,15 +260,38 @@ def test_tensorboard_events_are_written(base, data, tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
-def test_learning_rate_warms_up_peaks_and_decays_to_nothing():
+def test_learning_rate_warms_up_peaks_and_decays():
     config = TrainConfig(epochs=5, warmup_epochs=2, batch_size=64)
     assert config.peak_lr == pytest.approx(9e-3 * 64 / 256)
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates.index(max(rates)) == 39
     assert max(rates) == pytest.approx(config.peak_lr)
     assert rates[0] == pytest.approx(config.peak_lr / 40)
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert learning_rate(config, 100, 100) == pytest.approx(0, abs=1e-12)
+    assert 0 < rates[-1] < 0.01 * config.peak_lr
     assert rates == sorted(rates[:40]) + sorted(rates[40:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 0.2, 2, 5])
+@pytest.mark.parametrize("total", [1, 2, 3, 10])
+def test_every_step_of_a_short_run_trains(total, warmup_epochs):
+    config = TrainConfig(epochs=5, warmup_epochs=warmup_epochs)
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    assert min(rates) > 0.01 * config.peak_lr
+    assert max(rates) <= config.peak_lr
+
+
+def test_the_rate_stays_above_its_floor():
+    config = TrainConfig(lr=1.0, min_lr=0.25)
+    rates = [learning_rate(config, step, 20) for step in range(21)]
+    assert rates[20] == pytest.approx(0.25)
+    assert 0.25 < rates[19] < rates[18]
+
+
+def test_a_run_of_one_step_trains(base, data, tmp_path):
+    train(recipe(base, data, tmp_path / "out", max_steps=1))
+    model = load_base(str(base), CPU)
+    assert any(bool(layer.gate.any()) for layer in load_adapter(model, tmp_path / "out" / "last").layers.values())
 
 
 def test_every_epoch_sees_every_example_once_in_another_order():

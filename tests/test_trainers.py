@@ -5,10 +5,20 @@ import math
 import pytest
 import torch
 from runs import WORDS, tiny_tokenizer
+from safetensors.torch import load_file
 from tiny import COMMON
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
 
-from llama_adapter import AdapterConfig, add_adapter, get_adapter, use_adapter
+from llama_adapter import AdapterCallback, AdapterConfig, add_adapter, get_adapter, load_adapter, use_adapter
+from llama_adapter.errors import AdapterError, TrainingError
 
 STEPS = 6
 # transformers 5.23 renames the option; earlier versions know the old name only
@@ -141,3 +151,144 @@ def test_trl_s_sft_trainer_trains_the_adapter_and_nothing_else(tmp_path, model, 
     assert loss_of(model, tokenizer, texts) < loss
     with use_adapter(model, None):
         assert loss_of(model, tokenizer, texts) == pytest.approx(loss, abs=1e-6)
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "lr_scheduler_type": "linear",
+}
+
+
+def rows_of(tokenizer, texts):
+    return [{"input_ids": ids, "labels": ids} for ids in tokenizer(texts)["input_ids"]]
+
+
+def equally_long(tokenizer):
+    """Rows that need no padding."""
+    texts = [TEXTS[0], TEXTS[0].upper(), TEXTS[0][::-1]] * 4
+    length = min(len(ids) for ids in tokenizer(texts)["input_ids"])
+    return [{key: ids[:length] for key, ids in row.items()} for row in rows_of(tokenizer, texts)]
+
+
+def trainer_of(model, tokenizer, folder, **changes):
+    rows = equally_long(tokenizer)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **{**COMMON_ARGUMENTS, **BEST, **changes}),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[AdapterCallback()],
+    )
+
+
+def fresh_base(like):
+    """The base that `like` was before it was adapted."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(like.config)
+
+
+def state(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_has(model, tensors):
+    mine = get_adapter(model).state_dict()
+    assert mine.keys() == tensors.keys()
+    for key in mine:
+        assert torch.equal(mine[key], tensors[key]), key
+
+
+def test_a_checkpoint_of_trainer_is_an_adapter_s_folder_without_the_base(tmp_path, model, tokenizer):
+    trainer = trainer_of(model, tokenizer, tmp_path)
+    assert trainer.args.optim == "adamw_torch_fused"
+    trainer.train()
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    assert_has(model, state(folder))
+    whole = sum(tensor.nbytes for tensor in fresh_base(model).state_dict().values())
+    assert (folder / "model.safetensors").stat().st_size < whole / 5
+    assert load_file(folder / "model.safetensors").keys() == {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    base = fresh_base(model)
+    load_adapter(base, folder)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_on_rows(base, trainer.eval_dataset), abs=1e-6)
+
+
+@torch.no_grad()
+def loss_on_rows(model, rows):
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return float(model.eval()(ids, labels=ids, use_cache=False).loss)
+
+
+def test_the_best_adapter_is_back_at_the_end(tmp_path, model, tokenizer):
+    # the highest loss counts as the best one, so that the best checkpoint is the first and not the last
+    trainer = trainer_of(model, tokenizer, tmp_path, metric_for_best_model="eval_loss", greater_is_better=True)
+    trainer.train()
+    best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    assert str(best) == trainer.state.best_model_checkpoint
+    assert best.name == "checkpoint-2"
+    assert_has(model, state(best))
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(set(losses)) == len(losses) == 3
+    assert trainer.state.best_metric == max(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)
+    base = fresh_base(model)
+    load_adapter(base, best)
+    assert loss_on_rows(base, trainer.eval_dataset) == pytest.approx(max(losses), abs=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resumed_trainer_ends_where_one_that_was_not_stopped_does(tmp_path, model, tokenizer, tied, caplog):
+    def base():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "tie_word_embeddings": tied}))
+
+    def adapted_base():
+        made = base()
+        add_adapter(made, AdapterConfig(adapter_len=4, adapter_layers=2))
+        return made
+
+    torch.manual_seed(1)
+    whole = adapted_base()
+    trainer_of(whole, tokenizer, tmp_path, load_best_model_at_end=False).train()
+    torch.manual_seed(2)  # other prompts than the run began with
+    resumed = adapted_base()
+    before = {name: parameter.clone() for name, parameter in base().named_parameters()}
+    transformers_logging.enable_propagation()
+    try:
+        trainer = trainer_of(resumed, tokenizer, tmp_path / "resumed", load_best_model_at_end=False)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    finally:
+        transformers_logging.disable_propagation()
+    assert "missing keys" not in caplog.text
+    assert trainer.state.global_step == STEPS
+    assert_has(resumed, state(tmp_path / f"checkpoint-{STEPS}"))
+    now = dict(resumed.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+
+
+def test_after_training_the_model_saves_itself_as_before(tmp_path, model, tokenizer):
+    model._keys_to_ignore_on_save = {"lm_head.weight"}
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=2)
+    trainer.train()
+    assert model._keys_to_ignore_on_save == {"lm_head.weight"}
+    model._keys_to_ignore_on_save = set()
+    model.save_pretrained(tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_the_callback_says_so_when_there_is_no_such_adapter(tmp_path, model, tokenizer):
+    arguments = TrainingArguments(output_dir=str(tmp_path), **COMMON_ARGUMENTS)
+    with pytest.raises(AdapterError, match="defautl"):
+        Trainer(model=model, args=arguments, callbacks=[AdapterCallback("defautl")])
+    assert not model._keys_to_ignore_on_save
+
+
+def test_the_callback_says_so_when_checkpoints_are_elsewhere(tmp_path, model):
+    arguments = TrainingArguments(output_dir=str(tmp_path), **COMMON_ARGUMENTS)
+    with pytest.raises(TrainingError, match="checkpoint-3"):
+        AdapterCallback().on_save(arguments, TrainerState(global_step=3), TrainerControl(), model=model)

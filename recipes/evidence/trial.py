@@ -68,7 +68,7 @@ def run(trial: Trial) -> dict[str, Any]:
     config = load_recipe("bundled", overrides)
     tokenizer = load_tokenizer(config.model)
     data = prepare(dataclasses.replace(config, seed=0), tokenizer)  # one split for all seeds
-    prepared = METHODS[trial.method](load_base(config.model, CPU), trial.options)
+    prepared = METHODS[trial.method](load_base(config.model, CPU, "fp32"), trial.options)
     began = time.perf_counter()
     curve, val_curve = fit(prepared, config, data.train, data.val)
     seconds = time.perf_counter() - began
@@ -145,7 +145,7 @@ def base_figures() -> dict[str, Any]:
     from world import heldout_facts, load_world
 
     config = load_recipe("bundled", {})
-    tokenizer, model = load_tokenizer(config.model), load_base(config.model, CPU)
+    tokenizer, model = load_tokenizer(config.model), load_base(config.model, CPU, "fp32")
     world = load_world()
     held = sorted(heldout_facts(world))
     pairs = [(fact, pair) for fact in held for pair in recall.statement_pairs(world, fact, 2)]

@@ -49,7 +49,7 @@ def main() -> None:
         "overwrite": True,
     } | ({"max_steps": args.max_steps} if args.max_steps else {})
     result = train(load_recipe(str(HERE / "recipe.yaml"), overrides))
-    session = load_session("bundled", {"pictures": str(result.output_dir)}, default_device())
+    session = load_session("bundled", {"pictures": str(result.output_dir)}, default_device(), "fp32")
     asked = [q for q in read_scienceqa(questions, "test") if q.image is not None]
     rows = ask(session, asked)
     show(rows)

@@ -112,7 +112,7 @@ def run(trial: Trial) -> dict[str, Any]:
     config = load_recipe(str(HERE / "recipe.yaml"), overrides)
     with gates_from(trial.gate_start) if trial.gate_start else nullcontext():
         result = training.train(config)
-    session = load_session("bundled", {"pictures": config.output_dir}, CPU)
+    session = load_session("bundled", {"pictures": config.output_dir}, CPU, "fp32")
     return {
         "parameters": get_adapter(session.model, "pictures").num_parameters,
         "train_loss": round(result.train_loss or 0.0, 4),

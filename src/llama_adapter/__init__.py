@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from llama_adapter.errors import LlamaAdapterError
     from llama_adapter.formats.native import load_adapter, save_adapter
     from llama_adapter.inference.session import load_session
+    from llama_adapter.training.callback import AdapterCallback
     from llama_adapter.training.config import TrainConfig
     from llama_adapter.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdapterCallback",
     "AdapterConfig",
     "LlamaAdapterError",
     "TrainConfig",
@@ -53,6 +55,7 @@ __all__ = [
 
 _HOME = {
     "Adapter": "core.routing",
+    "AdapterCallback": "training.callback",
     "AdapterConfig": "core.config",
     "LlamaAdapterError": "errors",
     "TrainConfig": "training.config",

@@ -119,12 +119,20 @@ def load_base(
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """`precision` as a dtype: "auto" is bf16 where the hardware computes in it, else fp32.
 
-    A CPU emulates bf16 at a fraction of its fp32 speed, so "auto" means fp32 there.
+    A CPU without instructions for bf16 emulates it at a fraction of its fp32 speed.
     """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 or device.type == "xpu" else torch.float32
+    return torch.bfloat16 if _computes_bf16(device) else torch.float32
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: a torch may lack them
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu"
 
 
 def _four_bit(dtype: torch.dtype) -> Any:

@@ -1,23 +1,30 @@
 """Files written so that no reader, and no crash, ever meets half of one."""
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_adapter.errors import AdapterError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, so that `path` is never half written."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write through a temporary file in the same folder, so that `path` is never half written.
+
+    A new file has the permissions that the user's umask gives, one that is replaced keeps its own.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # tempfile's are the user's alone, and the umask cannot be read without changing it for every thread
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

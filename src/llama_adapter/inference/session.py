@@ -1,5 +1,6 @@
 """Text in, text out: a base with its adapters answers prompts written as in training."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from llama_adapter.formats.native import check_base, load_adapter, read_config, 
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine, Row
 from llama_adapter.settings import Precision
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ def load_session(
     }
     tokenizer = load_tokenizer(model)
     base = load_base(model, device, precision, load_in_4bit)
+    log.info("base: %s on %s in %s", model, device.type, str(base.dtype).removeprefix("torch."))
     for name, folder in adapters.items():
         load_adapter(base, folder, name)
     fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"

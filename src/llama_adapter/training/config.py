@@ -79,7 +79,7 @@ class TrainConfig:
     micro_batch_size: Count = setting(8, "Examples per forward on one process.", "Optimisation")
     base_lr: Positive = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
     lr: Positive | None = setting(None, "Learning rate as it is, instead of --base-lr.", "Optimisation")
-    min_lr: NotNegative = setting(0.0, "Where the cosine decay ends.", "Optimisation")
+    min_lr: NotNegative = setting(0.0, "Where the cosine decay ends, one step after the last.", "Optimisation")
     weight_decay: NotNegative = setting(0.02, "AdamW's, on prompts and gates alike.", "Optimisation")
     max_grad_norm: Positive | None = setting(None, "Clip the gradient's norm (default: never).", "Optimisation")
     seed: Seed = setting(0, "Of initialisation, split and order.", "Optimisation")

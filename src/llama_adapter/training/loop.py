@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
@@ -174,13 +175,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass. transformers does so in training mode only."""
+    """Recompute the layers' activations in the backward pass, while the frozen base answers as in evaluation.
+
+    transformers recomputes the layers that are in training mode, and asks that of the layer object alone. What lies
+    inside stays in evaluation mode, so that no dropout and no router noise of the base's configuration sets in.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
-    model.train()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the frozen base answers as in evaluation
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 class Run:

@@ -19,12 +19,13 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down to `min_lr`.
+    """Rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down towards `min_lr`.
 
-    The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe).
+    The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe). The cosine is
+    at `min_lr` one step after the end: every step trains, the last one and an only one too.
     """
     warmup = total * config.warmup_epochs / config.epochs
     if step + 1 < warmup:
         return config.peak_lr * (step + 1) / warmup
-    done = min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))
+    done = (step + 1 - warmup) / (total + 1 - warmup)
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
