@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from llama_adapter.core.packed_attention import SEGMENTS, Segments
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import MicroBatch, collate
 from llama_adapter.training.loss import response_loss
-from llama_adapter.training.packed_attention import SEGMENTS, Segments
 from llama_adapter.training.packing import PackedRow, pack
 
 LONGEST = 512

@@ -10,10 +10,11 @@ from tiny import VOCAB, adapted, open_gates, tiny_llama, tiny_model
 from transformers import GenerationConfig
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.core.compiler import compile_layers
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate
 from llama_adapter.errors import ModelError
-from llama_adapter.inference.compiled import ROUND, compile_layers, compiled_steps, static_cache
+from llama_adapter.inference.compiled import ROUND, compiled_steps, static_cache
 from llama_adapter.inference.steps import use_quick_steps
 from llama_adapter.training.loss import packed_loss, response_losses
 from llama_adapter.training.packing import pack
@@ -35,9 +36,10 @@ def written(model, steps=6, prompt=PROMPT, compiled=False):
 def counted(monkeypatch):
     """Compile with a backend that runs the graph as it is, and count the graphs."""
     graphs = []
-    monkeypatch.setattr(
-        "llama_adapter.inference.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
+    for module in ("core.compiler", "inference.compiled"):
+        monkeypatch.setattr(
+            f"llama_adapter.{module}.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward
+        )
     monkeypatch.setattr("llama_adapter.inference.compiled._mode", lambda decoder: None)
     torch._dynamo.reset()
     return graphs

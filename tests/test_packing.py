@@ -7,12 +7,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter.core.families import FAMILIES
+from llama_adapter.core.packed_attention import Segments, attend
+from llama_adapter.core.varlen import attend_at_once, fits
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, response_tokens
 from llama_adapter.training.loss import response_loss, why_not_packed
-from llama_adapter.training.packed_attention import Segments, attend
 from llama_adapter.training.packing import pack, packed_rows, shared_prefix
-from llama_adapter.training.varlen import attend_at_once, fits
 
 CPU = torch.device("cpu")
 EAGER = {"gemma2", "gpt_oss"}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from llama_adapter.cli import evaluate_scienceqa, options
 from llama_adapter.cli.parser import Parser, add_command
-from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.instructions import Score
@@ -40,10 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score every model and print the table."""
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    options.at_least_one(args, "batch_size", "max_new_tokens", "limit")
     from tqdm.auto import tqdm
 
     from llama_adapter.evaluation.instructions import as_table, evaluate_instructions, read_tasks

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from llama_adapter.core.fixed_dtype import FixedDtype
+from llama_adapter.core.packed_attention import SEGMENTS, Segments, attend
 from llama_adapter.core.prompt_cache import Place, PromptCache
-from llama_adapter.training.packed_attention import SEGMENTS, Segments, attend
 
 SLOT = "zero_init"
 """Name under which an attention module holds its `AdapterSlot`."""

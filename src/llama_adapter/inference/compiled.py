@@ -1,6 +1,4 @@
-"""torch.compile, where it helps: the layers in training, and a whole step of decoding.
-
-In training each layer is compiled for any number of tokens, except for its attention over packed examples.
+"""torch.compile for a whole step of decoding.
 
 A step of decoding is many small operations; on a GPU most of its time goes into starting them. Compiled, they are fused
 and (there) replayed as one CUDA graph. The prompts of the adapters come into the graph ready, as inputs: another
@@ -16,23 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from llama_adapter.core.families import attention_modules
-from llama_adapter.errors import ModelError
+from llama_adapter.core.compiler import BACKEND, compiler_errors
 
-BACKEND = "inductor"
 ROUND = 256
 """Cache sizes are multiples of it, so that answers of like lengths share a compilation."""
 
 _forwards: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
 _caches: "WeakKeyDictionary[nn.Module, tuple[tuple[int, int], StaticCache]]" = WeakKeyDictionary()
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every decoder layer, in place and for any number of tokens; the work is done at the first forward."""
-    attention = {id(module) for module in attention_modules(model)}
-    for layer in model.modules():
-        if any(id(module) in attention for module in layer.children()):
-            layer.compile(dynamic=True, backend=BACKEND)
 
 
 def static_cache(model: PreTrainedModel, rows: int, tokens: int) -> StaticCache:
@@ -77,22 +65,6 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
         del decoder.forward
         if before is not None:  # quick steps
             decoder.forward = before
-
-
-@contextmanager
-def compiler_errors() -> Iterator[None]:
-    """Say in one sentence that there is nothing to compile with.
-
-    Raises:
-        ModelError: so.
-    """
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise ModelError(
-            f"--compile found no way to compile ({type(error.inner_exception).__name__}): install a C++ compiler, on a "
-            "GPU Triton, or leave the flag out."
-        ) from None
 
 
 def _compiled(decoder: nn.Module) -> Callable[..., Any]:

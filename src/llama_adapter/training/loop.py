@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 from llama_adapter.base import load_base, load_config, load_tokenizer
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception, describe
+from llama_adapter.core.compiler import compile_layers, compiler_errors
 from llama_adapter.core.families import max_positions
 from llama_adapter.core.model import Adapter, add_adapter, resolve_layers, use_adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
-from llama_adapter.inference.compiled import compile_layers, compiler_errors
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.fp8 import quantise_base, require_fp8

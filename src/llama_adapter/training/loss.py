@@ -5,9 +5,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from llama_adapter.core.families import text_config
+from llama_adapter.core.packed_attention import SEGMENTS
 from llama_adapter.data import IGNORE
 from llama_adapter.data.batches import MicroBatch
-from llama_adapter.training.packed_attention import SEGMENTS
 from llama_adapter.training.packing import PackedRow
 
 

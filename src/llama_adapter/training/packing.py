@@ -7,8 +7,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from llama_adapter.core.packed_attention import Segments
 from llama_adapter.data.encode import IGNORE, Encoded
-from llama_adapter.training.packed_attention import Segments
 
 HEAD = 16
 """Examples that agree in so many first tokens are packed together: they were written in the same template."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.training.varlen import Ranges, attend_at_once, fits
+from llama_adapter.core.varlen import Ranges, attend_at_once, fits
 
 SEGMENTS = "packed_segments"
 """Name of the keyword argument that carries `Segments` from a model's forward to its attention."""
