@@ -12,7 +12,7 @@ import pytest
 
 from llama_adapter.cli import evaluate_scienceqa
 from llama_adapter.cli.parser import Parser
-from llama_adapter.data.sources import READERS, load_examples
+from llama_adapter.data.sources import SOURCES, load_examples
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.evaluation.scienceqa.questions import (
     LETTERS,
@@ -256,7 +256,7 @@ def test_a_question_without_an_answer_is_a_bad_record_and_a_missing_picture_stop
 
 
 def test_every_reader_is_there_and_none_is_imported_before_it_is_asked_for():
-    for path in READERS.values():
+    for path in SOURCES.values():
         module, _, name = path.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
     code = "import sys, llama_adapter.data\nprint([m for m in sys.modules if m.startswith('llama_adapter.evaluation')])"
@@ -683,8 +683,8 @@ def test_command_refuses_what_it_cannot_do(answers_file):
 
 
 def test_the_commands_choices_are_those_of_the_evaluation():
-    assert tuple(RULES) == evaluate_scienceqa.RULES
-    assert evaluate_scienceqa.FALLBACKS == FALLBACKS
+    assert tuple(RULES) == evaluate_scienceqa._RULES
+    assert evaluate_scienceqa._FALLBACKS == FALLBACKS
     assert LETTERS == "ABCDE"
 
 

@@ -9,8 +9,8 @@ from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
 # Written out, so that building the parser does not import the evaluation; a test compares them with its tables.
-RULES = ("official", "mm-cot", "letter", "words")
-FALLBACKS = ("random", "wrong", "recorded")
+_RULES = ("official", "mm-cot", "letter", "words")
+_FALLBACKS = ("random", "wrong", "recorded")
 EXAMPLES = """
 llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --save answers.json
 llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --by likelihood --split minival
@@ -42,8 +42,8 @@ def add_parser(kinds: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score; no model is loaded")
-    parser.add_argument("--rule", choices=RULES, help="default: official; for a model mm-cot or words in these styles")
-    parser.add_argument("--fallback", choices=FALLBACKS, help="default: recorded where there is one, else random")
+    parser.add_argument("--rule", choices=_RULES, help="default: official; for a model mm-cot or words in these styles")
+    parser.add_argument("--fallback", choices=_FALLBACKS, help="default: recorded where there is one, else random")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of the split")
     parser.add_argument("--allow-missing", action="store_true", help="leave questions without a prediction out")

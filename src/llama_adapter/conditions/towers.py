@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from llama_adapter.base import first_sentence, quiet, read_config, resolve_model
+from llama_adapter.base import first_sentence, load_any_config, quiet, resolve_model
 from llama_adapter.conditions.inputs import PictureSteps, Piece, Steps
 from llama_adapter.conditions.tower_families import (
     TowerFamily,
@@ -132,7 +132,7 @@ def load_tower_config(name: str) -> PretrainedConfig:
         ModelError: there is no such tower.
         UnsupportedModelError: its family cannot be one.
     """
-    config = read_config(name, "tower")
+    config = load_any_config(name, "tower")
     tower_family(config)
     return config
 

@@ -1,4 +1,4 @@
-"""From the names of data sources to examples: record files and hub datasets, and whatever `READERS` names.
+"""From the names of data sources to examples: record files and hub datasets, and whatever `SOURCES` names.
 
 mine.jsonl              records of any format in `formats`, see `read_records`
 scienceqa:FOLDER:train  the questions of one split ("train" where none is named)
@@ -18,7 +18,7 @@ from llama_adapter.errors import DataError
 
 Entry = tuple[str, Callable[[], Example]]
 """A record's name for error messages, and what makes the example of it or raises DataError."""
-READERS = {
+SOURCES = {
     "scienceqa": "llama_adapter.evaluation.scienceqa.questions:read_source",
     "coco": "llama_adapter.data.sources:read_coco",
 }
@@ -90,8 +90,8 @@ def _found(media: Media, folder: Path) -> Media:
 
 def _entries(source: str, pictures: bool, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Entry]:
     prefix, colon, rest = source.partition(":")
-    if colon and prefix in READERS:
-        module, _, name = READERS[prefix].partition(":")
+    if colon and prefix in SOURCES:
+        module, _, name = SOURCES[prefix].partition(":")
         yield from getattr(import_module(module), name)(rest, pictures, **options.get(prefix, {}))
     else:
         for number, record in read_records(source):

@@ -122,7 +122,7 @@ def read_scienceqa(source: str | Path, split: str, images: bool = True, limit: i
 
 
 def read_source(name: str, pictures: bool, style: str = PAPER) -> Iterator[tuple[str, Callable[[], Example]]]:
-    """What `--data scienceqa:name` trains on; see `llama_adapter.data.sources.READERS`.
+    """What `--data scienceqa:name` trains on; see `llama_adapter.data.sources.SOURCES`.
 
     Args:
         name: "FOLDER:SPLIT", or "FOLDER" for its split "train"; a folder that exists is never taken apart.
