@@ -18,10 +18,10 @@ from benchmarks.batching import (
     unshared_rows,
 )
 from benchmarks.harness import BenchmarkError, Setting
+from llama_adapter.compiler import compile_layers
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.errors import ModelError
-from llama_adapter.inference.compiled import compile_layers
 from llama_adapter.training.fp8 import quantise_base
 from llama_adapter.training.packing import packed_rows
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llama_adapter
-from llama_adapter.evaluation.instructions import Score, Task, evaluate_instructions, read_tasks
+from llama_adapter.evaluation.instructions import FamilyScore, Task, evaluate_instructions, read_tasks
 from llama_adapter.inference.session import default_device, load_session
 from llama_adapter.training.config import load_recipe
 from llama_adapter.training.loop import train
@@ -52,7 +52,7 @@ def main() -> None:
     console.print(f"talk to it: llama-adapter chat --adapter {result.output_dir}")
 
 
-def ask(tasks: Sequence[Task], adapter: str | None) -> tuple[Score, list[str]]:
+def ask(tasks: Sequence[Task], adapter: str | None) -> tuple[FamilyScore, list[str]]:
     """Score and greedy answers of the bundled base, with an adapter or without."""
     adapters = {} if adapter is None else {"demo": adapter}
     session = load_session("bundled", adapters, default_device(), "fp32", template="alpaca")

@@ -717,7 +717,7 @@ def test_exceptions_nobody_expected_keep_their_traceback(monkeypatch, adapter):
     def broken(folder):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("llama_adapter.formats.inspect.describe", broken)
+    monkeypatch.setattr("llama_adapter.formats.inspect.describe_adapter", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["inspect", adapter])
 
@@ -737,7 +737,7 @@ def test_ctrl_c_elsewhere_ends_with_130(monkeypatch, capsys):
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama_adapter.formats.inspect.describe", interrupted)
+    monkeypatch.setattr("llama_adapter.formats.inspect.describe_adapter", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["inspect", "x"])
     assert ended.value.code == 130

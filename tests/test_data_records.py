@@ -77,7 +77,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     source = write(tmp_path / "a.json", "[1]")
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert error_of(source) == f"{source} cannot be read (Permission denied): check its permissions."
+    assert error_of(source) == f"{source} cannot be read (Permission denied): check the path and its permissions."
 
 
 @pytest.mark.parametrize(("content", "offset"), [(b'["caf\xe9"]', 5), ("[1]".encode("utf-16"), 0)])
@@ -119,8 +119,8 @@ def test_no_records(tmp_path, name, text):
 
 
 def test_bundled_is_the_file_of_the_package(tmp_path, monkeypatch):
-    assert records.BUNDLED.parts[-3:] == ("llama_adapter", "bundled", "instructions.json")
-    monkeypatch.setattr(records, "BUNDLED", Path(write(tmp_path / "own.json", '["own"]')))
+    assert records.BUNDLED_INSTRUCTIONS.parts[-3:] == ("llama_adapter", "bundled", "instructions.json")
+    monkeypatch.setattr(records, "BUNDLED_INSTRUCTIONS", Path(write(tmp_path / "own.json", '["own"]')))
     assert read_records("bundled") == [(1, "own")]
 
 

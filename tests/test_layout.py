@@ -14,7 +14,7 @@ import llama_adapter
 SOURCE = Path(llama_adapter.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    ("errors",), ("settings", "files"), ("core",), ("base",), ("conditions",), ("formats",), ("data",),
+    ("errors",), ("settings", "files"), ("core",), ("base", "compiler"), ("conditions",), ("formats",), ("data",),
     ("training", "inference"), ("serving", "evaluation"), ("cli",),
 ]  # fmt: skip
 """A room may import those of the tiers before its own.."""
@@ -65,7 +65,7 @@ def definitions(path: Path):
 
 def test_every_module_lives_in_a_room():
     assert {room(module) for module in MODULES} - {"", "__main__"} <= set(TIER)
-    assert set(TIER) - {"errors", "settings", "files", "base"} == ROOMS
+    assert set(TIER) - {"errors", "settings", "files", "base", "compiler"} == ROOMS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -125,6 +125,39 @@ def test_everything_public_is_described(path):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
                 if isinstance(node, ast.ClassDef):
                     public.append(node)
+
+
+SHARED = {"run", "add_parser", "EXAMPLES", "DESCRIPTION", "log"}
+"""What each command, or each module that logs, has of its own."""
+
+
+def public_names(path: Path) -> set[str]:
+    """Functions, classes and constants that a module defines at its top level."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name for name in found if not name.startswith("_")} - SHARED
+
+
+def test_a_public_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in public_names(path):
+            places.setdefault(name, []).append(module_of(path))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_the_one_meaning_test_sees_every_kind_of_definition(tmp_path):
+    file = tmp_path / "names.py"
+    file.write_text(
+        "A, B = 1, 2\nC: int = 3\nlog = _x = 0\nfrom os import path\n"
+        "class D: inner = 1\nasync def e(): f = 1\ndef g(): ...\n"
+    )
+    assert public_names(file) == {"A", "B", "C", "D", "e", "g"}
 
 
 def test_all_names_are_importable_and_described():

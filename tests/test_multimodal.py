@@ -26,7 +26,7 @@ from llama_adapter.inference.session import Prompt, load_session, read_prompts
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.optimizer import build_optimizer
-from llama_adapter.training.plan import check
+from llama_adapter.training.plan import plan_run
 from llama_adapter.training.prepare import prepare
 
 CONDITION = ConditionConfig("image", "nowhere", tower_width=6, depths=(0, -1))

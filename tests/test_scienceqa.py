@@ -1,5 +1,6 @@
 """ScienceQA: both layouts of the data, the texts of every style, scores counted by hand, and the published ones."""
 
+import importlib
 import json
 import os
 import random
@@ -11,15 +12,16 @@ import pytest
 
 from llama_adapter.cli import evaluate_scienceqa
 from llama_adapter.cli.parser import Parser
+from llama_adapter.data.sources import SOURCES, load_examples
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.evaluation.scienceqa.questions import (
     LETTERS,
     Question,
     parse_style,
+    question_example,
+    question_prompt,
+    question_target,
     read_scienceqa,
-    render_prompt,
-    render_question,
-    render_target,
 )
 from llama_adapter.evaluation.scienceqa.scores import (
     CATEGORIES,
@@ -28,7 +30,7 @@ from llama_adapter.evaluation.scienceqa.scores import (
     RULES,
     SHOWN_ROWS,
     Predictions,
-    as_table,
+    paper_table,
     read_predictions,
     score,
 )
@@ -48,6 +50,12 @@ PROBLEMS = {
 }
 SPLITS = {"test": ["5", "3", "8"], "train": ["9"], "all": ["9", "3"], "none": []}
 ASKED = Question("3", "Which is it?", ("x", "y", "z"), 1, hint="A hint.", lecture="Lec\nture.", solution="So.")
+
+
+def written(question: Question, *style: str) -> tuple[str, str]:
+    prompt, target = question_example(question, *style).messages
+    assert (prompt.role, target.role) == ("user", "assistant")
+    return prompt.content, target.content
 
 
 def write_folder(folder: Path, problems=PROBLEMS, splits=SPLITS, pictures=("5", "8")) -> Path:
@@ -223,6 +231,39 @@ def test_a_split_without_pictures_cannot_serve_where_they_are_needed(tmp_path):
     assert len(read_scienceqa(folder, "train", limit=1)) == 1
 
 
+# As a source of training data
+
+
+def test_a_prefix_names_the_reader_and_its_options_reach_it(tmp_path):
+    folder = write_folder(tmp_path, pictures=())
+    (example,) = load_examples([f"scienceqa:{folder}"], pictures=False).examples
+    assert example.messages[1].content == "The answer is (B)."
+    assert example.origin == f"{folder}, train, question 9"
+    (worded,) = load_examples([f"scienceqa:{folder}:train"], False, False, {"scienceqa": {"style": "words"}}).examples
+    assert worded.messages[1].content == "fox."
+    with pytest.raises(TypeError, match="stile"):
+        load_examples([f"scienceqa:{folder}"], options={"scienceqa": {"stile": "words"}})
+
+
+def test_a_question_without_an_answer_is_a_bad_record_and_a_missing_picture_stops_all(tmp_path):
+    unanswered = {"9": {**PROBLEMS["9"], "answer": None}, "3": PROBLEMS["3"]}
+    source = f"scienceqa:{write_folder(tmp_path, unanswered, {'all': ['9', '3'], 'seen': ['5']}, ())}:all"
+    message = error_of(load_examples, [source], pictures=False)
+    assert message.startswith(f"{tmp_path}, all, question 9: Question 9 has no answer to learn")
+    loaded = load_examples([source], True, pictures=False)
+    assert (len(loaded.examples), len(loaded.skipped)) == (1, 1)
+    assert "has a picture: read it with images=False" in error_of(load_examples, [source], True)
+
+
+def test_every_reader_is_there_and_none_is_imported_before_it_is_asked_for():
+    for path in SOURCES.values():
+        module, _, name = path.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    code = "import sys, llama_adapter.data\nprint([m for m in sys.modules if m.startswith('llama_adapter.evaluation')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # The hub mirror
 
 
@@ -280,9 +321,9 @@ def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeyp
 
 def test_the_papers_style():
     prompt = "Question: Which is it?\nContext: A hint.\nOptions: (A) x (B) y (C) z"
-    assert render_question(ASKED) == (prompt, "The answer is (B).")
+    assert written(ASKED) == (prompt, "The answer is (B).")
     assert (
-        render_prompt(Question("1", "Q?", ("x", "y"), hint=" ")) == "Question: Q?\nContext: N/A\nOptions: (A) x (B) y"
+        question_prompt(Question("1", "Q?", ("x", "y"), hint=" ")) == "Question: Q?\nContext: N/A\nOptions: (A) x (B) y"
     )
 
 
@@ -298,7 +339,7 @@ def test_official_prompts_have_a_line_for_each_letter_and_one_for_reasoning_side
         "Q": "Question: Which is it?", "C": "Context: A hint.", "M": "Options: (A) x (B) y (C) z",
         "L": r"BECAUSE: Lec\nture.", "E": "BECAUSE: So.", "B": r"BECAUSE: Lec\nture. So.",
     }  # fmt: skip
-    assert render_prompt(ASKED, style) == "\n".join(texts[line] for line in lines)
+    assert question_prompt(ASKED, style) == "\n".join(texts[line] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -320,21 +361,20 @@ def test_official_prompts_have_a_line_for_each_letter_and_one_for_reasoning_side
     ],
 )
 def test_official_targets(style, target):
-    assert render_question(ASKED, style) == (render_prompt(ASKED, style), target)
-    assert render_target(ASKED, style) == target
+    assert written(ASKED, style) == (question_prompt(ASKED, style), target)
 
 
 def test_empty_reasoning_leaves_no_because():
     silent = Question("3", "Q?", ("x", "y"), 0, lecture="", solution="")
-    assert render_target(silent, "QCM-ALE") == "Answer: The answer is A."
-    assert render_target(silent, "QCM-LA") == "Answer: The answer is A."
-    assert render_target(Question("3", "Q?", ("x", "y"), 0, lecture="", solution="S."), "QCM-ALE") == (
+    assert question_target(silent, "QCM-ALE") == "Answer: The answer is A."
+    assert question_target(silent, "QCM-LA") == "Answer: The answer is A."
+    assert question_target(Question("3", "Q?", ("x", "y"), 0, lecture="", solution="S."), "QCM-ALE") == (
         "Answer: The answer is A. BECAUSE: S."
     )
 
 
 def test_two_blanks_become_one_in_a_single_pass():
-    prompt = render_prompt(Question("3", "Two  blanks,   three.", ("x ", "y")), "QCM-A")
+    prompt = question_prompt(Question("3", "Two  blanks,   three.", ("x ", "y")), "QCM-A")
     assert prompt == "Question: Two blanks,  three.\nContext: N/A\nOptions: (A) x (B) y"
 
 
@@ -351,18 +391,20 @@ def test_a_malformed_style_is_refused(style):
 
 def test_words_are_read_without_options_and_answered_without_letters():
     told = Question("3", "What does Ada have?", ("a cup", "a key."), 1, hint="Ada has a key.")
-    assert render_question(told, "words") == ("Ada has a key.\nWhat does Ada have?", "a key.")
-    assert render_question(Question("3", "Which?", ("x", "y"), 0), "words") == ("Which?", "x.")
+    assert written(told, "words") == ("Ada has a key.\nWhat does Ada have?", "a key.")
+    assert written(Question("3", "Which?", ("x", "y"), 0), "words") == ("Which?", "x.")
 
 
 def test_what_a_style_needs_must_be_there():
     bare = Question("7", "Q?", ("x", "y"))
-    assert error_of(render_target, bare) == "Question 7 has no answer to learn: leave it out, or only ask it."
+    assert error_of(question_target, bare) == "Question 7 has no answer to learn: leave it out, or only ask it."
     answered = Question("7", "Q?", ("x", "y"), 1)
-    assert error_of(render_target, answered, "QCM-AL").startswith(
+    assert error_of(question_target, answered, "QCM-AL").startswith(
         "Question 7 has no solution, which style QCM-AL needs"
     )
-    assert error_of(render_prompt, answered, "QCML-A").startswith("Question 7 has no lecture, which style QCML-A needs")
+    assert error_of(question_prompt, answered, "QCML-A").startswith(
+        "Question 7 has no lecture, which style QCML-A needs"
+    )
 
 
 # Reading answers
@@ -554,11 +596,11 @@ def test_the_papers_rows_are_shares_of_the_questions_that_there_are():
 
 def test_tables_have_ours_first_and_the_papers_rows_that_are_asked_for(asked):
     result = score(asked, Predictions(ANSWERS), fallback="wrong")
-    rows = as_table(result)
+    rows = paper_table(result)
     assert [row["model"] for row in rows] == ["yours", *SHOWN_ROWS]
     assert rows[0]["Avg"] == 50
     assert (rows[-1]["Avg"], rows[-1]["G7-12"], rows[-1]["parameters"]) == (85.19, 84.05, "1.8M")
-    assert len(as_table(result, tuple(PAPER_ROWS))) == 18
+    assert len(paper_table(result, tuple(PAPER_ROWS))) == 18
 
 
 # The command
@@ -641,8 +683,8 @@ def test_command_refuses_what_it_cannot_do(answers_file):
 
 
 def test_the_commands_choices_are_those_of_the_evaluation():
-    assert tuple(RULES) == evaluate_scienceqa.RULES
-    assert evaluate_scienceqa.FALLBACKS == FALLBACKS
+    assert tuple(RULES) == evaluate_scienceqa._RULES
+    assert evaluate_scienceqa._FALLBACKS == FALLBACKS
     assert LETTERS == "ABCDE"
 
 

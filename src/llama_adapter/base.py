@@ -16,10 +16,10 @@ from llama_adapter.core.families import family_of
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.settings import BUNDLED, Precision
 
-Kind = Literal["base", "tower"]
+ModelKind = Literal["base", "tower"]
 
 
-def resolve_model(name: str, kind: Kind = "base") -> str:
+def resolve_model(name: str, kind: ModelKind = "base") -> str:
     """What transformers is asked for: the package's own folder for 'bundled', else the name itself.
 
     Raises:
@@ -46,12 +46,12 @@ def load_config(name: str) -> PretrainedConfig:
         ModelError: there is no such base.
         UnsupportedModelError: its family cannot be adapted.
     """
-    config = read_config(name)
+    config = load_any_config(name)
     family_of(config)
     return config
 
 
-def read_config(name: str, kind: Kind = "base") -> PretrainedConfig:
+def load_any_config(name: str, kind: ModelKind = "base") -> PretrainedConfig:
     """The configuration of a base or a tower of any family.
 
     Raises:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_adapter.cli import evaluate_scienceqa, options
 from llama_adapter.cli.parser import Parser, add_command
-from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.evaluation.instructions import Score
+    from llama_adapter.evaluation.instructions import FamilyScore
 
 EXAMPLES = """
 llama-adapter evaluate instructions --data heldout.json --adapter runs/first
@@ -39,19 +38,16 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score every model and print the table."""
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    """FamilyScore every model and print the table."""
+    options.at_least_one(args, "batch_size", "max_new_tokens", "limit")
     from tqdm.auto import tqdm
 
-    from llama_adapter.evaluation.instructions import as_table, evaluate_instructions, read_tasks
+    from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, read_tasks
 
     tasks = read_tasks(args.data)[: args.limit]
     session = options.open_session(args)
     models = [*([] if args.no_base and session.adapters else [None]), *session.adapters]
-    results: dict[str, list[Score]] = {}
+    results: dict[str, list[FamilyScore]] = {}
     with tqdm(total=len(models) * len(tasks), unit="answer", file=sys.stderr) as bar:
         for model in models:
             scores, _ = evaluate_instructions(
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.as_json:
         print(json.dumps({name: [asdict(score) for score in scores] for name, scores in results.items()}))
     else:
-        _print(as_table(results), list(results))
+        _print(family_table(results), list(results))
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:

@@ -1,24 +1,16 @@
 """`llama-adapter evaluate scienceqa`."""
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
-if TYPE_CHECKING:
-    from llama_adapter.evaluation.scienceqa.questions import Question
-    from llama_adapter.evaluation.scienceqa.scores import Predictions, Score
-
 # Written out, so that building the parser does not import the evaluation; a test compares them with its tables.
-RULES = ("official", "mm-cot", "letter", "words")
-FALLBACKS = ("random", "wrong", "recorded")
+_RULES = ("official", "mm-cot", "letter", "words")
+_FALLBACKS = ("random", "wrong", "recorded")
 EXAMPLES = """
 llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --save answers.json
 llama-adapter evaluate scienceqa --data scienceqa --adapter runs/scienceqa-7b --by likelihood --split minival
@@ -50,8 +42,8 @@ def add_parser(kinds: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score; no model is loaded")
-    parser.add_argument("--rule", choices=RULES, help="default: official; for a model mm-cot or words in these styles")
-    parser.add_argument("--fallback", choices=FALLBACKS, help="default: recorded where there is one, else random")
+    parser.add_argument("--rule", choices=_RULES, help="default: official; for a model mm-cot or words in these styles")
+    parser.add_argument("--fallback", choices=_FALLBACKS, help="default: recorded where there is one, else random")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of the split")
     parser.add_argument("--allow-missing", action="store_true", help="leave questions without a prediction out")
@@ -70,10 +62,7 @@ def add_parser(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the answers and print the table."""
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    options.at_least_one(args, "limit", "batch_size", "max_new_tokens")
     if args.predictions is not None and (args.adapter or args.model):
         raise ConfigError("--predictions are answers already: leave --adapter and --model out, or --predictions.")
     if args.predictions is None and not (args.adapter or args.model):
@@ -82,28 +71,18 @@ def run(args: argparse.Namespace) -> None:
         )
     if len(args.adapter) > 1:
         raise ConfigError(f"evaluate scienceqa takes one --adapter, not {len(args.adapter)}.")
-    from llama_adapter.evaluation.scienceqa.questions import PAPER, WORDS, parse_style, read_scienceqa
-    from llama_adapter.evaluation.scienceqa.scores import PAPER_ROWS, SHOWN_ROWS, as_table, read_predictions, score
+    from llama_adapter.evaluation.scienceqa.report import print_report, score_file, score_model
 
-    parse_style(args.style)
+    common = args.data, args.split, args.limit, args.rule, args.fallback, args.seed
     if args.predictions is not None:
-        # The whole split, as a file that answers all of it is no mistake under --limit.
-        questions = read_scienceqa(args.data, args.split, images=False)
-        predictions = read_predictions(args.predictions, questions)
-        rule = args.rule or "official"
+        result = score_file(args.predictions, *common, args.allow_missing)
     else:
-        questions = read_scienceqa(args.data, args.split, images=_looks(args), limit=args.limit)
-        predictions = _answers(args, questions)
-        rule = args.rule or {PAPER: "mm-cot", WORDS: "words"}.get(args.style, "official")
-    recorded = predictions.recorded is not None and rule == "official"
-    fallback = args.fallback or ("recorded" if recorded else "random")
-    result = score(questions[: args.limit], predictions, rule, fallback, args.seed, args.allow_missing)
-    for note in _notes(result, args.split):
-        print(note, file=sys.stderr)
-    if args.as_json:
-        print(json.dumps({"split": args.split, **asdict(result)}))
-    else:
-        _print(result, as_table(result, tuple(PAPER_ROWS) if args.all_rows else SHOWN_ROWS))
+        result = score_model(
+            lambda: options.open_session(args), *common, pictures=_looks(args), style=args.style,
+            likelihood=args.by == "likelihood", max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+            save=args.save,
+        )  # fmt: skip
+    print_report(result, args.split, args.all_rows, args.as_json)
 
 
 def _looks(args: argparse.Namespace) -> bool:
@@ -112,70 +91,3 @@ def _looks(args: argparse.Namespace) -> bool:
 
     folders = options.name_adapters(args.adapter).values()
     return not args.blind and any(read_config(folder).condition is not None for folder in folders)
-
-
-def _answers(args: argparse.Namespace, questions: Sequence["Question"]) -> "Predictions":
-    """What the model answers."""
-    from tqdm.auto import tqdm
-
-    from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
-    from llama_adapter.evaluation.scienceqa.questions import render_target
-    from llama_adapter.evaluation.scienceqa.scores import Predictions
-    from llama_adapter.files import write_atomically
-
-    session = options.open_session(args)
-    adapter = session.adapters[0] if session.adapters else None
-    asked = [replace(question, image=None) for question in questions] if args.blind else questions
-    with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
-        if args.by == "decoding":
-            texts = answer_questions(
-                session, adapter, asked, args.style, args.max_new_tokens, args.batch_size, bar.update
-            )
-        else:
-            letters = choose_letters(session, adapter, asked, args.style, bar.update)
-            texts = {q.pid: render_target(replace(q, answer=letters[q.pid]), args.style) for q in asked}
-    if args.save is not None:
-        write_atomically(args.save, json.dumps(texts, indent=0, ensure_ascii=False).encode())
-    return Predictions(texts)
-
-
-def _notes(result: "Score", split: str) -> list[str]:
-    """What keeps the figures from being read as they stand."""
-    from llama_adapter.evaluation.scienceqa.scores import TEST_QUESTIONS
-
-    notes = []
-    if result.missing:
-        notes.append(f"{result.missing} questions have no prediction and are left out.")
-    if 2 * result.unparseable > result.count:
-        notes.append(f"Rule '{result.rule}' parses few of these answers; another --rule may fit them.")
-    unknown = [name for name, count in result.counts.items() if count is None]
-    if unknown:
-        notes.append(f"No {', '.join(unknown)}: the data do not give every question's subject and grade.")
-    if split != "test" or result.count != TEST_QUESTIONS:
-        notes.append(f"The paper's rows are of {TEST_QUESTIONS} questions of test, yours of {result.count} of {split}.")
-    return notes
-
-
-def _print(result: "Score", rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "trained", box=None, padding=(0, 1, 0, 0))
-    for name in result.counts:
-        table.add_column(name, justify="right")
-    ours, *paper = ([row["model"], row["parameters"], *(_cell(row[n], ".2f") for n in result.counts)] for row in rows)
-    table.add_row(*ours, style="bold")
-    table.add_row("of questions", "", *(_cell(count, "d") for count in result.counts.values()))
-    for cells in paper:
-        table.add_row(*cells)
-    console = Console(file=sys.stdout, highlight=False)
-    console.print(table)
-    console.print(
-        f"{result.right} of {result.count} right by rule '{result.rule}'; answers that could not be parsed: "
-        f"{result.unparseable} (fallback '{result.fallback}').",
-        soft_wrap=True,
-    )
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> None:
     config = options.decoding_from(args)
     if len(args.adapter) > 1:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    options.at_least_one(args, "batch_size")
     prompts = _prompts(args.prompt, args.input, args.file, options.existing(args.image, args.adapter))
     session = options.open_session(args)
     name = session.adapters[0] if session.adapters else None

@@ -27,9 +27,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, the JSON, or both and the picture."""
-    from llama_adapter.formats.inspect import describe
+    from llama_adapter.formats.inspect import describe_adapter
 
-    found = describe(args.folder)
+    found = describe_adapter(args.folder)
     if args.plot is not None:
         from llama_adapter.training.plots import plot_gates
 

@@ -48,6 +48,18 @@ def add_session_options(
     decoding.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
 
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Check these options before anything is loaded; one that was not given passes.
+
+    Raises:
+        ConfigError: one is below 1.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
 def decoding_from(args: argparse.Namespace) -> GenerateConfig:
     """The checked decoding settings."""
     return GenerateConfig(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.compile)

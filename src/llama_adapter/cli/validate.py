@@ -22,9 +22,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what a run would be."""
     config = recipe_from(args)
-    from llama_adapter.training.plan import check
+    from llama_adapter.training.plan import plan_run
 
-    report = check(config)
+    report = plan_run(config)
     if args.as_json:
         print(json.dumps(report))
         return

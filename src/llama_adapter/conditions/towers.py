@@ -16,7 +16,7 @@ from transformers.models.auto.feature_extraction_auto import get_feature_extract
 # Not from transformers itself, whose 5.17 hands out a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor, get_image_processor_config
 
-from llama_adapter.base import first_sentence, quiet, read_config, resolve_model
+from llama_adapter.base import first_sentence, load_any_config, quiet, resolve_model
 from llama_adapter.conditions.processors import Piece
 from llama_adapter.conditions.tower_families import (
     TowerFamily,
@@ -146,7 +146,7 @@ def load_tower_config(name: str) -> PretrainedConfig:
         ModelError: there is no such tower.
         UnsupportedModelError: its family cannot be one.
     """
-    config = read_config(name, "tower")
+    config = load_any_config(name, "tower")
     tower_family(config)
     return config
 

@@ -161,12 +161,17 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a base model, from its configuration alone (no weights needed).
 
     Raises:
-        UnsupportedModelError: the family is not in the table; the message has its name and the reason.
+        UnsupportedModelError: the family is not in the table, or the decoder reads an encoder; the message has the
+            family's name and the reason.
     """
-    name = text_config(config).model_type
-    if name in FAMILIES:
+    text = text_config(config)
+    name, reason = text.model_type, REFUSED.get(text.model_type)
+    if reason is None and (config.is_encoder_decoder or getattr(text, "add_cross_attention", False)):
+        # Its decoder may well be in the table, but the wrapper hands it neither our argument nor our hook.
+        name, reason = config.model_type, "its decoder reads an encoder through cross-attention"
+    if reason is None and name in FAMILIES:
         return FAMILIES[name]
-    reason = REFUSED.get(name, "nobody has added it to the table in llama_adapter/families.py yet")
+    reason = reason or "nobody has added it to the table in llama_adapter/core/families.py yet"
     raise UnsupportedModelError(
         f"Models of family '{name}' cannot be adapted: {reason}. Supported: {', '.join(sorted(FAMILIES))}."
     )
@@ -176,7 +181,8 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The self-attention modules of a supported model, lowest layer first.
 
     Raises:
-        UnsupportedModelError: see `family_of`; or the model has none of its family's attention modules.
+        UnsupportedModelError: see `family_of`; or the model has none of its family's attention modules, or a second
+            decoder of the family, which `model.base_model` does not run or whose layers are counted alike.
     """
     family = family_of(model.config)
     found = [
@@ -189,7 +195,15 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
             f"This {type(model).__name__} has no module of class {family.attention}; "
             "llama-adapter was tested with transformers 5.17 to 5.23, see which version is installed."
         )
-    return sorted(found, key=lambda module: int(module.layer_idx))
+    found.sort(key=lambda module: int(module.layer_idx))
+    reached = {id(module) for module in model.base_model.modules()}
+    if not all(id(module) in reached for module in found) or len({module.layer_idx for module in found}) < len(found):
+        # An adapter on layers that the hooked decoder does not run would be silently inert.
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has {len(found)} modules of class {family.attention}, not all of them in one "
+            "decoder: call add_adapter on the part that holds the decoder alone."
+        )
+    return found
 
 
 def shape_of(config: PretrainedConfig) -> dict[str, int | str]:

@@ -3,7 +3,7 @@
 from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
 from llama_adapter.data.formats import Example, Media, Message, parse_record, without_tags
 from llama_adapter.data.records import read_records
-from llama_adapter.data.sources import Loaded, load_examples, question_example, with_found_media
+from llama_adapter.data.sources import Loaded, load_examples, with_found_media
 from llama_adapter.data.templates import TEMPLATES, Rendered, check_template, render, render_prompt
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "encode_prompt",
     "load_examples",
     "parse_record",
-    "question_example",
     "read_records",
     "render",
     "render_prompt",

@@ -5,10 +5,11 @@ import json
 import os.path
 import re
 from pathlib import Path
+from typing import Any
 
 from llama_adapter.errors import DataError, MissingExtraError
 
-BUNDLED = Path(__file__).parent.parent / "bundled" / "instructions.json"
+BUNDLED_INSTRUCTIONS = Path(__file__).parent.parent / "bundled" / "instructions.json"
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINE_SUFFIXES)
 
@@ -26,7 +27,7 @@ def read_records(source: str) -> list[tuple[int, object]]:
         DataError: the source cannot be found or read, is no JSON, or holds no record.
         MissingExtraError: a hub dataset is asked for and `datasets` is not installed.
     """
-    path = BUNDLED if source == "bundled" else Path(os.path.expanduser(source))
+    path = BUNDLED_INSTRUCTIONS if source == "bundled" else Path(os.path.expanduser(source))
     hub_name = _HUB_NAME.fullmatch(source)
     if hub_name and not os.path.exists(path) and path.suffix.lower() not in SUFFIXES:
         records = _read_hub(hub_name["name"], hub_name["split"] or "train")
@@ -35,6 +36,15 @@ def read_records(source: str) -> list[tuple[int, object]]:
     if not records:
         raise DataError(f"{source} holds no records: give a source with at least one.")
     return records
+
+
+def load_json(path: Path) -> Any:
+    """Read a file that is one JSON value, such as ScienceQA's and COCO's.
+
+    Raises:
+        DataError: the file cannot be read or is no JSON.
+    """
+    return _loads(path, _read_text(path), first_line=1, hint="it may be cut off; take a whole copy")
 
 
 def _read_file(path: Path) -> list[tuple[int, object]]:
@@ -68,7 +78,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte offset {error.start}): save it as UTF-8.") from error
 
@@ -99,7 +109,7 @@ def _loads(path: Path, text: str, first_line: int, hint: str) -> object:
         where = f"line {line}, column {error.colno}: {error.msg}"
         raise DataError(f"{path} is not JSON ({where}): {hint}.") from error
     except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply (from line {first_line}): records are flat.") from error
+        raise DataError(f"{path} is nested too deeply (from line {first_line}): its entries must be flat.") from error
 
 
 def _read_hub(name: str, split: str) -> list[tuple[int, object]]:

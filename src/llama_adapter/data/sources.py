@@ -1,20 +1,30 @@
-"""From the names of data sources to examples: record files and hub datasets, ScienceQA folders, COCO captions.
+"""From the names of data sources to examples: record files and hub datasets, and whatever `SOURCES` names.
 
 mine.jsonl              records of any format in `formats`, see `read_records`
-scienceqa:FOLDER:train  the questions of one split ("train" where none is named), see `read_scienceqa`
+scienceqa:FOLDER:train  the questions of one split ("train" where none is named)
 coco:captions.json      pictures with captions; they lie beside the file or in its folder "images"
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from llama_adapter.data.formats import Example, Media, Message, parse_record
-from llama_adapter.data.records import read_records
+from llama_adapter.data.records import load_json, read_records
 from llama_adapter.errors import DataError
-from llama_adapter.evaluation.scienceqa.questions import PAPER, Question, load_json, read_scienceqa, render_question
 
-SCIENCEQA, COCO = "scienceqa:", "coco:"
+Entry = tuple[str, Callable[[], Example]]
+"""A record's name for error messages, and what makes the example of it or raises DataError."""
+SOURCES = {
+    "scienceqa": "llama_adapter.evaluation.scienceqa.questions:read_source",
+    "coco": "llama_adapter.data.sources:read_coco",
+}
+"""Which function reads sources of a prefix: called with what stands behind the colon, with whether pictures must be
+there and with options of its own, it yields entries. Named here and imported when such a source is asked for, so that
+a benchmark can keep its reader beside its scores, in a room that itself builds on this one."""
 CAPTION = "Generate a caption of this image."
 """What COCO's captions are the answer to."""
 
@@ -28,15 +38,18 @@ class Loaded:
 
 
 def load_examples(
-    sources: Sequence[str], skip_bad_records: bool = False, style: str = PAPER, pictures: bool = True
+    sources: Sequence[str],
+    skip_bad_records: bool = False,
+    pictures: bool = True,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Loaded:
     """Read all `sources`, in their order, and parse every record.
 
     Args:
         sources: see the head of this module.
         skip_bad_records: leave unusable records out instead of stopping at the first.
-        style: how ScienceQA's questions are written, see `data/scienceqa.py`.
         pictures: whether ScienceQA's must be there; training on text alone does without.
+        options: more arguments for the reader of a prefix, such as {"scienceqa": {"style": "QCM-A"}}.
 
     Raises:
         DataError: a source cannot be read; a record is bad and `skip_bad_records` is false; nothing is left.
@@ -44,9 +57,9 @@ def load_examples(
     examples: list[Example] = []
     skipped: list[str] = []
     for source in sources:
-        for origin, record in _entries(source, pictures):
+        for origin, make in _entries(source, pictures, options or {}):
             try:
-                examples.append(replace(_example(record, source, style), origin=origin))
+                examples.append(replace(make(), origin=origin))
             except DataError as error:
                 if not skip_bad_records:
                     raise DataError(f"{origin}: {error}; fix it or pass --skip-bad-records.") from error
@@ -75,65 +88,27 @@ def _found(media: Media, folder: Path) -> Media:
     raise DataError(f"'{media}' is neither there nor in {folder}")
 
 
-def question_example(question: Question, style: str = PAPER) -> Example:
-    """A ScienceQA question with its answer, written in a style.
-
-    Raises:
-        DataError: its answer is not known.
-    """
-    prompt, target = render_question(question, style)
-    return Example((Message("user", prompt), Message("assistant", target)), media=question.media)
-
-
-@dataclass(frozen=True)
-class _Caption:
-    """One annotation of a COCO file: its text, the name of its picture, and the file."""
-
-    text: object
-    picture: object
-    file: Path
-
-
-def _entries(source: str, pictures: bool) -> Iterator[tuple[str, object]]:
-    """What a source holds, each with a name for error messages."""
-    if source.startswith(SCIENCEQA):
-        folder, split = _folder_and_split(source.removeprefix(SCIENCEQA))
-        for question in read_scienceqa(folder, split, images=pictures):
-            yield f"{folder}, {split}, question {question.pid}", question
-    elif source.startswith(COCO):
-        yield from _captions(Path(source.removeprefix(COCO)).expanduser())
+def _entries(source: str, pictures: bool, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Entry]:
+    prefix, colon, rest = source.partition(":")
+    if colon and prefix in SOURCES:
+        module, _, name = SOURCES[prefix].partition(":")
+        yield from getattr(import_module(module), name)(rest, pictures, **options.get(prefix, {}))
     else:
         for number, record in read_records(source):
-            yield f"{source}, record {number}", record
+            yield f"{source}, record {number}", partial(_parsed, record, source)
 
 
-def _example(record: object, source: str, style: str) -> Example:
-    if isinstance(record, Question):
-        return question_example(record, style)
-    if isinstance(record, _Caption):
-        return _caption_example(record)
+def _parsed(record: object, source: str) -> Example:
     return with_found_media(parse_record(record), source)
 
 
-def _caption_example(caption: _Caption) -> Example:
-    if not isinstance(caption.text, str) or not caption.text.strip() or not isinstance(caption.picture, str):
-        raise DataError("it has no caption, or its image_id is not among 'images'")
-    folder = caption.file.parent
-    for path in (folder / caption.picture, folder / "images" / caption.picture):
-        if path.exists():
-            messages = (Message("user", CAPTION), Message("assistant", caption.text.strip()))
-            return Example(messages, media=(str(path),))
-    raise DataError(f"'{caption.picture}' lies neither beside the file nor in {folder / 'images'}")
+def read_coco(name: str, pictures: bool) -> Iterator[Entry]:
+    """The annotations of a COCO file, whose pictures must be there even where training does not look at them.
 
-
-def _folder_and_split(text: str) -> tuple[str, str]:
-    """'FOLDER:SPLIT', or 'FOLDER' for its "train"; a folder that exists is never taken apart."""
-    folder, colon, split = text.rpartition(":")
-    return (folder, split) if colon and split and not Path(text).expanduser().exists() else (text, "train")
-
-
-def _captions(file: Path) -> Iterator[tuple[str, _Caption]]:
-    """The annotations of a COCO file."""
+    Raises:
+        DataError: it cannot be read or holds no captions.
+    """
+    file = Path(name).expanduser()
     data = load_json(file)
     lists = [data.get(key) for key in ("images", "annotations")] if isinstance(data, dict) else [None]
     if not all(isinstance(found, list) for found in lists):
@@ -141,4 +116,14 @@ def _captions(file: Path) -> Iterator[tuple[str, _Caption]]:
     images, annotations = ([entry if isinstance(entry, dict) else {} for entry in found or ()] for found in lists)
     names = {image.get("id"): image.get("file_name") for image in images}
     for number, entry in enumerate(annotations, start=1):
-        yield f"{file}, annotation {number}", _Caption(entry.get("caption"), names.get(entry.get("image_id")), file)
+        make = partial(_captioned, entry.get("caption"), names.get(entry.get("image_id")), file.parent)
+        yield f"{file}, annotation {number}", make
+
+
+def _captioned(text: object, picture: object, folder: Path) -> Example:
+    if not isinstance(text, str) or not text.strip() or not isinstance(picture, str):
+        raise DataError("it has no caption, or its image_id is not among 'images'")
+    for path in (folder / picture, folder / "images" / picture):
+        if path.exists():
+            return Example((Message("user", CAPTION), Message("assistant", text.strip())), media=(str(path),))
+    raise DataError(f"'{picture}' lies neither beside the file nor in {folder / 'images'}")

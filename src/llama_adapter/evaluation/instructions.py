@@ -36,7 +36,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Score:
+class FamilyScore:
     """What one model reached on one family.
 
     Attributes:
@@ -77,8 +77,8 @@ def evaluate_instructions(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     progress: Callable[[int], object] = lambda count: None,
-) -> tuple[list[Score], list[str]]:
-    """Score one adapter (None: the bare base) by greedy decoding and by the loss of the right answers.
+) -> tuple[list[FamilyScore], list[str]]:
+    """FamilyScore one adapter (None: the bare base) by greedy decoding and by the loss of the right answers.
 
     Args:
         session: the loaded base with its adapters.
@@ -104,7 +104,7 @@ def evaluate_instructions(
     scores = []
     for family, members in rows.items():
         loss = _loss(session, adapter, [tasks[i] for i in members], batch_size)
-        scores.append(Score(family, len(members), sum(right[i] for i in members) / len(members), loss))
+        scores.append(FamilyScore(family, len(members), sum(right[i] for i in members) / len(members), loss))
     return scores, answers
 
 
@@ -113,7 +113,7 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def as_table(results: Mapping[str, Iterable[Score]]) -> list[dict[str, Any]]:
+def family_table(results: Mapping[str, Iterable[FamilyScore]]) -> list[dict[str, Any]]:
     """One row per family with the scores of every model, for a table or JSON."""
     rows: dict[str, dict[str, Any]] = {}
     for name, scores in results.items():

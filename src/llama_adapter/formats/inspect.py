@@ -8,7 +8,7 @@ from llama_adapter.core.zero_init import GATE_ACTIVATIONS
 from llama_adapter.formats.native import WEIGHTS_FILE, read_config, read_tensors
 
 
-def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Configuration, size, and the gates and prompts of every layer; the base is not needed.
 
     Returns:

@@ -15,7 +15,8 @@ from transformers import Cache, PreTrainedModel
 
 from llama_adapter.core.attention import ROUTING, wrap_attention
 from llama_adapter.core.families import attention_modules
-from llama_adapter.core.model import device_of, get_adapter, list_adapters
+from llama_adapter.core.model import get_adapter, list_adapters
+from llama_adapter.core.registry import device_of
 from llama_adapter.core.routing import Routing
 from llama_adapter.core.zero_init import Prompts
 from llama_adapter.inference.cache import GrowingCache

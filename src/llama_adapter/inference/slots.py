@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.core.attention import SLOT
 from llama_adapter.core.families import attention_modules
-from llama_adapter.core.model import device_of
+from llama_adapter.core.registry import device_of
 from llama_adapter.core.routing import Adapter, Routing
 from llama_adapter.core.zero_init import Prompts
 

@@ -14,7 +14,7 @@ from llama_adapter.training.loop import condition_of
 from llama_adapter.training.prepare import prepare
 
 
-def check(config: TrainConfig) -> dict[str, Any]:
+def plan_run(config: TrainConfig) -> dict[str, Any]:
     """What a run with this recipe would be: data counts, steps, trained parameters, bytes of the adapter.
 
     Raises:

@@ -85,8 +85,8 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
 
 
 def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
-    looking = config.condition is not None
-    return load_examples(sources, config.skip_bad_records, config.scienceqa_style, pictures=looking)
+    options = {"scienceqa": {"style": config.scienceqa_style}}
+    return load_examples(sources, config.skip_bad_records, config.condition is not None, options)
 
 
 def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:

@@ -7,17 +7,10 @@ import torch
 
 from llama_adapter.data import encode_all
 from llama_adapter.data.batches import collate
-from llama_adapter.data.sources import question_example
-from llama_adapter.evaluation.scienceqa.questions import PAPER, Question, render_prompt
+from llama_adapter.evaluation.scienceqa.questions import PAPER, Question, question_example, question_prompt
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
 from llama_adapter.training.loss import response_losses
-
-Progress = Callable[[int], object]
-
-
-def nothing(count: int) -> None:
-    """No progress is shown."""
 
 
 def answer_questions(
@@ -27,7 +20,7 @@ def answer_questions(
     style: str = PAPER,
     max_new_tokens: int = 32,
     batch_size: int = 16,
-    progress: Progress = nothing,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, str]:
     """What the model writes, greedily, for each question: pid -> text.
 
@@ -44,7 +37,7 @@ def answer_questions(
     texts: dict[str, str] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        prompts = [Prompt.of(render_prompt(q, style), media=_seen(session, adapter, q)) for q in batch]
+        prompts = [Prompt.of(question_prompt(q, style), media=_seen(session, adapter, q)) for q in batch]
         answers = session.answer(prompts, adapter, greedy)
         texts |= {question.pid: answer.text for question, answer in zip(batch, answers, strict=True)}
         progress(len(batch))
@@ -57,7 +50,7 @@ def choose_letters(
     adapter: str | None,
     questions: Sequence[Question],
     style: str = PAPER,
-    progress: Progress = nothing,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, int]:
     """The choice whose answer the model finds likeliest, for each question: pid -> index. Arguments as above.
 

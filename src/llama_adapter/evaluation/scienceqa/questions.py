@@ -9,14 +9,16 @@ too small to know letters from what stands behind them. Any other style is named
     L  lecture       E  explanation, which the data call solution
 """
 
-import json
 import os.path
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.data.formats import Example, Message
+from llama_adapter.data.records import load_json
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 
 LETTERS = "ABCDE"
@@ -119,35 +121,35 @@ def read_scienceqa(source: str | Path, split: str, images: bool = True, limit: i
     return questions
 
 
-def load_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_source(name: str, pictures: bool, style: str = PAPER) -> Iterator[tuple[str, Callable[[], Example]]]:
+    """What `--data scienceqa:name` trains on; see `llama_adapter.data.sources.SOURCES`.
+
+    Args:
+        name: "FOLDER:SPLIT", or "FOLDER" for its split "train"; a folder that exists is never taken apart.
+        pictures: whether they must be there.
+        style: how questions are written.
 
     Raises:
-        DataError: the file cannot be read or is no JSON.
+        DataError, MissingExtraError: as `read_scienceqa`.
     """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte offset {error.start}): save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise DataError(f"{path} is not JSON ({where}): it may be cut off; take a whole copy.") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply: give a file with one object of flat entries.") from error
+    folder, colon, split = name.rpartition(":")
+    if not (colon and split) or Path(name).expanduser().exists():
+        folder, split = name, "train"
+    for question in read_scienceqa(folder, split, images=pictures):
+        yield f"{folder}, {split}, question {question.pid}", partial(question_example, question, style)
 
 
-def render_question(question: Question, style: str = PAPER) -> tuple[str, str]:
-    """Write a question as (prompt, target); see `render_prompt` and `render_target`.
+def question_example(question: Question, style: str = PAPER) -> Example:
+    """A question with its answer, written in a style.
 
     Raises:
-        ConfigError, DataError: as these two.
+        ConfigError, DataError: as `question_prompt` and `question_target`.
     """
-    return render_prompt(question, style), render_target(question, style)
+    messages = Message("user", question_prompt(question, style)), Message("assistant", question_target(question, style))
+    return Example(messages, media=question.media)
 
 
-def render_prompt(question: Question, style: str = PAPER) -> str:
+def question_prompt(question: Question, style: str = PAPER) -> str:
     """Write what is read.
 
     In an official style, the prompt, a line break and "Answer:" are what the dataset's authors asked GPT-3, and the
@@ -166,7 +168,7 @@ def render_prompt(question: Question, style: str = PAPER) -> str:
     return _collapse("\n".join(lines))
 
 
-def render_target(question: Question, style: str = PAPER) -> str:
+def question_target(question: Question, style: str = PAPER) -> str:
     """Write what the model is to say.
 
     AL holds the solution and AE the lecture, as in the dataset's own code; other styles hold what they name.

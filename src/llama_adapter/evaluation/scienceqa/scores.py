@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_adapter.data.records import LINE_SUFFIXES, read_records
+from llama_adapter.data.records import LINE_SUFFIXES, load_json, read_records
 from llama_adapter.errors import ConfigError, DataError
-from llama_adapter.evaluation.scienceqa.questions import LETTERS, Question, load_json
+from llama_adapter.evaluation.scienceqa.questions import LETTERS, Question
 from llama_adapter.settings import unknown_name
 
 TEST_QUESTIONS = 4241
@@ -37,7 +37,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Score:
+class ScienceQAScore:
     """What one model reached.
 
     Attributes:
@@ -189,7 +189,7 @@ def score(
     fallback: str = "random",
     seed: int = 0,
     allow_missing: bool = False,
-) -> Score:
+) -> ScienceQAScore:
     """Compare answers with the right ones.
 
     Args:
@@ -227,10 +227,10 @@ def score(
     right = [index == question.answer for question, index in zip(asked, chosen, strict=True)]
     counts, accuracies = _by_category(asked, right)
     unparseable, missing = parsed.count(None), len(questions) - len(asked)
-    return Score(len(asked), sum(right), unparseable, missing, rule, fallback, seed, counts, accuracies)
+    return ScienceQAScore(len(asked), sum(right), unparseable, missing, rule, fallback, seed, counts, accuracies)
 
 
-def as_table(result: Score, rows: Sequence[str] = SHOWN_ROWS) -> list[dict[str, Any]]:
+def paper_table(result: ScienceQAScore, rows: Sequence[str] = SHOWN_ROWS) -> list[dict[str, Any]]:
     """One row for the model scored and one for each of these rows of the paper, for a table or JSON."""
     ours = {"model": "yours", "parameters": "", **result.accuracies}
     paper = [
