@@ -259,8 +259,8 @@ def test_parameters_at_7b_shape():
     assert 4.9e6 < 4 * adapter.num_parameters < 4.95e6
 
 
-class TestPromptCache:
-    """Prompt keys and values are computed once for decoding, and never stale."""
+class TestPrompts:
+    """Prompts are projected at every forward, once in a generation, and never stale."""
 
     @pytest.fixture
     def setup(self):
@@ -273,27 +273,22 @@ class TestPromptCache:
         return model, ids, adapter, lambda: sum(shape[-2:] == (4, 32) for shape in calls)
 
     @torch.no_grad()
-    def test_projects_the_prompt_once_while_nothing_changes(self, setup):
+    def test_projects_the_prompt_at_every_forward_and_once_in_a_generation(self, setup):
         model, ids, _, projections = setup
-        for _ in range(3):
+        for count in (1, 2, 3):
             model(ids)
-        assert projections() == 1
+            assert projections() == count
+        model.generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+        assert projections() == 4
+        model.generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=None, adapter_names="default")
+        assert projections() == 5
 
     @torch.no_grad()
-    def test_who_else_is_in_a_batch_projects_nothing_anew(self, setup):
-        model, ids, _, projections = setup
+    def test_who_else_is_in_a_batch_changes_nothing(self, setup):
+        model, ids, _, _ = setup
         adapted(model, "second", seed=3)
-        made = []
-        for names in (
-            ["default", None, "second"],
-            ["second", "second", "default"],
-            ["default"] * 3,
-            [None, "default", None],
-        ):
-            with use_adapter(model, names):
-                made.append(model(ids).logits)
-        assert projections() == 2
-        torch.testing.assert_close(made[0][0], made[2][0], atol=1e-6, rtol=1e-5)
+        made = [model(ids, adapter_names=names).logits for names in (["default", None, "second"], ["default"] * 3)]
+        torch.testing.assert_close(made[0][0], made[1][0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(made[0][2], self.alone(model, ids, "second")[2], atol=1e-6, rtol=1e-5)
 
     @staticmethod
@@ -320,7 +315,7 @@ class TestPromptCache:
             layer.prompt = torch.nn.Parameter(layer.prompt * 2)
         after = model(ids).logits
         assert not torch.allclose(after, before, atol=1e-4)
-        with torch.enable_grad():  # the cache is off under gradients
+        with torch.enable_grad():
             torch.testing.assert_close(model(ids).logits.detach(), after, atol=1e-6, rtol=1e-5)
 
     def test_training_after_inference_still_reaches_the_prompt(self, setup):

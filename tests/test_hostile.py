@@ -13,7 +13,7 @@ from tiny import HIDDEN, adapted, tiny_llama
 from llama_adapter import AdapterConfig, list_adapters, load_adapter, save_adapter
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.errors import AdapterError
-from llama_adapter.formats.inspect import describe
+from llama_adapter.formats.inspect import describe_adapter
 from llama_adapter.formats.native import (
     BLOCK_TENSORS,
     CONFIG_FILE,
@@ -66,7 +66,7 @@ def refused(monkeypatch):
 
     def check(folder, message, *, without_base=True):
         monkeypatch.setattr(torch, "empty", small)
-        for read in (lambda: load_adapter(model, folder), lambda: describe(folder))[: 1 + without_base]:
+        for read in (lambda: load_adapter(model, folder), lambda: describe_adapter(folder))[: 1 + without_base]:
             tracemalloc.start()
             try:
                 with pytest.raises(AdapterError, match=message) as error:
@@ -102,7 +102,7 @@ def header(folder, content, data=0):
 @pytest.mark.parametrize("kind", [None, "image", SEES])
 def test_the_sound_folders_load(make, kind):
     model = tiny_llama()
-    assert load_adapter(model, make(kind)).num_parameters == describe(make(kind))["parameters"]
+    assert load_adapter(model, make(kind)).num_parameters == describe_adapter(make(kind))["parameters"]
 
 
 # numbers in the configuration

@@ -340,7 +340,7 @@ def test_pictures_for_an_adapter_that_has_never_seen_any(base, pictures, tmp_pat
 def test_a_condition_without_anything_to_look_at(base, tower, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 8), encoding="utf-8")
     config = recipe(base, tmp_path / "data.json", tmp_path / "run", condition="image", tower=str(tower))
-    for stops in (train, check):  # validate says what train would
+    for stops in (train, plan_run):  # validate says what train would
         with pytest.raises(ConfigError, match="condition is image, and no record names a file"):
             stops(config)
 

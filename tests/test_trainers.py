@@ -17,7 +17,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter import AdapterCallback, AdapterConfig, add_adapter, get_adapter, load_adapter, use_adapter
+from llama_adapter import (
+    AdapterCallback,
+    AdapterConfig,
+    add_adapter,
+    get_adapter,
+    list_adapters,
+    load_adapter,
+    reference_model,
+    use_adapter,
+)
 from llama_adapter.errors import AdapterError, TrainingError
 
 STEPS = 6
@@ -292,3 +301,47 @@ def test_the_callback_says_so_when_checkpoints_are_elsewhere(tmp_path, model):
     arguments = TrainingArguments(output_dir=str(tmp_path), **COMMON_ARGUMENTS)
     with pytest.raises(TrainingError, match="checkpoint-3"):
         AdapterCallback().on_save(arguments, TrainerState(global_step=3), TrainerControl(), model=model)
+
+
+@torch.no_grad()
+def test_a_reference_model_is_the_bare_base_on_the_same_weights(model):
+    get_adapter(model).layers[2].gate.fill_(0.7)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with use_adapter(model, None):
+        bare = model(ids).logits
+    adapted = model(ids).logits
+    reference = reference_model(model)
+    assert torch.equal(reference(ids).logits, bare)
+    assert list_adapters(reference) == []
+    assert torch.equal(model(ids).logits, adapted)
+    assert list_adapters(model) == ["default"]
+    theirs = {name: parameter.data_ptr() for name, parameter in reference.named_parameters()}
+    mine = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    assert theirs.items() < mine.items()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == mine.keys() - theirs.keys()
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+@pytest.mark.slow
+@OLD_NAME
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_dpo_trains_against_the_bare_base_without_a_second_copy(model, tokenizer, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    pairs = [{"prompt": f"{word} ", "chosen": f"{word} yes", "rejected": "no no"} for word in (WORDS * 4)[:8]]
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=0.05, report_to=[],
+        use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    before, reference = snapshot(model), reference_model(model)
+    weights = [parameter.detach().clone() for parameter in reference.parameters()]
+    trainer = trl.DPOTrainer(
+        model, ref_model=reference, args=arguments, train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert abs(losses[0] - math.log(2)) < 1e-3, "at zero gates the policy is the reference"
+    assert losses[-1] < losses[0] - 1e-3
+    assert_only_the_adapter_changed(model, before)
+    assert all(torch.equal(now, then) for now, then in zip(reference.parameters(), weights, strict=True))

@@ -6,6 +6,7 @@ by one hook on the decoder, and reaches the attention through transformers' own 
 gets a `generate` that takes `adapter_names`. Nothing else is changed.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace as with_values
@@ -178,3 +179,25 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
         registry.place(name, None)
         if not registry.adapters:
             registry.detach()
+
+
+def reference_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The bare base of an adapted model as a model object of its own, on the same weights: no second copy of them.
+
+    For whoever wants the policy before training beside the one that is trained:
+
+        DPOTrainer(model, ref_model=reference_model(model), ...)
+
+    Raises:
+        AdapterError: the model was never adapted.
+    """
+    registry_of(model)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    registry = registry_of(twin)
+    registry.frozen = []  # they are the original's too, and stay as that wants them
+    for name in list_adapters(twin):
+        remove_adapter(twin, name)
+    return twin.eval()

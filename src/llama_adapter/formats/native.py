@@ -122,6 +122,8 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """
     path = Path(folder) / CONFIG_FILE
     hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
+    if os.path.isfile(Path(folder) / "config.json"):
+        hint += ", but a whole model's config.json: save_pretrained says nothing of adapters, save_adapter keeps them"
     size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
     if size > LARGEST_CONFIG:
         raise AdapterError(f"{path} has {size:,} bytes and no adapter's configuration has 2^16: restore the file.")
