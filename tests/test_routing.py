@@ -250,7 +250,7 @@ def test_continuous_batching_is_served_by_the_active_adapter_or_refused(model, s
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, page_size=8)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
 
     def batch():
         out = model.generate_batch(
