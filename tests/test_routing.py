@@ -381,3 +381,164 @@ def test_requests_say_which_adapters_they_use(model):
     assert not request.uses(get_adapter(model, "b"))
     assert replace(request, adapters=get_adapter(model, "b")).uses(get_adapter(model, "b"))
     assert core_model.list_adapters(model) == ["a", "b"]
+
+
+# what stands between a block and its owner
+
+
+class Speaking:
+    """A context manager of somebody's own that opens a block."""
+
+    def __init__(self, model, name):
+        self.block = use_adapter(model, name)
+
+    def __enter__(self):
+        self.block.__enter__()
+
+    def __exit__(self, *exception):
+        self.block.__exit__(*exception)
+
+
+def test_a_block_that_a_helper_opened_belongs_to_its_caller(model, served):
+    def enter(stack):
+        stack.enter_context(use_adapter(model, "a"))
+
+    with use_adapter(model, "b"):
+        with Speaking(model, "a"):
+            assert torch.equal(last(model), served["a"])
+        with ExitStack() as stack:
+            enter(stack)
+            assert torch.equal(last(model), served["a"])
+        assert torch.equal(last(model), served["b"])
+
+    def turns(name):
+        with Speaking(model, name):
+            while True:
+                yield last(model)
+
+    one, other = turns("a"), turns(None)
+    for _ in range(2):
+        assert torch.equal(next(one), served["a"])
+        assert torch.equal(next(other), served[None])
+
+
+def test_a_generator_s_block_is_not_its_consumer_s(model, served):
+    chunks = stream(model, "a")
+    next(chunks)
+    with pytest.raises(AdapterError, match="not around this call"):
+        last(model)
+    assert torch.equal(last(model, adapter_names="b"), served["b"])
+    chunks.close()
+    assert torch.equal(last(model), served["b"])
+
+    async def consume():
+        async def agen():
+            with use_adapter(model, "a"):
+                yield last(model)
+                yield last(model)
+
+        async for logits in agen():
+            assert torch.equal(logits, served["a"])
+            with pytest.raises(AdapterError, match="not around this call"):
+                last(model)
+
+    asyncio.run(consume())
+
+
+def test_a_generation_is_nobody_else_s_block(model, served):
+    from transformers import LogitsProcessor
+
+    found = []
+
+    class Elsewhere(LogitsProcessor):
+        def __call__(self, ids, scores):
+            found.append(in_thread(lambda: last(model)))
+            found.append(in_thread(lambda: model.generate(IDS[:1], **GREEDY)))
+            return scores
+
+    alone = model.generate(IDS[:1], **GREEDY)
+    model.generate(IDS[:1], adapter_names="a", logits_processor=[Elsewhere()], **GREEDY)
+    assert all(torch.equal(logits, served["b"]) for logits in found[::2])
+    assert all(torch.equal(tokens, alone) for tokens in found[1::2])
+
+
+def test_a_forward_of_another_size_inside_a_generation_is_refused(model):
+    from transformers import LogitsProcessor
+
+    class Twice(LogitsProcessor):
+        def __call__(self, ids, scores):
+            model(torch.cat([IDS, IDS]))
+            return scores
+
+    with pytest.raises(AdapterError, match="Got 3 names for a batch of 6 rows"):
+        model.generate(IDS, adapter_names=["a", None, "b"], logits_processor=[Twice()], **GREEDY)
+
+
+def test_names_do_not_drop_the_condition_of_the_block_around(model):
+    with use_adapter(model, "a", torch.randn(3, 32)):
+        with pytest.raises(AdapterError, match="inside a use_adapter block with a condition"):
+            model(IDS, adapter_names="a")
+        with use_adapter(model, "b"):
+            model(IDS, adapter_names="a")
+
+
+def test_a_generate_of_somebody_s_own_is_called_and_comes_back():
+    model, calls = tiny_model(), []
+
+    def mine(*args, **kwargs):
+        calls.append(kwargs)
+        return type(model).generate(model, *args, **kwargs)
+
+    model.generate = mine
+    adapted(model, "a", 1)
+    adapted(model, "b", 2)
+    assert torch.equal(
+        model.generate(IDS, adapter_names="a", **GREEDY)[0], model.generate(IDS[:1], adapter_names="a", **GREEDY)[0]
+    )
+    assert len(calls) == 2
+    remove_adapter(model, "a")
+    remove_adapter(model, "b")
+    assert model.generate is mine
+
+
+def test_a_decoder_inside_another_model_is_routed_when_called_alone():
+    from test_composites import llava
+
+    model = llava()
+    adapted(model, "a", 1)
+    embeds = torch.randn(1, 5, model.config.text_config.hidden_size)
+    with torch.no_grad():
+        bare = model.model.language_model(inputs_embeds=embeds, adapter_names=None).last_hidden_state
+        served = model.model.language_model(inputs_embeds=embeds).last_hidden_state
+    assert (served - bare).abs().max() > 1e-3
+
+
+def test_a_first_adapter_that_cannot_be_built_leaves_the_model_alone(monkeypatch):
+    from llama_adapter import AdapterConfig, add_adapter
+
+    model = tiny_model()
+    before = list(model.state_dict())
+    with pytest.raises(RuntimeError):
+        add_adapter(model, AdapterConfig(adapter_len=10**12, adapter_layers=1))
+    assert list(model.state_dict()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.model._forward_pre_hooks
+    model.generate(IDS, **GREEDY)
+    add_adapter(model)
+
+
+def test_an_eager_model_runs_where_it_was_pickled_to(tmp_path):
+    import subprocess
+
+    model = tiny_model("llama", attn_implementation="eager")
+    adapted(model)
+    expected = last(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+with torch.no_grad():
+    torch.save(model(torch.tensor({IDS[:1].tolist()})).logits[0, -1], {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, atol=1e-6, rtol=1e-5)

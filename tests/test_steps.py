@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from llama_adapter import list_adapters, remove_adapter, use_adapter
+from llama_adapter.errors import AdapterError, ConfigError, DataError, LlamaAdapterError
 from llama_adapter.inference.cache import ROOM, GrowingCache
 from llama_adapter.inference.engine import Engine, Row
 from llama_adapter.inference.joined import Joined, as_slices
@@ -280,6 +281,14 @@ def test_rows_end_each_for_itself():
     assert [[token for row, token in pieces if row == number] for number in range(3)] == found
 
 
+def test_an_engine_is_not_entered_from_its_own_callback():
+    engine, rows = Engine(model_of("llama")), [Row([5, 6], max_new_tokens=2)]
+    whole = engine.generate(rows)
+    with pytest.raises(LlamaAdapterError, match="from within its own on_tokens"):
+        engine.generate(rows, lambda row, token: engine.generate(rows))
+    assert engine.generate(rows) == whole
+
+
 def test_a_draw_does_not_depend_on_the_rows_beside_it():
     model, ids = model_of("llama"), tokens(3, 8)
     engine = Engine(model)
@@ -424,3 +433,106 @@ def test_a_growing_cache_that_was_changed_goes_on_from_there(change):
 def test_windows_stay_transformers_own():
     kinds = [type(layer).__name__ for layer in GrowingCache(tiny_config("gemma2")).layers]
     assert kinds == ["DynamicSlidingWindowLayer", "GrowingLayer", "DynamicSlidingWindowLayer"]
+
+
+# what a batch must not do to its rows, or a caller to an engine
+
+
+def test_rows_that_have_ended_stay_within_the_positions_of_the_base():
+    model = tiny_model("gpt2")
+    model = AutoModelForCausalLM.from_config(type(model.config)(**{**model.config.to_dict(), "n_positions": 32})).eval()
+    short, long = tokens(1, 4)[0].tolist(), tokens(1, 30, seed=3)[0].tolist()
+    rows = [Row(short, max_new_tokens=28), Row(long, max_new_tokens=2)]
+    engine = Engine(model)
+    assert engine.generate(rows) == [engine.generate([row])[0] for row in rows]
+
+
+def test_an_ended_row_does_not_stretch_the_rotation_of_others():
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny_llama(max_position_embeddings=32, rope_parameters=scaled)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                getattr(layer.self_attn, name).weight.mul_(6)
+    engine = Engine(model)
+    row = Row(tokens(1, 5)[0].tolist(), max_new_tokens=24)
+    neighbour = Row(tokens(1, 29, seed=4)[0].tolist(), max_new_tokens=1)
+    assert engine.generate([row, neighbour])[0] == engine.generate([row])[0]
+
+
+def test_an_adapter_that_answers_cannot_be_removed():
+    model = model_of("llama")
+    adapted(model)
+    engine, row = Engine(model), Row([5, 6, 7], "default", max_new_tokens=3)
+    whole = engine.generate([row])
+    with pytest.raises(AdapterError, match="'default' is in use"):
+        engine.generate([row], lambda number, token: remove_adapter(model, "default"))
+    assert engine.generate([row]) == whole
+    remove_adapter(model, "default")
+
+
+def test_a_base_in_training_mode_answers_without_dropout_and_trains_on():
+    model = tiny_model("gpt2")
+    adapted(model)
+    engine, rows = Engine(model), [Row([5, 6, 7], "default", max_new_tokens=8)]
+    expected = engine.generate(rows)
+    model.train()
+    modes = [module.training for module in model.modules()]
+    assert engine.generate(rows) == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def other_base(model):
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.mul_(-1.5)
+
+
+def in_double(model):
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [other_base, in_double])
+def test_prompts_are_projected_anew_through_a_changed_base(change, stepped):
+    model, ids = model_of("llama"), tokens(2, 8)
+    adapted(model)
+    adapted(model, "other", 5, adapter_len=7)
+    engine, rows = Engine(model), rows_of(ids, ["default", "other"])
+    before = stepped(engine, rows)
+    with torch.no_grad():
+        change(model)
+    assert (assert_plain(stepped, engine, rows) - before).abs().max() > (1e-3 if change is other_base else 0)
+
+
+def test_an_engine_used_under_inference_mode_goes_on_outside_of_it(stepped):
+    model, ids = model_of("llama"), tokens(2, 8)
+    adapter = adapted(model)
+    engine, rows = Engine(model), rows_of(ids, ["default"] * 2)
+    with torch.inference_mode():
+        engine.generate(rows)
+    fused_step(adapter)
+    assert_plain(stepped, engine, rows)
+
+
+def test_rows_that_ask_nothing_are_refused():
+    with pytest.raises(DataError, match="no token"):
+        Row([])
+    with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
+        Row([1], max_new_tokens=0)
+
+
+def test_every_row_draws_for_itself_and_at_any_temperature():
+    from llama_adapter.inference.engine import choose
+
+    engine = Engine(model_of("llama"))
+    drawn = engine.generate([Row([5, 6], temperature=3.0, max_new_tokens=12) for _ in range(3)])
+    assert len({tuple(answer) for answer in drawn}) == 3
+    logits = torch.tensor([[0.1, 30.0, -2.0]])
+    assert int(choose(logits, [Row([1], temperature=1e-39)])) == 1
+
+
+@torch.no_grad()
+def test_a_hook_on_the_decoder_is_called():
+    model, called = model_of("llama"), []
+    model.model.register_forward_hook(lambda *args: called.append(1))
+    Engine(model).generate([Row([5, 6], max_new_tokens=4)])
+    assert len(called) == 4

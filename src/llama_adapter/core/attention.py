@@ -70,7 +70,7 @@ def wrap_attention(config: Any) -> None:
     been called meanwhile; a dictionary look-up then.
     """
     name = config._attn_implementation
-    if name == "eager":
+    if name == "eager" or (name == EAGER and EAGER not in ALL_ATTENTION_FUNCTIONS):  # a model read in a new process
         AttentionInterface.register(EAGER, with_zero_init(_eager_attention))
         AttentionMaskInterface.register(EAGER, eager_mask)
         config._attn_implementation = EAGER

@@ -72,7 +72,8 @@ def add_adapter(
             with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten: the caller's state stays
                 adapter = registry.build(name, config)
             adapter.load_state_dict(state_dict)
-        setattr(model, REGISTRY, registry)
+        if not registry.attached:
+            registry.attach()
         registry.place(name, adapter)
         if activate:
             registry.active = name

@@ -4,8 +4,9 @@ One hook on the decoder says with every forward which adapter serves which row; 
 `adapter_names`, which transformers' refuses. `model.py` has the functions that people call.
 """
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ CONDITIONS = "zero_init_conditions"
 """Name under which a decoder holds the conditions of its adapters."""
 REGISTRY = "_llama_adapters"
 """Name under which a model holds its `Registry`."""
-_UNSAID = object()
+_UNSAID, _MIXED = object(), object()
 
 
 class Registry:
@@ -43,16 +44,24 @@ class Registry:
             raise AdapterError(
                 "The model was adapted through another object that shares its layers: use the one that add_adapter got."
             )
-        self.frozen = [parameter for parameter in _base_parameters(model) if parameter.requires_grad]
+        self.decoder = _decoder_of(model, self.attention)
+        self.frozen: list[nn.Parameter] = []
+        self.attached = False
+
+    def attach(self) -> None:
+        """Freeze the base and put in place what serves adapters."""
+        self.frozen = [parameter for parameter in _base_parameters(self.model) if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        family = family_of(model.config)
+        family = family_of(self.model.config)
         for module in self.attention:
             module.add_module(SLOT, AdapterSlot(family.project))
-        model.base_model.add_module(CONDITIONS, nn.ModuleDict())
-        model.base_model.register_forward_pre_hook(_Router(self), with_kwargs=True)
-        if hasattr(type(model), "generate"):
-            model.generate = _Generate(model)
+        self.model.base_model.add_module(CONDITIONS, nn.ModuleDict())
+        self.decoder.register_forward_pre_hook(Router(self), with_kwargs=True)
+        if hasattr(type(self.model), "generate"):
+            self.model.generate = _Generate(self.model, vars(self.model).get("generate"))
+        setattr(self.model, REGISTRY, self)
+        self.attached = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "lock"}
@@ -62,18 +71,21 @@ class Registry:
 
     def detach(self) -> None:
         """Take every trace off the model."""
-        decoder = self.model.base_model
-        for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, _Router)]:
-            del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
-        delattr(decoder, CONDITIONS)
+        hooks = self.decoder._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Router)]:
+            del hooks[key], self.decoder._forward_pre_hooks_with_kwargs[key]
+        delattr(self.model.base_model, CONDITIONS)
         for module in self.attention:
             delattr(module, SLOT)
             if module.config._attn_implementation == EAGER:
                 module.config._attn_implementation = "eager"
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        if isinstance(vars(self.model).get("generate"), _Generate):
+        ours = vars(self.model).get("generate")
+        if isinstance(ours, _Generate):
             del self.model.generate
+            if ours.before is not None:
+                self.model.generate = ours.before
         delattr(self.model, REGISTRY)
 
     def request(self, names: Any, condition: Tensor | None = None) -> Request:
@@ -93,6 +105,21 @@ class Registry:
         if condition is None:
             return Request(adapters)
         return Request(adapters, _fitting(condition, [adapter for adapter in chosen if adapter is not None]))
+
+    def of_call(self, names: Any) -> Request:
+        """What a call asks for that was given `names`, or nothing.
+
+        Raises:
+            AdapterError: as `request`; or names inside a block whose condition they would drop.
+        """
+        if names is not _UNSAID:
+            with contextlib.suppress(AdapterError):  # a block that cannot be seen from here has no say either
+                around = self.scope.current()
+                if around is not None and around.condition is not None:
+                    names = _MIXED
+        if names is _MIXED:
+            raise AdapterError("adapter_names inside a use_adapter block with a condition: name them in the block.")
+        return self.request(names)
 
     def build(self, name: str, config: AdapterConfig) -> Adapter:
         """New parameters for the top layers, and the condition that `config` asks for; the model is not touched."""
@@ -117,7 +144,7 @@ class Registry:
         """
         old = self.adapters.get(name)
         if old is not None:
-            if any(block.request.uses(old) for block in self.scope.blocks):
+            if self.scope.uses(old):
                 raise AdapterError(
                     f"Adapter '{name}' is in use, by a use_adapter block or a generation: remove it after."
                 )
@@ -141,7 +168,7 @@ def _put(holder: nn.Module, name: str, module: nn.Module | None) -> None:
         delattr(holder, module_key(name))
 
 
-class _Router:
+class Router:
     """Forward pre-hook of the decoder: say which adapter serves which row."""
 
     def __init__(self, registry: Registry) -> None:
@@ -150,13 +177,14 @@ class _Router:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See `torch.nn.Module.register_forward_pre_hook`."""
         return None if ROUTING in kwargs else self._route(args, kwargs)
 
     @torch.compiler.disable  # it looks at the call stack
     def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wrap_attention(self.registry.attention[0].config)
         kwargs = dict(kwargs)
-        routing = _routing(self.registry.request(kwargs.pop(NAMES, _UNSAID)), _batch_of(args, kwargs))
+        routing = _routing(self.registry.of_call(kwargs.pop(NAMES, _UNSAID)), _batch_of(args, kwargs))
         return args, kwargs if routing is None else {**kwargs, ROUTING: routing}
 
 
@@ -167,13 +195,15 @@ class _Generate:
     name serves all rows that come of its prompt.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, before: Any) -> None:
+        self.model, self.before = model, before  # somebody's own `generate` on this object, where there was one
 
     def __call__(self, *args: Any, adapter_names: Names = _UNSAID, **kwargs: Any) -> Any:  # type: ignore[assignment]
         registry: Registry = getattr(self.model, REGISTRY)
-        asked = registry.request(adapter_names)
-        with Block(registry.scope, replace(asked, repeats=True, prompts={})):
+        asked = registry.of_call(adapter_names)
+        with Block(registry.scope, replace(asked, generation=True, batch=None, prompts={})):
+            if self.before is not None:
+                return self.before(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)
 
 
@@ -185,10 +215,10 @@ def _routing(request: Request, batch: Tensor) -> Routing | None:
     """
     condition = request.condition
     if condition is not None:
-        condition = condition.repeat_interleave(_times("conditions", len(condition), batch, request.repeats), 0)
+        condition = condition.repeat_interleave(_times("conditions", len(condition), batch, request), 0)
     if not isinstance(request.adapters, tuple):
         return None if request.adapters is None else Routing((request.adapters,), None, condition, request.prompts)
-    times = _times("names", len(request.adapters), batch, request.repeats)
+    times = _times("names", len(request.adapters), batch, request)
     distinct = tuple(dict.fromkeys(request.adapters))
     if distinct == (None,):
         return None
@@ -198,16 +228,18 @@ def _routing(request: Request, batch: Tensor) -> Routing | None:
     return Routing(distinct, rows.repeat_interleave(times), condition, request.prompts)
 
 
-def _times(what: str, count: int, batch: Tensor, repeats: bool) -> int:
+def _times(what: str, count: int, batch: Tensor, request: Request) -> int:
     """How often each row of a request comes in a batch."""
-    if count == len(batch):
-        return 1
-    if repeats and count and len(batch) % count == 0:
-        return len(batch) // count
-    raise AdapterError(
-        f"Got {count} {what} for a batch of {len(batch)} rows: give one per row. Only model.generate repeats "
-        "them, for beams and returned sequences."
-    )
+    rows = len(batch)
+    if request.generation and count and rows % count == 0 and request.batch in (None, rows):
+        request.batch = rows  # a forward of another size, such as a processor's, might mean its rows otherwise
+        return rows // count
+    if count != rows or request.generation:
+        raise AdapterError(
+            f"Got {count} {what} for a batch of {rows} rows: give one per row. Only model.generate repeats "
+            "them, for beams and returned sequences."
+        )
+    return 1
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -216,6 +248,15 @@ def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(tensor, Tensor):
             return tensor
     return torch.empty(0)
+
+
+def _decoder_of(model: PreTrainedModel, attention: Sequence[nn.Module]) -> PreTrainedModel:
+    """The innermost model that runs all of these modules: in one that reads pictures, its language model."""
+    wanted, found = set(attention), model.base_model
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and wanted <= set(module.modules()):
+            found = module
+    return found
 
 
 def _base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -291,3 +332,9 @@ def known(registry: Registry, name: str) -> Adapter:
     if adapter is None:
         raise AdapterError(f"The model has an {unknown_name('adapter', name, registry.adapters)}")
     return adapter
+
+
+def in_use(model: nn.Module, adapters: Iterable[Adapter]) -> contextlib.AbstractContextManager[None]:
+    """Within the block these adapters cannot be removed from their model."""
+    registry = find_registry(model)
+    return contextlib.nullcontext() if registry is None else registry.scope.holding(tuple(adapters))

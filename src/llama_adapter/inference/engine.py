@@ -1,11 +1,12 @@
 """The engine: tokens in, tokens out. It owns its model, the slots of its adapters, and the ways to take a step.
 
 A batch has rows of any adapters and of the bare base. It is read at once, padded on the left, then goes on a token a
-row until the last one has ended. A row's answer does not depend on the rows beside it, up to rounding.
+row until the last one has ended. A row's answer does not depend on those beside it, up to rounding, but for rotations
+that transformers scales by the longest row of a batch (dynamic and longrope, beyond the trained length).
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,21 @@ from transformers import Cache, PreTrainedModel
 from llama_adapter.core.attention import ROUTING, wrap_attention
 from llama_adapter.core.families import attention_modules
 from llama_adapter.core.model import get_adapter, list_adapters
-from llama_adapter.core.registry import device_of
-from llama_adapter.core.routing import Routing
+from llama_adapter.core.registry import device_of, in_use
+from llama_adapter.core.routing import Adapter, Routing
 from llama_adapter.core.zero_init import Prompts
+from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError
 from llama_adapter.inference.cache import GrowingCache
 from llama_adapter.inference.compiled import CompiledSteps
 from llama_adapter.inference.slots import Slots
 from llama_adapter.inference.steps import QuickSteps
+
+
+def fresh_generator() -> torch.Generator:
+    """A random generator with a seed from the system; torch's own start alike."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +47,10 @@ class Row:
         top_p: draw from the likeliest tokens of this total probability.
         stops: it ends after one of these.
         generator: draws come from it, on the CPU; the row's own, so that rows beside it change nothing.
+
+    Raises:
+        DataError: no token.
+        ConfigError: `max_new_tokens` is below 1.
     """
 
     tokens: Sequence[int]
@@ -47,7 +60,13 @@ class Row:
     temperature: float = 0.0
     top_p: float = 1.0
     stops: frozenset[int] = frozenset()
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    generator: torch.Generator = field(default_factory=fresh_generator)
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise DataError("A prompt of no token cannot be answered: write something.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
 
 
 class Engine:
@@ -63,7 +82,8 @@ class Engine:
         self.model = model.eval()
         self.slots = Slots(model)
         self.compiled = CompiledSteps(model)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._decoding = False
 
     def generate(
         self,
@@ -81,24 +101,40 @@ class Engine:
         Raises:
             AdapterError: there is no adapter of a row's name.
             ModelError: there is nothing to compile with.
+            LlamaAdapterError: it is called from its own `on_tokens`.
         """
-        with self._lock, torch.no_grad():
-            answers: list[list[int]] = [[] for _ in rows]
-            for tokens in self._decode(rows, compile):
-                for number, token in tokens.items():
-                    answers[number].append(token)
-                    on_tokens(number, token)
-            return answers
+        # Not inference_mode, also where the caller is in it: slots that were made there could not be written later.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._decoding:
+                raise LlamaAdapterError("An engine cannot decode from within its own on_tokens: wait for its answer.")
+            self._decoding = True
+            learning = [module for module in self.model.modules() if module.training]
+            try:
+                for module in learning:
+                    module.training = False
+                answers: list[list[int]] = [[] for _ in rows]
+                adapters = {name: get_adapter(self.model, name) for row in rows if (name := row.adapter) is not None}
+                with in_use(self.model, adapters.values()):
+                    for tokens in self._decode(rows, adapters, compile):
+                        for number, token in tokens.items():
+                            answers[number].append(token)
+                            on_tokens(number, token)
+                return answers
+            finally:
+                for module in learning:
+                    module.training = True
+                self._decoding = False
 
-    def _decode(self, rows: Sequence[Row], compile: bool) -> Iterator[dict[int, int]]:
+    def _decode(self, rows: Sequence[Row], adapters: Mapping[str, Adapter], compile: bool) -> Iterator[dict[int, int]]:
         """Each step's token of the rows that have not ended."""
         device = device_of(self.model.get_input_embeddings())
         slots: list[int] = []
         temporary: list[int] = []
         self.slots.drop_removed()
         try:
+            self.slots.check(next(iter(adapters.values()), None))
             for row in rows:
-                slots.append(self._slot(row))
+                slots.append(self._slot(row, adapters))
                 if row.condition is not None and row.adapter is not None:
                     temporary.append(slots[-1])
             prompts = self.slots.rows(slots)
@@ -108,10 +144,7 @@ class Engine:
             ids, mask = left_padded([row.tokens for row in rows], device)
             room = max(row.max_new_tokens for row in rows)
             step = self.stepper(len(rows), ids.shape[1] + room, routing, compile)
-            positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-            positions = (
-                torch.arange(ids.shape[1], device=device)[None].expand_as(ids) if positions is None else positions
-            )
+            positions = (torch.ones_like(ids) if mask is None else mask).cumsum(-1).sub(1).clamp(min=0)
             going = set(range(len(rows)))
             for count in range(1, room + 1):
                 logits = step(ids, positions, mask)
@@ -121,14 +154,16 @@ class Engine:
                 going -= {n for n in going if tokens[n] in rows[n].stops or count >= rows[n].max_new_tokens}
                 if not going:
                     return
-                ids, positions = chosen[:, None], positions[:, -1:] + 1
+                # A row that has ended stays where it is: it may neither leave the context nor stretch a scaled rotation
+                moving = torch.tensor([[int(number in going)] for number in range(len(rows))], device=device)
+                ids, positions = chosen[:, None], positions[:, -1:] + moving
                 mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         finally:
             for slot in temporary:
                 self.slots.release(slot)
 
-    def _slot(self, row: Row) -> int:
-        adapter = None if row.adapter is None else get_adapter(self.model, row.adapter)
+    def _slot(self, row: Row, adapters: Mapping[str, Adapter]) -> int:
+        adapter = None if row.adapter is None else adapters[row.adapter]
         if adapter is None or row.condition is None:
             return self.slots.admit(adapter)
         return self.slots.fill(Routing((adapter,), condition=row.condition[None]))
@@ -189,7 +224,9 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             [torch.rand((), generator=row.generator).item() for row in asked],
         )
     )
-    probabilities, order = (logits[drawing].float() / temperature).softmax(-1).sort(descending=True, stable=True)
+    scores = logits[drawing].float()
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # no temperature is too low for 0 and -inf
+    probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
     total = probabilities.cumsum(-1)

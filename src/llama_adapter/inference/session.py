@@ -27,11 +27,11 @@ from llama_adapter.data import (
     read_records,
     with_found_media,
 )
-from llama_adapter.errors import AdapterError, DataError
+from llama_adapter.errors import AdapterError, ConfigError, DataError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.engine import Engine, Row
-from llama_adapter.settings import Precision
+from llama_adapter.inference.engine import Engine, Row, fresh_generator
+from llama_adapter.settings import Precision, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ class Session:
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.engine, self.generator = Engine(self.model), torch.Generator()
-        self.generator.seed()
+        self.engine, self.generator = Engine(self.model), fresh_generator()
 
     def answer(
         self,
@@ -108,7 +107,12 @@ class Session:
         Raises:
             DataError: a prompt does not fit into the base's context, or a file cannot be read.
             AdapterError: pictures for an adapter that has no condition, or an unknown name.
+            ConfigError: `on_text` with several prompts.
         """
+        if on_text is not None and len(prompts) != 1:
+            raise ConfigError(f"on_text streams one answer, and there are {len(prompts)} prompts: leave it out.")
+        if not prompts:
+            return []
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
         rows = [self._row(*asked, config, draws) for asked in zip(prompts, names, strict=True)]
@@ -126,6 +130,8 @@ class Session:
         return [self._read(ids, row, seconds) for ids, row in zip(answers, rows, strict=True)]
 
     def _row(self, prompt: Prompt, name: str | None, config: GenerateConfig, draws: torch.Generator) -> Row:
+        if name not in self.templates:
+            raise AdapterError(f"The session has an {unknown_name('adapter', name, self.adapters)}")
         template = self.templates[name]
         tokens = encode_prompt(prompt.messages, template, self.tokenizer, prompt.input, raw=template == "raw")
         condition = self.condition(name, [prompt.media])

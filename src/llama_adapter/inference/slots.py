@@ -20,8 +20,7 @@ class Slots:
     """Keys and gated values [S, H, K, D] of each layer, zeros past the end of shorter prompts.
 
     A slot is filled when an adapter is admitted. Parameters that were trained, loaded or written since are found by
-    comparing them with a copy, as no counter tells of every write. The base, a LoRA on it included, is taken to stay
-    as it is: call `clear` after changing it.
+    comparing them with a copy, as no counter tells of every write; a changed base by projecting one adapter again.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -46,6 +45,21 @@ class Slots:
             self.of[adapter] = slot, now
         return slot
 
+    @torch.no_grad()
+    def check(self, adapter: Adapter | None) -> None:
+        """Forget everything where the base, or a LoRA on it, is not what it was: one adapter's projection tells."""
+        if adapter is None or adapter not in self.of:
+            return
+        slot = self.of[adapter][0]
+        found = self._projected(Routing((adapter,)))
+        for layer, prompts in found.items():
+            stores = self.layers[layer]
+            length = prompts.key.shape[2]
+            for store, part in zip(stores, prompts[:2], strict=True):
+                if store.dtype != part.dtype or not torch.equal(store[slot, :, :length], part[0]):
+                    self.clear()
+                    return
+
     def release(self, slot: int) -> None:
         """Let others have a slot."""
         self.free.append(slot)
@@ -58,12 +72,7 @@ class Slots:
     @torch.no_grad()
     def fill(self, routing: Routing, slot: int | None = None) -> int:
         """Project the prompts of one row, under its condition where it has one, into a slot; None takes a new one."""
-        like = torch.empty(1, 1, 1, 1, dtype=self.model.dtype)
-        found: dict[int, Prompts] = {}
-        for module in attention_modules(self.model):
-            prompts = getattr(module, SLOT).prompts(module, routing, like.to(device_of(module)))
-            if prompts is not None:
-                found[int(module.layer_idx)] = prompts
+        found = self._projected(routing)
         length = max(prompts.key.shape[2] for prompts in found.values())
         if slot is None and not self.free:
             self.free += range(2 * len(self.lengths) - 1, len(self.lengths) - 1, -1)
@@ -91,6 +100,16 @@ class Slots:
                 index = torch.tensor(slots, device=key.device)
                 key, value = key.index_select(0, index), value.index_select(0, index)
             found[layer] = Prompts(key, value, past_the_end(lengths, key) if uneven else None)
+        return found
+
+    def _projected(self, routing: Routing) -> dict[int, Prompts]:
+        """The prompts of one row, by layer."""
+        like = torch.empty(1, 1, 1, 1, dtype=self.model.dtype)
+        found: dict[int, Prompts] = {}
+        for module in attention_modules(self.model):
+            prompts = getattr(module, SLOT).prompts(module, routing, like.to(device_of(module)))
+            if prompts is not None:
+                found[int(module.layer_idx)] = prompts
         return found
 
     def _with_room(self, layer: int, new: Prompts | None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from llama_adapter.core.attention import SLOT
+from llama_adapter.core.registry import Router
 from llama_adapter.core.zero_init import Prompts, second_softmax
 from llama_adapter.inference.joined import Joined
 
@@ -127,15 +128,13 @@ def why_no_quick_steps(model: PreTrainedModel) -> str | None:
         return f"there are none for {type(model).__name__}"
     if model.config._attn_implementation != "sdpa":
         return "they need sdpa attention"
-    if any("forward" in vars(module) or hooked(module) for module in (model, model.lm_head, decoder.norm)):
-        return "something else has changed its forward"
+    if any("forward" in vars(module) or hooked(module) for module in model.modules()):
+        return "something else has changed its layers"
     if len(decoder.layers) != model.config.num_hidden_layers:
         return "its configuration says another number of layers"
     if getattr(model.config, "sliding_window", None):
         return "its attention has a sliding window"
     for layer in decoder.layers:
-        if any("forward" in vars(module) or hooked(module) for module in layer.modules()):
-            return "something else has changed its layers"
         if type(layer).__name__ != SHAPED[kind] or not has_known_parts(layer):
             return "this version of transformers builds its layers in another way"
     norms = [module for module in decoder.modules() if hasattr(module, "variance_epsilon")]
@@ -146,7 +145,8 @@ def why_no_quick_steps(model: PreTrainedModel) -> str | None:
 
 def hooked(module: Any) -> bool:
     """Whether somebody listens to a module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, Router)]
+    return bool(module._forward_hooks or before)
 
 
 def has_known_parts(layer: Any) -> bool:

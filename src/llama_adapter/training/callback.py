@@ -18,30 +18,37 @@ class AdapterCallback(TrainerCallback):
         load_adapter(base, "out/checkpoint-500")
 
     The trainer's own `model.safetensors` then holds only what is trained, so that `load_best_model_at_end` and
-    `resume_from_checkpoint` read the adapter back and the base is never written. From the trainer's making to the
-    end of its training this goes for every `model.save_pretrained`; afterwards the model saves as before. A training
+    `resume_from_checkpoint` read the adapter back and the base is never written. From the beginning to the
+    end of a training this goes for every `model.save_pretrained`; afterwards the model saves as before. A training
     that an exception ends leaves it so: `model._keys_to_ignore_on_save = None` undoes it.
 
     Args:
-        name: of the adapter that is saved; what the trainer restores is every parameter that it trains.
+        name: of the adapter that is saved, by default the one that is active when the training begins; what the trainer
+            restores is every parameter that it trains. A resumed run logs that the base's keys are missing: they are.
     """
 
-    def __init__(self, name: str = "default") -> None:
+    def __init__(self, name: str | None = None) -> None:
         self.name = name
         self._before: set[str] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the frozen base out of checkpoints, before a resumed run reads one without it.
+        """Look whether there is something to save, before anything is trained.
 
         Raises:
             AdapterError: the model has no adapter of that name.
+            TrainingError: it is a PeftModel, whose checkpoints have files of the same names.
         """
-        self._leave_out(kwargs["model"])
+        if hasattr(kwargs["model"], "peft_config"):
+            raise TrainingError(
+                "AdapterCallback and PEFT write files of the same names into a checkpoint: leave the callback out "
+                "and keep the adapter with save_adapter."
+            )
+        get_adapter(kwargs["model"], self.name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same, for a callback that was added later, and for what has been frozen since."""
+        """Leave the frozen base out of checkpoints."""
         self._leave_out(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -67,7 +74,7 @@ class AdapterCallback(TrainerCallback):
         kwargs["model"]._keys_to_ignore_on_save, self._before = self._before, None
 
     def _leave_out(self, model: PreTrainedModel) -> None:
-        get_adapter(model, self.name)
+        self.name = get_adapter(model, self.name).name
         trained = {key for key, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad}
         if self._before is None:
             self._before = set(model._keys_to_ignore_on_save or ())
