@@ -542,3 +542,27 @@ with torch.no_grad():
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_no_block_is_lost_where_threads_open_many_at_once(model):
+    scope, lost = vars(model)["_llama_adapters"].scope, []
+
+    def work():
+        for _ in range(1500):
+            block = use_adapter(model, "a")
+            with block:
+                if block not in scope.blocks:
+                    lost.append(block)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not lost
+    assert not scope.blocks

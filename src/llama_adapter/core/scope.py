@@ -10,6 +10,7 @@ have been meant for that one.
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -63,12 +64,14 @@ class Block:
         if self.frames:
             raise AdapterError("This use_adapter block is open already: call use_adapter again for another.")
         self.frames = tuple(_owners(sys._getframe(1)))
-        self.scope.blocks = (*self.scope.blocks, self)
+        with self.scope.lock:
+            self.scope.blocks = (*self.scope.blocks, self)
         if not self.request.generation:
             _visible.set((*_visible.get(), self))
 
     def __exit__(self, *exception: Any) -> None:
-        self.scope.blocks = tuple(block for block in self.scope.blocks if block is not self)
+        with self.scope.lock:
+            self.scope.blocks = tuple(block for block in self.scope.blocks if block is not self)
         _visible.set(tuple(block for block in _visible.get() if block is not self))
         self.frames = ()
 
@@ -84,12 +87,13 @@ class Scope:
     """The open blocks of one model, and the adapters that an engine is answering with."""
 
     def __init__(self) -> None:
-        # Replaced whole, never changed: threads read them without a lock.
+        # Replaced whole under the lock, never changed: threads read them without it.
+        self.lock = threading.Lock()
         self.blocks: tuple[Block, ...] = ()
         self.held: tuple[tuple[Adapter | None, ...], ...] = ()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"blocks": (), "held": ()}  # a copy of the model stands in no block
+    def __reduce__(self) -> tuple[type["Scope"], tuple[()]]:
+        return Scope, ()  # a copy of the model stands in no block
 
     def uses(self, adapter: Adapter) -> bool:
         """Whether a block, a generation or an engine needs `adapter` right now."""
@@ -98,11 +102,13 @@ class Scope:
     @contextlib.contextmanager
     def holding(self, adapters: tuple[Adapter | None, ...]) -> Iterator[None]:
         """Within the block these adapters cannot be removed; it chooses nobody for a forward."""
-        self.held = (*self.held, adapters)
+        with self.lock:
+            self.held = (*self.held, adapters)
         try:
             yield
         finally:
-            self.held = tuple(held for held in self.held if held is not adapters)
+            with self.lock:
+                self.held = tuple(held for held in self.held if held is not adapters)
 
     def current(self) -> Request | None:
         """The request of the innermost block around the caller; None where no block is open at all.
