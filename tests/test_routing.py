@@ -93,6 +93,18 @@ def test_generate_takes_names_and_gives_each_row_its_single_run(model):
             assert torch.equal(mixed[row], model.generate(IDS[row : row + 1], **GREEDY)[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 6}])
+def test_generate_refuses_names_that_are_not_one_per_prompt(model, options):
+    four = tokens(4, 6)
+    for count in (1, 2, 3):
+        for call in ({"inputs": four}, {"input_ids": four}):
+            with pytest.raises(AdapterError, match=f"Got {count} names for a batch of"):
+                model.generate(**call, adapter_names=["a", None, "b"][:count], **GREEDY, **options)
+    with use_adapter(model, "a", torch.randn(2, 32)), pytest.raises(AdapterError, match="Got 2 conditions"):
+        model.generate(four, **GREEDY, **options)
+    model.generate(four, adapter_names=["a", None, "b", "a"], **GREEDY, **options)
+
+
 def test_names_given_to_a_model_without_adapters_are_refused(model):
     for name in ("a", "b"):
         remove_adapter(model, name)

@@ -201,7 +201,9 @@ class _Generate:
     def __call__(self, *args: Any, adapter_names: Names = _UNSAID, **kwargs: Any) -> Any:  # type: ignore[assignment]
         registry: Registry = getattr(self.model, REGISTRY)
         asked = registry.of_call(adapter_names)
-        with Block(registry.scope, replace(asked, generation=True, batch=None, prompts={})):
+        given = [kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+        inputs = next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), None)
+        with Block(registry.scope, replace(asked, generation=True, inputs=inputs, batch=None, prompts={})):
             if self.before is not None:
                 return self.before(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -231,7 +233,8 @@ def _routing(request: Request, batch: Tensor) -> Routing | None:
 def _times(what: str, count: int, batch: Tensor, request: Request) -> int:
     """How often each row of a request comes in a batch."""
     rows = len(batch)
-    if request.generation and count and rows % count == 0 and request.batch in (None, rows):
+    known = count in (rows, request.inputs)  # else two names for four prompts would pass for beams
+    if request.generation and count and known and rows % count == 0 and request.batch in (None, rows):
         request.batch = rows  # a forward of another size, such as a processor's, might mean its rows otherwise
         return rows // count
     if count != rows or request.generation:

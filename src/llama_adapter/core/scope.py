@@ -37,6 +37,7 @@ class Request:
         condition: [B, 1, hidden] or [B, K, hidden], a row each; None adds nothing.
         generation: whether it is that of one `generate`, whose rows come as often as there are beams and returned
             sequences, and which serves nobody but that.
+        inputs: how many prompts a generation was given; None where that cannot be told.
         batch: rows of a generation's forwards, once the first has told.
         prompts: what a generation keeps of what it projected.
     """
@@ -44,6 +45,7 @@ class Request:
     adapters: Adapter | tuple[Adapter | None, ...] | None
     condition: Tensor | None = None
     generation: bool = False
+    inputs: int | None = None
     batch: int | None = None
     prompts: dict[int, Prompts | None] | None = None
 

@@ -106,7 +106,7 @@ class Session:
 
         Raises:
             DataError: a prompt does not fit into the base's context, or a file cannot be read.
-            AdapterError: pictures for an adapter that has no condition, or an unknown name.
+            AdapterError: pictures for an adapter that has no condition, an unknown name, or another number of names.
             ConfigError: `on_text` with several prompts.
         """
         if on_text is not None and len(prompts) != 1:
@@ -114,6 +114,10 @@ class Session:
         if not prompts:
             return []
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(prompts):
+            raise AdapterError(
+                f"Got {len(names)} adapters for {len(prompts)} prompts: give one for all, or one for each."
+            )
         draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
         rows = [self._row(*asked, config, draws) for asked in zip(prompts, names, strict=True)]
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)

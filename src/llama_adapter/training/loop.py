@@ -60,7 +60,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train an adapter as a recipe says and leave it in `config.output_dir` (see `run_folder.py`).
+    """Train an adapter as a recipe says and leave it in `config.output_dir` (see `checkpoint.py`).
 
     Raises:
         LlamaAdapterError: anything wrong with recipe, data, base or folder, found before the base's weights are read;
