@@ -115,9 +115,7 @@ class Session:
             return []
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
-            raise AdapterError(
-                f"Got {len(names)} adapters for {len(prompts)} prompts: give one for all, or one for each."
-            )
+            raise AdapterError(f"Got {len(names)} adapters for {len(prompts)} prompts: give one, or one for each.")
         draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
         rows = [self._row(*asked, config, draws) for asked in zip(prompts, names, strict=True)]
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
