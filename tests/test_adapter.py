@@ -2,12 +2,12 @@
 
 import copy
 import io
-import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
-from tiny import COMMON, HEADS, HIDDEN, LAYERS, adapted, open_gates, tiny_llama, tiny_model, tokens
+from tiny import COMMON, HEADS, HIDDEN, LAYERS, adapted, at_once, open_gates, tiny_llama, tiny_model, tokens
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 from llama_adapter import (
@@ -448,16 +448,7 @@ def test_threads_with_different_adapters_at_once_get_their_own(pair):
                 if not torch.allclose(logits(model, IDS[:1]), expected[name][:1], atol=1e-5):
                     wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in names]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once([partial(work, name) for name in names])
     assert not wrong
 
 

@@ -54,7 +54,7 @@ def make(folders, tmp_path):
 
 
 @pytest.fixture
-def refused(monkeypatch):
+def check_refused(monkeypatch):
     """Checks that a folder is refused with a message, by `load_adapter` and `inspect`, without any large allocation."""
     model = tiny_llama()
     empty = torch.empty
@@ -112,26 +112,26 @@ LARGE = [10**6, 10**9, 2**63 - 1, 2**63, 10**30]
 
 @pytest.mark.parametrize("value", LARGE)
 @pytest.mark.parametrize("key", ["adapter_len", "adapter_layers"])
-def test_a_huge_adapter_is_refused(make, refused, key, value):
+def test_a_huge_adapter_is_refused(make, check_refused, key, value):
     folder = make()
     change(folder, key, value=value)
-    refused(folder, "more than the base's 3 layers" if key == "adapter_layers" else r"not float \[")
+    check_refused(folder, "more than the base's 3 layers" if key == "adapter_layers" else r"not float \[")
 
 
 @pytest.mark.parametrize("value", LARGE)
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
-def test_a_huge_base_is_refused(make, refused, key, value):
+def test_a_huge_base_is_refused(make, check_refused, key, value):
     folder = make()
     change(folder, "base_shape", key, value=value)
-    refused(folder, f"{key}|missing|not float")
+    check_refused(folder, f"{key}|missing|not float")
 
 
 @pytest.mark.parametrize("value", LARGE)
-def test_as_many_layers_as_a_huge_base_has_are_not_counted_out(make, refused, value):
+def test_as_many_layers_as_a_huge_base_has_are_not_counted_out(make, check_refused, value):
     folder = make()
     change(folder, "base_shape", "num_hidden_layers", value=value)
     change(folder, "adapter_layers", value=value)
-    refused(folder, "num_hidden_layers|asks for more than its 4 tensors")
+    check_refused(folder, "num_hidden_layers|asks for more than its 4 tensors")
 
 
 @pytest.mark.parametrize("value", LARGE)
@@ -139,17 +139,17 @@ def test_as_many_layers_as_a_huge_base_has_are_not_counted_out(make, refused, va
     ("kind", "key"),
     [("image", "tower_width"), ("image", "width"), (SEES, "tower_width"), (SEES, "blocks"), (SEES, "block_width")],
 )
-def test_a_huge_condition_is_refused(make, refused, kind, key, value):
+def test_a_huge_condition_is_refused(make, check_refused, kind, key, value):
     folder = make(kind)
     change(folder, "condition", key, value=value)
-    refused(folder, "not float|asks for more|no weights fit|block_heads")
+    check_refused(folder, "not float|asks for more|no weights fit|block_heads")
 
 
-def test_blocks_are_built_only_for_as_many_tensors_as_there_are(make, refused, monkeypatch):
+def test_blocks_are_built_only_for_as_many_tensors_as_there_are(make, check_refused, monkeypatch):
     folder = make(SEES)
     monkeypatch.setattr(ConditionConfig, "build", lambda *_: pytest.fail("built the condition"))
     change(folder, "condition", "blocks", value=2000 // BLOCK_TENSORS)
-    refused(folder, "asks for more than its")
+    check_refused(folder, "asks for more than its")
 
 
 def test_the_shapes_of_many_blocks_are_those_of_the_module():
@@ -162,7 +162,7 @@ def test_the_shapes_of_many_blocks_are_those_of_the_module():
     assert {key: size for key, size in tensor_shapes(config).items() if key.startswith("condition.")} == built
 
 
-def test_thousands_of_blocks_that_the_file_has_are_not_built(make, refused, monkeypatch):
+def test_thousands_of_blocks_that_the_file_has_are_not_built(make, check_refused, monkeypatch):
     folder, build = make(SEES), ConditionConfig.build
     header(folder, {f"layers.{i}.x": entry([0], end=0) for i in range(12_000)})
     change(folder, "condition", "blocks", value=1000)
@@ -172,29 +172,29 @@ def test_thousands_of_blocks_that_the_file_has_are_not_built(make, refused, monk
         return build(config, *sizes)
 
     monkeypatch.setattr(ConditionConfig, "build", one)
-    refused(folder, "missing.*unexpected")
+    check_refused(folder, "missing.*unexpected")
 
 
-def test_many_depths_are_refused(make, refused):
+def test_many_depths_are_refused(make, check_refused):
     folder = make("image")
     change(folder, "condition", "depths", value=list(range(10_000)))
-    refused(folder, "not float")
+    check_refused(folder, "not float")
 
 
-def test_thousands_of_broken_rules_are_named_in_part(make, refused):
+def test_thousands_of_broken_rules_are_named_in_part(make, check_refused):
     folder = make("image")
     change(folder, "condition", "depths", value=["a"] * 10_000)
-    refused(folder, "depths.0 is 'a'; .*depths.19 is 'a'; it must be a valid integer$")
+    check_refused(folder, "depths.0 is 'a'; .*depths.19 is 'a'; it must be a valid integer$")
 
 
 @pytest.mark.parametrize("value", [0, -1, -(10**30)])
 @pytest.mark.parametrize(
     "path", [("adapter_len",), ("adapter_layers",), ("base_shape", "hidden_size"), ("condition", "width")]
 )
-def test_numbers_below_one_are_refused(make, refused, path, value):
+def test_numbers_below_one_are_refused(make, check_refused, path, value):
     folder = make("image")
     change(folder, *path, value=value)
-    refused(folder, f"{path[-1]}")
+    check_refused(folder, f"{path[-1]}")
 
 
 NUMBERS = [
@@ -209,33 +209,33 @@ NUMBERS = [
 
 @pytest.mark.parametrize("value", [True, False, "4", "", [4.5], {}, {"a": 1}, 4.0, 4.5, [[[]]], [True], ["1"]])
 @pytest.mark.parametrize("path", NUMBERS, ids=".".join)
-def test_what_is_no_whole_number_is_refused(make, refused, path, value):
+def test_what_is_no_whole_number_is_refused(make, check_refused, path, value):
     folder = make("image")
     change(folder, *path, value=value)
-    refused(folder, path[-1])
+    check_refused(folder, path[-1])
 
 
 @pytest.mark.parametrize("value", [[], [1], "llama", 3, True, {}, {"hidden_size": {"a": [1]}}, {"hidden_size": None}])
 @pytest.mark.parametrize("key", ["base_shape", "condition"])
-def test_wrong_nesting_is_refused(make, refused, key, value):
+def test_wrong_nesting_is_refused(make, check_refused, key, value):
     folder = make()
     change(folder, key, value=value)
-    refused(folder, f"{key}|base's shape")
+    check_refused(folder, f"{key}|base's shape")
 
 
 @pytest.mark.parametrize("key", ["bias", "kind", "activation", "absent"])
 @pytest.mark.parametrize("value", [None, 1, "", "x" * 50_000, ["gelu"], {}])
-def test_wrong_words_are_refused(make, refused, key, value):
+def test_wrong_words_are_refused(make, check_refused, key, value):
     folder = make("image")
     change(folder, "condition", key, value=value)
-    refused(folder, f"{key} is ")
+    check_refused(folder, f"{key} is ")
 
 
 @pytest.mark.parametrize("value", [None, 1, "", ["bundled"], {}])
-def test_a_tower_without_a_name_is_refused(make, refused, value):
+def test_a_tower_without_a_name_is_refused(make, check_refused, value):
     folder = make("image")
     change(folder, "condition", "tower", value=value)
-    refused(folder, "tower is ")
+    check_refused(folder, "tower is ")
 
 
 # the text of the configuration
@@ -264,20 +264,20 @@ def test_a_tower_without_a_name_is_refused(make, refused, value):
     ],
     ids=lambda value: value[:30],
 )
-def test_hostile_json_is_refused(make, refused, text, message):
+def test_hostile_json_is_refused(make, check_refused, text, message):
     folder = make()
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    refused(folder, message)
+    check_refused(folder, message)
 
 
-def test_a_huge_configuration_is_not_read(make, refused):
+def test_a_huge_configuration_is_not_read(make, check_refused):
     folder = make()
     with (folder / CONFIG_FILE).open("r+b") as file:
         file.truncate(2**40)  # sparse: it takes no room on the disk
-    refused(folder, "has 1,099,511,627,776 bytes")
+    check_refused(folder, "has 1,099,511,627,776 bytes")
     with (folder / CONFIG_FILE).open("r+b") as file:
         file.truncate(LARGEST_CONFIG + 1)
-    refused(folder, "bytes and no adapter's configuration has")
+    check_refused(folder, "bytes and no adapter's configuration has")
 
 
 # the weights file
@@ -309,62 +309,62 @@ def entry(shape, begin=0, end=None, dtype="F32"):
     ],
     ids=lambda content: str(content)[:60],
 )
-def test_a_lying_header_is_refused(make, refused, content):
+def test_a_lying_header_is_refused(make, check_refused, content):
     folder = make()
     header(folder, content, 8)
-    refused(folder, "is truncated or no safetensors file")
+    check_refused(folder, "is truncated or no safetensors file")
 
 
 @pytest.mark.parametrize("claimed", [LARGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1])
-def test_a_header_of_any_size_is_not_read(make, refused, claimed):
+def test_a_header_of_any_size_is_not_read(make, check_refused, claimed):
     folder = make()
     with (folder / WEIGHTS_FILE).open("r+b") as file:
         file.write(struct.pack("<Q", claimed))
         file.truncate(2**41)
-    refused(folder, "a header of .* bytes")
+    check_refused(folder, "a header of .* bytes")
 
 
 @pytest.mark.parametrize("count", [5000, 10_000])
-def test_a_header_with_many_tensors_is_refused(make, refused, count):
+def test_a_header_with_many_tensors_is_refused(make, check_refused, count):
     folder = make()
     header(folder, {f"layers.{i}.x": entry([0], end=0) for i in range(count)})
-    refused(folder, r"missing \['layers.1.gate'.*unexpected \['layers.0.x'")
+    check_refused(folder, r"missing \['layers.1.gate'.*unexpected \['layers.0.x'")
 
 
-def test_long_names_of_tensors_are_cut_short(make, refused):
+def test_long_names_of_tensors_are_cut_short(make, check_refused):
     folder = make()
     header(folder, {"x\n" * 100_000: entry([0], end=0)})
-    refused(folder, "unexpected")
+    check_refused(folder, "unexpected")
 
 
-def test_a_large_file_of_another_shape_is_not_read(make, refused):
+def test_a_large_file_of_another_shape_is_not_read(make, check_refused):
     folder = make()
     sizes = {f"layers.{i}.{kind}": [2**36] for i in (1, 2) for kind in ("prompt", "gate")}
     header(folder, {key: entry(size, 2**38 * i, 2**38 * (i + 1)) for i, (key, size) in enumerate(sizes.items())})
     with (folder / WEIGHTS_FILE).open("r+b") as file:
         size = (folder / WEIGHTS_FILE).stat().st_size
         file.truncate(size + 2**40)
-    refused(folder, r"layers.1.prompt is F32 \[68719476736\], not float \[4, 32\]|unable to mmap")
+    check_refused(folder, r"layers.1.prompt is F32 \[68719476736\], not float \[4, 32\]|unable to mmap")
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str
 )
-def test_tensors_that_are_no_floats_are_refused(make, refused, dtype):
+def test_tensors_that_are_no_floats_are_refused(make, check_refused, dtype):
     folder = make()
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file({**tensors, "layers.1.prompt": torch.zeros(4, HIDDEN).to(dtype)}, folder / WEIGHTS_FILE)
-    refused(folder, r"layers.1.prompt is .* \[4, 32\], not float \[4, 32\]")
+    check_refused(folder, r"layers.1.prompt is .* \[4, 32\], not float \[4, 32\]")
 
 
 @pytest.mark.parametrize("value", [1e300, -1e39, float("inf"), float("nan")])
-def test_what_fp32_cannot_hold_is_refused(make, refused, value):
+def test_what_fp32_cannot_hold_is_refused(make, check_refused, value):
     folder = make()
     tensors = load_file(folder / WEIGHTS_FILE)
     tensors["layers.2.prompt"] = tensors["layers.2.prompt"].double()
     tensors["layers.2.prompt"][3, 1] = value
     save_file(tensors, folder / WEIGHTS_FILE)
-    refused(folder, "layers.2.prompt holds NaN, infinity or more than fp32 can")
+    check_refused(folder, "layers.2.prompt holds NaN, infinity or more than fp32 can")
 
 
 def test_float64_that_fits_is_read_as_fp32(make):
@@ -388,33 +388,33 @@ def test_loaded_tensors_outlive_the_file(make):
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_links_in_a_circle_are_refused(make, refused, name):
+def test_links_in_a_circle_are_refused(make, check_refused, name):
     folder = make()
     (folder / name).unlink()
     (folder / name).symlink_to(folder / "other")
     (folder / "other").symlink_to(folder / name)
-    refused(folder, f"{name} cannot be read \\(Too many levels of symbolic links\\)")
+    check_refused(folder, f"{name} cannot be read \\(Too many levels of symbolic links\\)")
 
 
-def test_a_folder_that_links_to_itself_is_refused(tmp_path, refused):
+def test_a_folder_that_links_to_itself_is_refused(tmp_path, check_refused):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    refused(tmp_path / "loop", "cannot be read \\(Too many levels of symbolic links\\)")
+    check_refused(tmp_path / "loop", "cannot be read \\(Too many levels of symbolic links\\)")
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_folders_pipes_and_devices_in_place_of_files_are_refused(make, refused, name):
+def test_folders_pipes_and_devices_in_place_of_files_are_refused(make, check_refused, name):
     folder = make()
     for place in (lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to("/dev/zero")):
         (folder / name).unlink()
         place(folder / name)
-        refused(folder, f"{name} is no file")
+        check_refused(folder, f"{name} is no file")
         if (folder / name).is_dir():
             (folder / name).rmdir()
             (folder / name).touch()
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_file_without_permission_is_refused(make, refused, name, monkeypatch):
+def test_a_file_without_permission_is_refused(make, check_refused, name, monkeypatch):
     folder, real = make(), type(make()).open
 
     def forbidden(path, *args, **options):
@@ -423,11 +423,11 @@ def test_a_file_without_permission_is_refused(make, refused, name, monkeypatch):
         return real(path, *args, **options)
 
     monkeypatch.setattr(type(folder), "open", forbidden)
-    refused(folder, rf"{name} .*Permission denied")
+    check_refused(folder, rf"{name} .*Permission denied")
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_folder_without_permission_is_refused(make, refused, name, monkeypatch):
+def test_a_folder_without_permission_is_refused(make, check_refused, name, monkeypatch):
     folder, real = make(), type(make()).stat
 
     def forbidden(path, *args, **options):
@@ -436,25 +436,25 @@ def test_a_folder_without_permission_is_refused(make, refused, name, monkeypatch
         return real(path, *args, **options)
 
     monkeypatch.setattr(type(folder), "stat", forbidden)
-    refused(folder, rf"{name} cannot be read \(Permission denied\)")
+    check_refused(folder, rf"{name} cannot be read \(Permission denied\)")
 
 
 @pytest.mark.parametrize("source", ["a\0b", "x" * 5000, "a/" * 3000])
-def test_impossible_names_are_refused(refused, source):
-    refused(source, r"cannot be read \(.*\): copy")
+def test_impossible_names_are_refused(check_refused, source):
+    check_refused(source, r"cannot be read \(.*\): copy")
 
 
-def test_a_file_in_place_of_the_folder_is_refused(make, refused):
-    refused(make() / CONFIG_FILE, "is not an adapter: it is no folder")
+def test_a_file_in_place_of_the_folder_is_refused(make, check_refused):
+    check_refused(make() / CONFIG_FILE, "is not an adapter: it is no folder")
 
 
-def test_a_config_for_another_base_is_refused_in_few_words(make, refused):
+def test_a_config_for_another_base_is_refused_in_few_words(make, check_refused):
     folder = make()
     shape = json.loads((folder / CONFIG_FILE).read_text())["base_shape"]
     change(folder, "base_shape", value={**{f"k{i}" * 40: 10**500 + i for i in range(40)}, **shape})
-    refused(folder, "was made for", without_base=False)
+    check_refused(folder, "was made for", without_base=False)
     change(folder, "base_model_name_or_path", value="x\n" * 10_000)
-    refused(folder, "was made for", without_base=False)
+    check_refused(folder, "was made for", without_base=False)
 
 
 def test_an_adapter_config_of_python_s_own_huge_number_is_one_sentence():

@@ -7,10 +7,11 @@ import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from tiny import adapted, tiny_model, tokens
+from tiny import adapted, at_once, tiny_model, tokens
 
 from llama_adapter import (
     active_adapter,
@@ -315,6 +316,17 @@ def test_an_adapter_removed_while_a_forward_runs_ends_that_forward(model):
     handle.remove()
 
 
+def test_the_last_adapter_removed_while_a_forward_runs_ends_that_forward():
+    model = tiny_model()
+    adapted(model, "only")
+    generate = model.generate
+    model.model.layers[1].register_forward_pre_hook(lambda *args: remove_adapter(model, "only"))
+    with pytest.raises(AdapterError, match="'only' was removed while a forward used it"):
+        model(IDS)
+    with pytest.raises(AdapterError, match="has no adapter"):
+        generate(IDS)
+
+
 def test_a_name_that_comes_back_is_another_adapter(model, served):
     def swap(*args):
         remove_adapter(model, "a")
@@ -372,16 +384,7 @@ def test_eight_threads_of_random_requests_get_their_single_runs_or_the_refusal(m
             if not right:
                 wrong.append((name, kind))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once([partial(work, seed) for seed in range(8)])
     assert not wrong
     assert set(refused) == {"gone"}
 
@@ -566,15 +569,6 @@ def test_no_block_is_lost_where_threads_open_many_at_once(model):
                 if block not in scope.blocks:
                     lost.append(block)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once([work] * 8)
     assert not lost
     assert not scope.blocks

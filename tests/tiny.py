@@ -1,5 +1,9 @@
 """Tiny random models of every family, and small helpers that several test files share."""
 
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -85,3 +89,17 @@ def adapted(model, name: str = "default", seed: int = 1, **config):
 def tokens(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
     """Random token ids without special ones, [rows, length]."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def at_once(work: Sequence[Callable[[], object]]) -> None:
+    """Run functions in a thread each, switching between them as often as Python can."""
+    threads = [threading.Thread(target=function) for function in work]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)

@@ -49,6 +49,8 @@ def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
             raise AdapterError(f"{NAMES} was given to a model without adapters: add or load them first.")
         slot: AdapterSlot | None = getattr(module, SLOT, None)
         if slot is None or routing is None:
+            if routing is not None:  # a tower's module, or one whose last adapter was just taken off
+                routing.refuse_removed()
             return text, weights
         prompts = slot.prompts(module, routing, query)
         if prompts is None:

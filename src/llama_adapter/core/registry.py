@@ -27,7 +27,7 @@ CONDITIONS = "zero_init_conditions"
 """Name under which a decoder holds the conditions of its adapters."""
 REGISTRY = "_llama_adapters"
 """Name under which a model holds its `Registry`."""
-_UNSAID, _MIXED = object(), object()
+_UNSAID = object()
 
 
 class Registry:
@@ -88,14 +88,12 @@ class Registry:
                 self.model.generate = ours.before
         delattr(self.model, REGISTRY)
 
-    def request(self, names: Any, condition: Tensor | None = None) -> Request:
-        """What `names` and `condition` ask for; where nothing is said, what the block around asks for, else the active.
+    def request(self, names: Names, condition: Tensor | None = None) -> Request:
+        """What `names` and `condition` ask for.
 
         Raises:
-            AdapterError: an unknown name, a condition that does not fit, or see `Scope.current`.
+            AdapterError: an unknown name, or a condition that does not fit.
         """
-        if names is _UNSAID:
-            return self.scope.current() or Request(None if self.active is None else self.adapters[self.active])
         if names is None or isinstance(names, str):
             adapters: Any = None if names is None else known(self, names)
             chosen = [adapters]
@@ -107,17 +105,17 @@ class Registry:
         return Request(adapters, _fitting(condition, [adapter for adapter in chosen if adapter is not None]))
 
     def of_call(self, names: Any) -> Request:
-        """What a call asks for that was given `names`, or nothing.
+        """What a call is served by: what it says, else what the block around it says, else the active adapter.
 
         Raises:
-            AdapterError: as `request`; or names inside a block whose condition they would drop.
+            AdapterError: as `request`; see `Scope.current`; or names inside a block whose condition they would drop.
         """
-        if names is not _UNSAID:
-            with contextlib.suppress(AdapterError):  # a block that cannot be seen from here has no say either
-                around = self.scope.current()
-                if around is not None and around.condition is not None:
-                    names = _MIXED
-        if names is _MIXED:
+        if names is _UNSAID:
+            return self.scope.current() or self.request(self.active)
+        around = None
+        with contextlib.suppress(AdapterError):  # a block that cannot be seen from here has no say either
+            around = self.scope.current()
+        if around is not None and around.condition is not None:
             raise AdapterError("adapter_names inside a use_adapter block with a condition: name them in the block.")
         return self.request(names)
 
@@ -199,7 +197,7 @@ class _Generate:
         self.model, self.before = model, before  # somebody's own `generate` on this object, where there was one
 
     def __call__(self, *args: Any, adapter_names: Names = _UNSAID, **kwargs: Any) -> Any:  # type: ignore[assignment]
-        registry: Registry = getattr(self.model, REGISTRY)
+        registry = registry_of(self.model)
         asked = registry.of_call(adapter_names)
         given = [kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
         inputs = next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), None)

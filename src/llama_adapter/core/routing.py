@@ -85,6 +85,16 @@ class Routing:
     prompts: dict[int, Prompts | None] | None = None
     ready: bool = False
 
+    def refuse_removed(self) -> None:
+        """Stop a forward whose adapters are no longer all on the model.
+
+        Raises:
+            AdapterError: one was taken off while it ran.
+        """
+        for adapter in self.adapters:
+            if adapter is not None and adapter.removed:
+                raise AdapterError(f"Adapter '{adapter.name}' was removed while a forward used it: ask again.")
+
 
 class AdapterSlot(nn.Module):
     """The adapters of one attention module, as submodules, so that they move and are saved with the model."""
@@ -94,17 +104,8 @@ class AdapterSlot(nn.Module):
         self._projection = projection
 
     def get(self, adapter: Adapter | None) -> ZeroInitAdapter | None:
-        """The layer of `adapter` here, or None where it has none.
-
-        Raises:
-            AdapterError: the adapter was taken off while this forward ran.
-        """
-        if adapter is None:
-            return None
-        found = self._modules.get(module_key(adapter.name))
-        if adapter.removed:  # asked after the look-up, and set before the removal: no gap between the two
-            raise AdapterError(f"Adapter '{adapter.name}' was removed while a forward used it: ask again.")
-        return found  # type: ignore[return-value]
+        """The layer of `adapter` here, or None where it has none."""
+        return None if adapter is None else self._modules.get(module_key(adapter.name))  # type: ignore[return-value]
 
     def prompts(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
         """What the rows of `query` [B, H, T, D] read; None where none of their adapters has this layer."""
@@ -120,6 +121,7 @@ class AdapterSlot(nn.Module):
 
     def _of_rows(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
         layers = [self.get(adapter) for adapter in routing.adapters]
+        routing.refuse_removed()  # after the look-up, and said before a removal: no gap between the two
         if not any(layers):
             return None
         prompt, strength, bias = stacked(layers, query)

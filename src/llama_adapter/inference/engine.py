@@ -23,7 +23,7 @@ from llama_adapter.core.zero_init import Prompts
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError
 from llama_adapter.inference.cache import GrowingCache
 from llama_adapter.inference.compiled import CompiledSteps
-from llama_adapter.inference.slots import Slots
+from llama_adapter.inference.slots import BASE, Slots
 from llama_adapter.inference.steps import QuickSteps
 
 
@@ -133,9 +133,12 @@ class Engine:
         self.slots.drop_removed()
         try:
             self.slots.check(next(iter(adapters.values()), None))
+            admitted = {name: self.slots.admit(adapter) for name, adapter in adapters.items()}
             for row in rows:
-                slots.append(self._slot(row, adapters))
-                if row.condition is not None and row.adapter is not None:
+                if row.adapter is None or row.condition is None:
+                    slots.append(BASE if row.adapter is None else admitted[row.adapter])
+                else:
+                    slots.append(self.slots.fill(Routing((adapters[row.adapter],), condition=row.condition[None])))
                     temporary.append(slots[-1])
             prompts = self.slots.rows(slots)
             if compile:  # a graph is made for one layout of its inputs
@@ -145,28 +148,23 @@ class Engine:
             room = max(row.max_new_tokens for row in rows)
             step = self.stepper(len(rows), ids.shape[1] + room, routing, compile)
             positions = (torch.ones_like(ids) if mask is None else mask).cumsum(-1).sub(1).clamp(min=0)
-            going = set(range(len(rows)))
+            going, moving = set(range(len(rows))), torch.ones_like(positions[:, -1:])
             for count in range(1, room + 1):
                 logits = step(ids, positions, mask)
                 chosen = choose(logits, rows)
                 tokens = chosen.tolist()
                 yield {number: tokens[number] for number in sorted(going)}
-                going -= {n for n in going if tokens[n] in rows[n].stops or count >= rows[n].max_new_tokens}
+                ended = {n for n in going if tokens[n] in rows[n].stops or count >= rows[n].max_new_tokens}
+                going -= ended
                 if not going:
                     return
+                moving[sorted(ended)] = 0
                 # A row that has ended stays where it is: it may neither leave the context nor stretch a scaled rotation
-                moving = torch.tensor([[int(number in going)] for number in range(len(rows))], device=device)
                 ids, positions = chosen[:, None], positions[:, -1:] + moving
                 mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         finally:
             for slot in temporary:
                 self.slots.release(slot)
-
-    def _slot(self, row: Row, adapters: Mapping[str, Adapter]) -> int:
-        adapter = None if row.adapter is None else adapters[row.adapter]
-        if adapter is None or row.condition is None:
-            return self.slots.admit(adapter)
-        return self.slots.fill(Routing((adapter,), condition=row.condition[None]))
 
     def stepper(
         self, rows: int, tokens: int, routing: Routing, compile: bool

@@ -16,7 +16,7 @@ from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.core.families import max_positions, shape_of
-from llama_adapter.core.model import check_name, get_adapter, use_adapter
+from llama_adapter.core.model import check_name, get_adapter, list_adapters, use_adapter
 from llama_adapter.data import (
     Example,
     Media,
@@ -116,8 +116,7 @@ class Session:
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
             raise AdapterError(f"Got {len(names)} adapters for {len(prompts)} prompts: give one, or one for each.")
-        draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
-        rows = [self._row(*asked, config, draws) for asked in zip(prompts, names, strict=True)]
+        rows = self._rows(prompts, names, config)
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
 
         def stream(number: int, token: int) -> None:
@@ -131,23 +130,31 @@ class Session:
         seconds = time.perf_counter() - began
         return [self._read(ids, row, seconds) for ids, row in zip(answers, rows, strict=True)]
 
-    def _row(self, prompt: Prompt, name: str | None, config: GenerateConfig, draws: torch.Generator) -> Row:
-        if name not in self.templates:
-            raise AdapterError(f"The session has an {unknown_name('adapter', name, self.adapters)}")
-        template = self.templates[name]
-        tokens = encode_prompt(prompt.messages, template, self.tokenizer, prompt.input, raw=template == "raw")
-        condition = self.condition(name, [prompt.media])
-        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=draws)))
-        return Row(
-            tokens=tokens,
-            adapter=name,
-            condition=None if condition is None else condition[0].view(-1, condition.shape[-1]),
-            max_new_tokens=min(config.max_new_tokens, self._room(len(tokens))),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            stops=frozenset(_stop_tokens(self.model, self.tokenizer, template)),
-            generator=own,
-        )
+    def _rows(self, prompts: Sequence[Prompt], names: Sequence[str | None], config: GenerateConfig) -> list[Row]:
+        """What the engine is asked; files and stop tokens are looked up once for all rows of an adapter."""
+        draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
+        seeds = torch.randint(2**62, (len(prompts),), generator=draws).tolist()
+        rows: dict[int, Row] = {}
+        for name in dict.fromkeys(names):
+            if name not in self.templates:
+                raise AdapterError(f"The session has an {unknown_name('adapter', name, self.adapters)}")
+            template, mine = self.templates[name], [i for i, other in enumerate(names) if other == name]
+            stops = frozenset(_stop_tokens(self.model, self.tokenizer, template))
+            condition = self.condition(name, [prompts[i].media for i in mine])
+            for place, i in enumerate(mine):
+                asked = prompts[i]
+                tokens = encode_prompt(asked.messages, template, self.tokenizer, asked.input, raw=template == "raw")
+                rows[i] = Row(
+                    tokens=tokens,
+                    adapter=name,
+                    condition=None if condition is None else condition[place].view(-1, condition.shape[-1]),
+                    max_new_tokens=min(config.max_new_tokens, self._room(len(tokens))),
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    stops=stops,
+                    generator=torch.Generator().manual_seed(seeds[i]),
+                )
+        return [rows[i] for i in range(len(prompts))]
 
     @torch.no_grad()
     def condition(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> torch.Tensor | None:
@@ -174,7 +181,7 @@ class Session:
         Raises:
             DataError, AdapterError: see `condition`.
         """
-        if not self.adapters:
+        if not list_adapters(self.model):
             return torch.no_grad()
         return use_adapter(self.model, adapter, self.condition(adapter, media))
 

@@ -34,10 +34,8 @@ class Slots:
         self.free: list[int] = []
         self.of: dict[Adapter, tuple[int, Tensor]] = {}
 
-    def admit(self, adapter: Adapter | None) -> int:
+    def admit(self, adapter: Adapter) -> int:
         """The slot of an adapter, filled where its parameters are not what they were."""
-        if adapter is None:
-            return BASE
         now = torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
         slot, before = self.of.get(adapter, (None, None))
         if slot is None or before is None or not torch.equal(now, before):
