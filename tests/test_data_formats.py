@@ -95,11 +95,11 @@ def test_contents_are_kept_verbatim():
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' must be an object with 'role' and 'content'"),
         (
             {"messages": [USER_TURN, {"role": "critic", "content": "x"}]},
-            "turn 2 of 'messages' has the unknown role 'critic'; the roles are system, developer, user, human, assistant",
+            "turn 2 of 'messages' has the unknown role 'critic'; the roles are system, developer, user, human",
         ),
         (
             {"messages": [USER_TURN, {"role": ["user"], "content": "x"}]},
-            "turn 2 of 'messages' has the unknown role a list",
+            "turn 2 of 'messages' has the unknown role ['user']",
         ),
         (
             {"messages": [USER_TURN, {"role": "assistant", "content": None}]},

@@ -147,7 +147,7 @@ def test_missing_files_are_named(tmp_path):
     [
         (b"{", "is not JSON (line 1, column 2: Expecting property name enclosed in double quotes)"),
         (b"\xff{}", "is not UTF-8 (byte offset 0)"),
-        (b"[" * 200_000, "is nested too deeply"),
+        (b"[" * 200_000, "is not JSON (line 1: nested too deeply)"),
         (b"[]", "holds a list, not an object of questions by pid"),
     ],
 )
@@ -252,6 +252,7 @@ def test_a_question_without_an_answer_or_without_its_picture_is_a_bad_record(tmp
     assert message.startswith(f"{tmp_path}, all, question 9: Question 9 has no answer to learn")
     loaded = load_examples([source], True, pictures=False)
     assert (len(loaded.examples), len(loaded.skipped)) == (1, 1)
+    (tmp_path / "pictures").mkdir()
     source = f"scienceqa:{write_folder(tmp_path / 'pictures', pictures=('5',))}:all"
     assert "question 8: " in error_of(load_examples, [source])
     loaded = load_examples([source], True)

@@ -1,6 +1,6 @@
 """From text to tokens and labels: one tokenisation of the whole text, labels by character spans."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
@@ -46,14 +46,14 @@ def encode_all(
     template: str,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
-    rejected: Callable[[DataError], object] | None = None,
+    skipped: list[str] | None = None,
 ) -> list[Encoded]:
     """Encode every example to at most `max_length` tokens, in order.
 
     A token carries loss if any of its characters lies in a response; the end token after the last response
     does too. What is too long loses its end, and the prompt its beginning where the first response would not
-    keep a quarter of `max_length`; so each result has at least one token that carries loss. With `rejected`, an example
-    that the template cannot write is left out, and `rejected` is called with the error that names its origin.
+    keep a quarter of `max_length`; so each result has at least one token that carries loss. With `skipped`, an example
+    that the template cannot write is left out, and `skipped` gets a sentence that names its origin.
 
     Raises:
         ConfigError: `max_length` is below 2, or the template is unknown.
@@ -74,9 +74,9 @@ def encode_all(
                 batch.append(_render(example, template, tokenizer))
                 chosen.append(example)
             except DataError as error:
-                if rejected is None:
+                if skipped is None:
                     raise
-                rejected(error)
+                skipped.append(str(error))
         for example, rendered, (ids, offsets) in zip(chosen, batch, _tokenise(batch, tokenizer), strict=True):
             labels = _label(rendered, ids, offsets)
             if not rendered.ends_with_eos:

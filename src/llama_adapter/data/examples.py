@@ -104,14 +104,6 @@ def check_encodable(value: Any, name: str) -> None:
         raise DataError(f"{name} cannot be written as JSON ({error})") from None
 
 
-def shown(value: object) -> str:
-    """A value from a record, short and printable on any terminal, for a message."""
-    if isinstance(value, str):
-        text = ascii(value) if any(0xD800 <= ord(character) <= 0xDFFF for character in value[:61]) else repr(value)
-        return text if len(value) <= 60 else f"{text[:60]}... ({len(value):,} characters)"
-    return f"{value}" if isinstance(value, float) else type_name(value)
-
-
 def type_name(value: object) -> str:
     """Name a value's type in JSON's words."""
     if value is None:

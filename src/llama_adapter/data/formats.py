@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from llama_adapter.data.examples import Example, Message, shown, type_name
+from llama_adapter.data.examples import Example, Message, type_name
 from llama_adapter.data.media import MEDIA_KEYS, PICTURE_TAG, count_tags, media_of, without_tags
 from llama_adapter.data.strict_json import Unreadable
 from llama_adapter.data.turns import ROLES, Turns, learnt_part, plain_text, read_turns, tools_of
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
 Record = dict[str, Any]
 
@@ -111,7 +112,7 @@ def _finished(turns: Turns, record: Record, read: tuple[str, ...]) -> Example:
         turns.raw,
         media=media,
         tools=tools,
-        family=shown(family).strip("'"),
+        family=family if isinstance(family, str) else shown(family),
         notes=tuple(dict.fromkeys(notes)),
     )
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.examples import Media, shown, type_name
+from llama_adapter.data.examples import Media, type_name
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 PICTURE_TAG = "<image>"

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.conditions.config import Kind
-from llama_adapter.data.examples import Example, Media, Message, shown
+from llama_adapter.data.examples import Example, Media, Message
 from llama_adapter.data.formats import parse_record
 from llama_adapter.data.media import found
 from llama_adapter.data.records import load_json, read_records
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llama_adapter.data.examples import shown
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llama_adapter.data.examples import Media, Message, Role, check_encodable, shown, type_name
+from llama_adapter.data.examples import Media, Message, Role, check_encodable, type_name
 from llama_adapter.data.media import media_of_part
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -124,7 +125,7 @@ def _weight(turn: Mapping[str, Any], role: Role, key: str, where: str, result: T
     given = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise DataError(f"'{name}' of {where} is {_value(value)}; it must be 0 or 1, or false or true")
+            raise DataError(f"'{name}' of {where} is {shown(value)}; it must be 0 or 1, or false or true")
     if len(set(given.values())) > 1:
         raise DataError(f"{', '.join(given)} of {where} contradict each other")
     if role != "assistant":
@@ -133,10 +134,6 @@ def _weight(turn: Mapping[str, Any], role: Role, key: str, where: str, result: T
         ]
         return 1
     return 0 if given and not next(iter(given.values())) else 1
-
-
-def _value(value: object) -> str:
-    return repr(value) if isinstance(value, int | float) else shown(value)
 
 
 def _join_parts(content: object, where: str, result: Turns) -> object:

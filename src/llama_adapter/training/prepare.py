@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_all
 from llama_adapter.data.examples import Media
-from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, reject
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
+from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -94,11 +94,7 @@ def _encoded(
     kinds = () if config.condition is None else (config.condition,)
     loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
-
-    def reject_example(error: DataError) -> None:
-        reject(str(error), rejected)
-
-    encoded = encode_all(loaded.examples, config.template, tokenizer, config.max_length, reject_example)
+    encoded = encode_all(loaded.examples, config.template, tokenizer, config.max_length, rejected)
     check_some_left(encoded, loaded.skipped)
     skipped += loaded.skipped
     return loaded, encoded
