@@ -120,10 +120,24 @@ def _read_hub(name: str, split: str) -> list[tuple[int, object]]:
     except ImportError as error:
         raise MissingExtraError("datasets", "datasets", f"loading '{name}' from the hub") from error
     try:
-        return list(enumerate(datasets.load_dataset(name, split=split), start=1))
+        dataset = datasets.load_dataset(name, split=split)
+        for column, feature in (dataset.features or {}).items():
+            if (encoded := _encoded(feature)) is not feature:  # one damaged file would otherwise stop the reading
+                dataset = dataset.cast_column(column, encoded)
+        return list(enumerate(dataset, start=1))
     except Exception as error:  # datasets, hub and network libraries raise dozens of unrelated types here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
             f"{name} is no local file, and its split '{split}' could not be loaded from the Hugging Face hub "
             f"({reason}): check the name and the connection, or give a .json or .jsonl file."
         ) from error
+
+
+def _encoded(feature: Any) -> Any:
+    """The feature of a column whose pictures and recordings stay as they are stored; others come back themselves."""
+    import datasets
+
+    if isinstance(feature, datasets.Image | datasets.Audio):
+        return type(feature)(decode=False)
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None or _encoded(inner) is inner else type(feature)(_encoded(inner))

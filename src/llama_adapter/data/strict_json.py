@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llama_adapter.errors import DataError
@@ -39,7 +40,7 @@ def decode_list(text: str) -> list[Any] | Unreadable:
     while text[position : position + 1] in ("[", ","):
         start = _after_blanks(text, position + 1)
         end = _end_of_entry(text, start)
-        entry = _attempt(lambda at=start: _DECODER.raw_decode(text, at)[0], text, (start, end), 1)  # type: ignore[misc]
+        entry = _attempt(partial(_entry, text, start, end), text, (start, end), 1)
         if isinstance(entry, Unreadable) and entry.torn:
             return entry
         entries.append(entry)
@@ -65,6 +66,13 @@ def _attempt(value: Callable[[], Any], text: str, place: tuple[int, int], first_
         long = _LONG_NUMBER.search(text, *place)
         place = (long.start(), long.end()) if long else place
     return Unreadable(f"line {_line(text, place[0], first_line)}: {reason}")
+
+
+def _entry(text: str, start: int, end: int) -> Any:
+    value, stop = _DECODER.raw_decode(text, start)
+    if text[stop:end].strip(" \t\r\n"):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
