@@ -232,6 +232,16 @@ def test_bad_records_can_be_skipped_and_are_counted(call, base, tmp_path):
     assert report["train_examples"] + report["val_examples"] == 3
 
 
+def test_validate_says_which_keys_are_not_used(call, base, tmp_path, caplog):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{**GOOD, "score": 1}, {**GOOD, "output": ""}, GOOD, GOOD]))
+    arguments = ["validate", "--model", base, "--data", path, "--val-size", "1", "--skip-bad-records"]
+    assert "notes" not in call(*arguments).out
+    assert "note: the key 'score' is not used (1 of 3 records)" in caplog.text
+    assert f"skipped: {path}, record 2: 'output' is empty." in caplog.text
+    assert json.loads(call(*arguments, "--json").out)["notes"] == ["the key 'score' is not used (1 of 3 records)"]
+
+
 def test_nothing_but_bad_records_is_an_error_even_when_skipping(fail, check, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record for record, _ in BAD_RECORDS.values()]))

@@ -94,8 +94,8 @@ def test_contents_are_kept_verbatim():
         ({"messages": ["x"]}, "turn 1 of 'messages' must be an object with 'role' and 'content'"),
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' must be an object with 'role' and 'content'"),
         (
-            {"messages": [USER_TURN, {"role": "tool", "content": "x"}]},
-            "turn 2 of 'messages' has the unknown role 'tool'; the roles are system, user, assistant",
+            {"messages": [USER_TURN, {"role": "critic", "content": "x"}]},
+            "turn 2 of 'messages' has the unknown role 'critic'; the roles are system, developer, user, human",
         ),
         (
             {"messages": [USER_TURN, {"role": ["user"], "content": "x"}]},
@@ -111,8 +111,13 @@ def test_contents_are_kept_verbatim():
         ),
         (
             {"messages": [{"role": "user", "content": [*PARTS, {"type": "image"}]}, ASSISTANT_TURN]},
-            "turn 1 of 'messages' has a part that is not text; only parts of type 'text' are accepted",
+            "its text has a tag <image>, and it names no picture: add 'image', or take the tag out",
         ),
+        (
+            {"messages": [{"role": "user", "content": [*PARTS, {"type": "refusal"}]}, ASSISTANT_TURN]},
+            "turn 1 of 'messages' has a part of the unknown type 'refusal'; the types are text, image, image_url",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}, ASSISTANT_TURN]}, "has a part that is a string; parts are"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT_TURN]},
             "'text' of a part of turn 1 of 'messages' must be a string, not null",
@@ -123,8 +128,8 @@ def test_contents_are_kept_verbatim():
         ({"conversations": [human("x")]}, "ends with a question nobody answers"),
         ({"conversations": [gpt("x"), human("y"), gpt("z")]}, "starts with an assistant turn"),
         (
-            {"conversations": [human("x"), {"from": "tool", "value": "y"}]},
-            "turn 2 of 'conversations' has the unknown role 'tool'; the roles are system, human, user, gpt",
+            {"conversations": [human("x"), {"from": "critic", "value": "y"}]},
+            "turn 2 of 'conversations' has the unknown role 'critic'; the roles are system, developer, user, human",
         ),
         ({"conversations": [human("x"), gpt("")]}, "'value' of turn 2 of 'conversations' (gpt) is empty"),
         ({"prompt": "", "completion": "x"}, "'prompt' is empty"),

@@ -102,7 +102,7 @@ def test_json_lines_in_a_json_file_are_told_apart(tmp_path):
 
 
 def test_too_deep(tmp_path):
-    assert "is nested too deeply (from line 2)" in error_of(write(tmp_path / "a.jsonl", "1\n" + "[" * 100_000))
+    assert "is not JSON (line 2: nested too deeply)" in error_of(write(tmp_path / "a.jsonl", "1\n" + "[" * 100_000))
 
 
 @pytest.mark.parametrize(("text", "found"), [('{"data": []}', "an object"), ('"text"', "a single value")])

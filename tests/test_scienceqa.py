@@ -147,7 +147,7 @@ def test_missing_files_are_named(tmp_path):
     [
         (b"{", "is not JSON (line 1, column 2: Expecting property name enclosed in double quotes)"),
         (b"\xff{}", "is not UTF-8 (byte offset 0)"),
-        (b"[" * 200_000, "is nested too deeply"),
+        (b"[" * 200_000, "is not JSON (line 1: nested too deeply)"),
         (b"[]", "holds a list, not an object of questions by pid"),
     ],
 )
@@ -245,14 +245,19 @@ def test_a_prefix_names_the_reader_and_its_options_reach_it(tmp_path):
         load_examples([f"scienceqa:{folder}"], options={"scienceqa": {"stile": "words"}})
 
 
-def test_a_question_without_an_answer_is_a_bad_record_and_a_missing_picture_stops_all(tmp_path):
+def test_a_question_without_an_answer_or_without_its_picture_is_a_bad_record(tmp_path):
     unanswered = {"9": {**PROBLEMS["9"], "answer": None}, "3": PROBLEMS["3"]}
     source = f"scienceqa:{write_folder(tmp_path, unanswered, {'all': ['9', '3'], 'seen': ['5']}, ())}:all"
     message = error_of(load_examples, [source], pictures=False)
     assert message.startswith(f"{tmp_path}, all, question 9: Question 9 has no answer to learn")
     loaded = load_examples([source], True, pictures=False)
     assert (len(loaded.examples), len(loaded.skipped)) == (1, 1)
-    assert "has a picture: read it with images=False" in error_of(load_examples, [source], True)
+    (tmp_path / "pictures").mkdir()
+    source = f"scienceqa:{write_folder(tmp_path / 'pictures', pictures=('5',))}:test"
+    assert "question 8: " in error_of(load_examples, [source])
+    loaded = load_examples([source], True)
+    assert (len(loaded.examples), len(loaded.skipped)) == (2, 1)
+    assert "8/image.png, its picture, does not exist" in loaded.skipped[0]
 
 
 def test_every_reader_is_there_and_none_is_imported_before_it_is_asked_for():

@@ -28,6 +28,7 @@ def add_parser(commands: Any) -> None:
     text = "Exact match and response loss per task family. The bare base and every --adapter stand side by side."
     instructions = add_command(kinds, "instructions", run, text, EXAMPLES)
     instructions.add_argument("--data", required=True, help="records in any training format; 'family' groups them")
+    options.add_skip_bad_records(instructions)
     instructions.add_argument("--no-base", action="store_true", help="leave the bare base out")
     instructions.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     instructions.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at once")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, read_tasks
 
-    tasks = read_tasks(args.data)[: args.limit]
+    tasks = read_tasks(args.data, args.skip_bad_records, options.kinds_of(args.adapter))[: args.limit]
     session = options.open_session(args)
     models = [*([] if args.no_base and session.adapters else [None]), *session.adapters]
     results: dict[str, list[FamilyScore]] = {}

@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("-f", "--file", help="prompts: .json, .jsonl, or a text file with one a line")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of a --file answered at once")
+    options.add_skip_bad_records(parser)
     parser.add_argument("--json", dest="as_json", action="store_true", help="one JSON object per answer")
     options.add_session_options(parser)
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if len(args.adapter) > 1:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
     options.at_least_one(args, "batch_size")
-    prompts = _prompts(args.prompt, args.input, args.file, options.existing(args.image, args.adapter))
+    prompts = _prompts(args)
     session = options.open_session(args)
     name = session.adapters[0] if session.adapters else None
     if args.file is None and not args.as_json:
@@ -57,19 +58,20 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(line, ensure_ascii=False) if args.as_json else answer.text, flush=True)
 
 
-def _prompts(prompt: str | None, input: str, file: str | None, images: tuple[str, ...]) -> "list[Prompt]":
+def _prompts(args: argparse.Namespace) -> "list[Prompt]":
     from llama_adapter.inference.session import Prompt, read_prompts
 
-    if file is not None:
-        if prompt is not None or input or images:
+    prompt, images = args.prompt, options.existing(args.image, args.adapter)
+    if args.file is not None:
+        if prompt is not None or args.input or images:
             raise ConfigError(
                 "--file excludes a prompt, --input and --image: put them into the file, or leave --file out."
             )
-        return read_prompts(file)
+        return read_prompts(args.file, args.skip_bad_records, options.kinds_of(args.adapter))
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             print("Type the instruction, then Ctrl-D:", file=sys.stderr)
         prompt = sys.stdin.read()
     if not prompt or not prompt.strip():
         raise ConfigError("The prompt is empty: give it as an argument, with --file, or on stdin.")
-    return [Prompt.of(prompt.strip(), input, images)]
+    return [Prompt.of(prompt.strip(), args.input, images)]

@@ -12,6 +12,7 @@ from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.settings import Precision
 
 if TYPE_CHECKING:
+    from llama_adapter.conditions.config import Kind
     from llama_adapter.inference.session import Session
 
 
@@ -46,6 +47,24 @@ def add_session_options(
         help="sample from the likeliest tokens of this total probability (default: %(default)s)",
     )  # fmt: skip
     decoding.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+
+
+def add_skip_bad_records(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that read records, as `train` has it."""
+    parser.add_argument("--skip-bad-records", action="store_true", help="count unusable records instead of stopping")
+
+
+def kinds_of(adapters: Sequence[str]) -> "set[Kind]":
+    """As what the conditions of the named adapters look at files; their configurations alone are read.
+
+    Raises:
+        AdapterError: an adapter is missing or damaged.
+    """
+    from llama_adapter.conditions.config import ConditionConfig
+    from llama_adapter.formats.native import read_config
+
+    conditions = [read_config(folder).condition for folder in name_adapters(adapters).values()]
+    return {condition.kind for condition in conditions if isinstance(condition, ConditionConfig)}
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

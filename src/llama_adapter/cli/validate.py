@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.as_json:
         print(json.dumps(report))
         return
+    del report["notes"]  # they were said on the way, as `train` says them
     width = max(map(len, report))
     for key, value in report.items():
         shown = f"{value:,}" if isinstance(value, int) else value

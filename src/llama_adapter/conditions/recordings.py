@@ -1,7 +1,7 @@
 """Recordings from disk: what libsndfile reads (WAV, FLAC, OGG), as mono samples at 16 kHz, every audio tower's rate."""
 
+import io
 import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ MAX_SAMPLES = MAX_SECONDS * 2 * 48_000
 """Over all channels: a few kilobytes of FLAC can claim to be gigabytes of silence."""
 
 
-def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """A recording of any rate and number of channels.
+def read_audio(source: str | os.PathLike[str] | bytes) -> NDArray[np.float32]:
+    """A recording of any rate and number of channels, from a file's path or its content.
 
     Returns:
         [samples] at 16 kHz, in [-1, 1] where the file's are, the mean of the channels.
@@ -30,14 +30,15 @@ def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
         import soxr
     except ImportError as error:
         raise MissingExtraError(error.name or "soundfile", "audio", "Reading recordings") from None
-    file = Path(path)
-    if file.is_dir():
-        raise DataError(f"{path} is a folder: give the path of one recording.")
-    if not file.exists():
-        raise DataError(f"{path} does not exist: check the path and the folder it is relative to.")
+    path = f"A recording of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    if not isinstance(source, bytes):
+        if os.path.isdir(source):
+            raise DataError(f"{path} is a folder: give the path of one recording.")
+        if not os.path.exists(source):
+            raise DataError(f"{path} does not exist: check the path and the folder it is relative to.")
     try:
-        _check_whole(file)
-        with soundfile.SoundFile(file) as sound:
+        _check_whole(source, path)
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as sound:
             if sound.frames > MAX_SECONDS * sound.samplerate:
                 raise DataError(f"{path} is longer than {MAX_SECONDS} seconds: cut it into pieces.")
             if sound.frames * sound.channels > MAX_SAMPLES:
@@ -59,11 +60,14 @@ def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
     return samples
 
 
-def _check_whole(file: Path) -> None:
+def _check_whole(source: str | os.PathLike[str] | bytes, path: str) -> None:
     """Refuse a WAV file that says it is longer than it is: libsndfile would give what is there, and say nothing."""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    claimed, actual = int.from_bytes(head[4:], "little") + 8, file.stat().st_size
+    if isinstance(source, bytes):
+        head, actual = source[:8], len(source)
+    else:
+        with open(source, "rb") as stream:
+            head, actual = stream.read(8), os.path.getsize(source)
+    claimed = int.from_bytes(head[4:], "little") + 8
     streamed = head[4:] == b"\xff\xff\xff\xff"  # written into a pipe, by somebody who could not know
     if head[:4] == b"RIFF" and not streamed and claimed > actual:
-        raise DataError(f"{file} is truncated: {actual} of {claimed} bytes. Copy it again.")
+        raise DataError(f"{path} is truncated: {actual} of {claimed} bytes. Copy it again.")

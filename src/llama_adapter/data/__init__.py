@@ -1,9 +1,11 @@
 """Data: records -> examples -> text -> tokens and labels, one module a step."""
 
 from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
-from llama_adapter.data.formats import Example, Media, Message, parse_record, without_tags
+from llama_adapter.data.examples import Example, Media, Message
+from llama_adapter.data.formats import parse_question, parse_record
+from llama_adapter.data.media import without_tags
 from llama_adapter.data.records import read_records
-from llama_adapter.data.sources import Loaded, load_examples, with_found_media
+from llama_adapter.data.sources import Loaded, load_examples, log_findings
 from llama_adapter.data.templates import TEMPLATES, Rendered, check_template, render, render_prompt
 
 __all__ = [
@@ -20,10 +22,11 @@ __all__ = [
     "encode_all",
     "encode_prompt",
     "load_examples",
+    "log_findings",
+    "parse_question",
     "parse_record",
     "read_records",
     "render",
     "render_prompt",
-    "with_found_media",
     "without_tags",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.data.encode import IGNORE, Encoded
-from llama_adapter.data.formats import Media
+from llama_adapter.data.examples import Media
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """From text to tokens and labels: one tokenisation of the whole text, labels by character spans."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llama_adapter.data.formats import Example, Media, Message
+from llama_adapter.data.examples import Example, Media, Message
 from llama_adapter.data.templates import Rendered, check_template, end_token, render, render_prompt, tokenizer_name
 from llama_adapter.errors import ConfigError, DataError
 
@@ -42,13 +42,18 @@ def encode(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def encode_all(
-    examples: Sequence[Example], template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    examples: Sequence[Example],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    skipped: list[str] | None = None,
 ) -> list[Encoded]:
     """Encode every example to at most `max_length` tokens, in order.
 
     A token carries loss if any of its characters lies in a response; the end token after the last response
     does too. What is too long loses its end, and the prompt its beginning where the first response would not
-    keep a quarter of `max_length`; so each result has at least one token that carries loss.
+    keep a quarter of `max_length`; so each result has at least one token that carries loss. With `skipped`, an example
+    that the template cannot write is left out, and `skipped` gets a sentence that names its origin.
 
     Raises:
         ConfigError: `max_length` is below 2, or the template is unknown.
@@ -63,8 +68,15 @@ def encode_all(
         check_template(template, tokenizer)
     encoded = []
     for first in range(0, len(examples), _BATCH):
-        chosen = examples[first : first + _BATCH]
-        batch = [_render(example, template, tokenizer) for example in chosen]
+        chosen, batch = [], []
+        for example in examples[first : first + _BATCH]:
+            try:
+                batch.append(_render(example, template, tokenizer))
+                chosen.append(example)
+            except DataError as error:
+                if skipped is None:
+                    raise
+                skipped.append(str(error))
         for example, rendered, (ids, offsets) in zip(chosen, batch, _tokenise(batch, tokenizer), strict=True):
             labels = _label(rendered, ids, offsets)
             if not rendered.ends_with_eos:
@@ -81,6 +93,7 @@ def encode_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     input: str = "",
     raw: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Return the tokens of a conversation that waits for an answer; see `render_prompt` for the arguments.
 
@@ -88,7 +101,7 @@ def encode_prompt(
         ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast.
     """
     _check_fast(tokenizer)
-    ids, _ = _tokenise([render_prompt(messages, template, tokenizer, input, raw)], tokenizer)[0]
+    ids, _ = _tokenise([render_prompt(messages, template, tokenizer, input, raw, tools)], tokenizer)[0]
     return ids
 
 

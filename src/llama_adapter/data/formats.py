@@ -1,210 +1,217 @@
-"""From raw records to examples: the record formats that are understood, and nothing else."""
+"""From raw records to examples: the record formats that are understood, and nothing else.
 
-import re
+What becomes of every key stands in one table in docs/formats.md, which the tests read.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from llama_adapter.data.examples import Example, Message, type_name
+from llama_adapter.data.media import MEDIA_KEYS, PICTURE_TAG, count_tags, media_of, without_tags
+from llama_adapter.data.strict_json import Unreadable
+from llama_adapter.data.turns import ROLES, Turns, learnt_part, plain_text, read_turns, tools_of
 from llama_adapter.errors import DataError
+from llama_adapter.settings import shown
 
-Role = Literal["system", "user", "assistant"]
+Record = dict[str, Any]
 
-ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
-Media = str | bytes
-"""A file's path, or its content."""
-MEDIA_KEYS = ("image", "images", "audio", "video")
-_TAG = re.compile(r"\s*<(?:image|audio|video)>\s*")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation that ends with an answer.
-
-    Attributes:
-        messages: an optional system message, then user and assistant messages, the last an assistant's.
-        input: Alpaca's extra input; it belongs to the last user message. Empty where there is none.
-        raw: prompt-completion text that takes no template; `messages` are then a user's and an assistant's.
-        origin: where the example comes from, such as "data.json, record 17", for error messages.
-        media: pictures, recordings or videos that belong to the conversation: paths of files, or their content.
-
-    Raises:
-        DataError: the messages are in another order than this.
-    """
-
-    messages: tuple[Message, ...]
-    input: str = ""
-    raw: bool = False
-    origin: str = ""
-    media: tuple[Media, ...] = ()
-
-    def __post_init__(self) -> None:
-        roles = [message.role for message in self.messages]
-        body = roles[1:] if roles[:1] == ["system"] else roles
-        if "system" in body:
-            raise DataError("a system message may only come first")
-        if not body:
-            raise DataError("the conversation has no user and no assistant turn")
-        if body[0] == "assistant":
-            raise DataError("the conversation starts with an assistant turn; a user's must come first")
-        if body[-1] == "user":
-            raise DataError("the conversation ends with a question nobody answers")
-        if self.raw and roles != ["user", "assistant"]:
-            raise DataError("a raw example has exactly one user and one assistant message")
+HARMLESS = (
+    "id", "uid", "uuid", "idx", "index", "source", "dataset", "data_source", "split", "url", "license", "lang",
+    "language", "category", "topic", "tags", "prompt_id", "conversation_id", "created_at", "timestamp",
+    "__index_level_0__",
+)  # fmt: skip
+"""Keys of a record that say where it comes from: nobody misses them."""
+COMMON = (*MEDIA_KEYS, "system", "system_prompt", "tools", "functions", "label", "kto_tag", "family")
+"""Keys that mean the same in every format."""
+PREFERENCE = ("chosen", "rejected")
 
 
 def parse_record(record: object) -> Example:
     """Turn one record into an example, by the first entry of `FORMATS` whose keys it has.
 
-    Other keys are ignored. All assistant messages are learnt, also those in the prompt of a
-    prompt-completion record.
+    A key whose value is null counts as absent. All assistant messages are learnt but those with weight 0, also those in
+    the prompt of a prompt-completion record. What is not used is named in `Example.notes`.
 
     Raises:
         DataError: the record fits no format or breaks a rule of its own. The message has no full stop and
             does not say which record it was: the caller knows.
     """
+    if isinstance(record, Unreadable):
+        raise DataError(f"it is not JSON ({record.reason})")
     if not isinstance(record, dict):
-        raise DataError(f"a record must be an object, not {_type_name(record)}")
-    for keys, parse in FORMATS:
-        if all(key in record for key in keys):
-            example, media = parse(record), _media(record)
-            if not media:
-                return example
-            plain = (replace(m, content=without_tags(m.content) or m.content) for m in example.messages)
-            return replace(example, messages=tuple(plain), media=media)
-    accepted = "; ".join(" + ".join(keys) for keys, _ in FORMATS)
-    found = ", ".join(str(key) for key in record) or "none"
+        raise DataError(f"a record must be an object, not {type_name(record)}")
+    present = {key: value for key, value in record.items() if value is not None}
+    compared = [f"'{key}'" for key in PREFERENCE if key in present]
+    for keys, parse, optional in FORMATS:
+        if not all(key in present for key in keys):
+            continue
+        try:
+            return _finished(parse(present), present, (*keys, *optional))
+        except DataError as error:
+            if compared and "nobody answers" in str(error):
+                break
+            raise
+    if compared:
+        raise DataError(
+            f"it is of a preference file ({', '.join(compared)}), which trains by comparing answers and cannot be "
+            "learnt here: to learn the better answer alone, write it where the format has its answer"
+        )
+    accepted = "; ".join(" + ".join(keys) for keys, _, _ in FORMATS)
+    found = ", ".join(shown(key).strip("'") for key in list(record)[:20]) or "none"
     raise DataError(f"its keys ({found}) fit no known format; the formats are: {accepted}")
 
 
-def _media(record: dict[str, Any]) -> tuple[str, ...]:
-    """The files under `MEDIA_KEYS`: one name, or a list of them; null and "" stand for none."""
-    found: list[str] = []
-    for key in MEDIA_KEYS:
-        given = record.get(key)
-        names = given if isinstance(given, list) else [given] if given else []
-        for name in names:
-            if not isinstance(name, str) or not name:
-                raise DataError(f"'{key}' must be a file name or a list of them, not {_type_name(name)}")
-            found.append(name)
-    return tuple(found)
+def parse_question(record: object) -> Example:
+    """An example of a record that asks: the answer at its end, or under its key for one, is "?" in place of its own.
+
+    What it asks is so parsed and checked by the rules of training. A text under `prompt` is an instruction.
+
+    Raises:
+        DataError: as `parse_record`.
+    """
+    return parse_record(_answered(record) if isinstance(record, dict) else record)
 
 
-def without_tags(text: str) -> str:
-    """The text without the tags that say where a picture stands: it enters beside the text, through the prompts."""
-    return _TAG.sub(lambda tag: "\n" if "\n" in tag[0] else " ", text).strip() if _TAG.search(text) else text
+def _answered(record: Record) -> Record:
+    asked = {key: value for key, value in record.items() if key not in ("completion", *PREFERENCE, "label", "kto_tag")}
+    if asked.get("instruction") is None and isinstance(asked.get("prompt"), str):
+        asked["instruction"] = asked.pop("prompt")
+    for key in ("messages", "conversations", "prompt"):
+        turns = asked.get(key)
+        if isinstance(turns, list):
+            last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+            role = last.get("role", last.get("from"))
+            answered = isinstance(role, str) and ROLES.get(role) == "assistant"
+            del asked[key]
+            name = "messages" if key == "prompt" else key
+            return {**asked, name: [*(turns[:-1] if answered else turns), {"role": "assistant", "content": "?"}]}
+    return {**asked, "output": "?"}
 
 
-def _parse_messages(record: dict[str, Any]) -> Example:
-    return Example(tuple(_turns(record, "messages", "role", "content", ROLES)))
+def _finished(turns: Turns, record: Record, read: tuple[str, ...]) -> Example:
+    """The example of a record's turns and of the keys that mean the same in every format."""
+    _check_label(record)
+    tools = tools_of(record.get("tools", record.get("functions")))
+    _add_system(turns, record)
+    if turns.raw and (tools or len(turns.messages) > 2):
+        raise DataError("'system' and 'tools' have no place beside a 'prompt' that is a text: use a list of messages")
+    named = [file for key in MEDIA_KEYS for file in media_of(record.get(key), f"'{key}'")]
+    media = (*turns.media, *named)
+    _check_tags(turns, len(named), len(media))
+    messages = learnt_part(turns.messages)
+    extra = turns.input
+    if media:
+        messages = tuple(replace(m, content=without_tags(m.content) or m.content) for m in messages)
+        extra = without_tags(extra)
+    family = record.get("family", "")
+    notes = [*turns.notes, *_unused(record, (*read, *COMMON, *HARMLESS))]
+    return Example(
+        messages,
+        extra,
+        turns.raw,
+        media=media,
+        tools=tools,
+        family=family if isinstance(family, str) else shown(family),
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
-def _parse_sharegpt(record: dict[str, Any]) -> Example:
-    return Example(tuple(_turns(record, "conversations", "from", "value", SHAREGPT_ROLES)))
+def _add_system(turns: Turns, record: Record) -> None:
+    """Put a system text that stands beside the conversation in front of it."""
+    for key in ("system", "system_prompt"):
+        text = plain_text(record.get(key, ""), f"'{key}'")
+        own = turns.messages[0].content if turns.messages and turns.messages[0].role == "system" else None
+        if own is None and text.strip():
+            turns.messages.insert(0, Message("system", text))
+        elif own is not None and text.strip() not in ("", own.strip()):
+            raise DataError(f"'{key}' and the system message of the conversation differ: keep one of them")
 
 
-def _parse_alpaca(record: dict[str, Any]) -> Example:
-    instruction = _filled(record["instruction"], "'instruction'")
-    output = _filled(record["output"], "'output'")
-    extra = record.get("input")
-    extra_text = "" if extra is None else _text(extra, "'input'")
+def _check_label(record: Record) -> None:
+    for key in ("label", "kto_tag"):
+        label = record.get(key)
+        if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
+            raise DataError(f"'{key}' is false, which marks an answer that nobody wants (a KTO preference file)")
+
+
+def _check_tags(turns: Turns, named: int, files: int) -> None:
+    """Hold the tags and the parts that stand for a file against the files that there are.
+
+    Raises:
+        DataError: they are neither none, nor as many as the files, nor as many as those the record names.
+    """
+    texts = [*(message.content for message in turns.messages), turns.input]
+    tags = turns.slots + sum(map(count_tags, texts))
+    if files:
+        if tags not in (0, files, named):
+            raise DataError(f"its text has {tags} tags such as <image>, and it names {files} files: make them as many")
+        if named and not tags:
+            turns.notes.append("a file without a tag such as <image> in the text, used all the same")
+        return
+    asked = [message.content for message in turns.messages if message.role != "assistant"] + [turns.input]
+    if turns.slots or any(PICTURE_TAG in text for text in asked):
+        raise DataError(f"its text has a tag {PICTURE_TAG}, and it names no picture: add 'image', or take the tag out")
+    if tags:
+        turns.notes.append("a tag such as <video> without a file, left in the text")
+
+
+def _unused(record: Record, read: tuple[str, ...]) -> list[str]:
+    """A note for each key that nobody reads; one without content is not missed."""
+    notes = []
+    if isinstance(record.get("label"), int | float | str) and not isinstance(record["label"], bool):
+        notes.append("the key 'label' is not used")
+    for key, value in record.items():
+        if key in PREFERENCE:
+            notes.append(f"the key '{key}' of a preference pair is not used: only the other keys' answer is learnt")
+        elif key not in read and value not in ("", [], {}):
+            notes.append(f"the key {shown(key)} is not used")
+    return notes
+
+
+def _parse_alpaca(record: Record) -> Turns:
+    turns = Turns()
+    history = record.get("history", [])
+    if not isinstance(history, list):
+        raise DataError(f"'history' must be a list of pairs of texts, not {type_name(history)}")
+    for number, pair in enumerate(history, start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"entry {number} of 'history' must be a pair of texts, a question and its answer")
+        turns.messages += _question_answer(*(_filled(text, f"entry {number} of 'history'") for text in pair))
+    turns.messages += _question_answer(
+        _filled(record["instruction"], "'instruction'"), _filled(record["output"], "'output'")
+    )
+    extra = plain_text(record.get("input", ""), "'input'")
     # Some files write a blank for "no input"; the template without an input is the right one for those.
-    return Example(_question_answer(instruction, output), input=extra_text if extra_text.strip() else "")
+    turns.input = extra if extra.strip() else ""
+    return turns
 
 
-def _parse_prompt_completion(record: dict[str, Any]) -> Example:
-    if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
-        prompt = _turns(record, "prompt", "role", "content", ROLES)
-        return Example((*prompt, *_turns(record, "completion", "role", "content", ROLES)))
-    if isinstance(record["prompt"], list) or isinstance(record["completion"], list):
+def _parse_prompt_completion(record: Record) -> Turns:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return read_turns(completion, "completion", read_turns(prompt, "prompt"))
+    if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError("'prompt' and 'completion' must both be strings or both be lists of messages")
-    prompt_text = _filled(record["prompt"], "'prompt'")
-    return Example(_question_answer(prompt_text, _filled(record["completion"], "'completion'")), raw=True)
+    return Turns(_question_answer(_filled(prompt, "'prompt'"), _filled(completion, "'completion'")), raw=True)
 
 
 # The first entry whose keys a record has all of decides, so that datasets which carry a plain "prompt" beside
-# their "messages" are read as conversations.
-FORMATS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Example]], ...] = (
-    (("messages",), _parse_messages),
-    (("conversations",), _parse_sharegpt),
-    (("instruction", "output"), _parse_alpaca),
-    (("prompt", "completion"), _parse_prompt_completion),
+# their "messages" are read as conversations. The last column: keys of this format that it may have besides.
+FORMATS: tuple[tuple[tuple[str, ...], Callable[[Record], Turns], tuple[str, ...]], ...] = (
+    (("messages",), lambda record: read_turns(record["messages"], "messages"), ()),
+    (("conversations",), lambda record: read_turns(record["conversations"], "conversations"), ()),
+    (("instruction", "output"), _parse_alpaca, ("input", "history")),
+    (("prompt", "completion"), _parse_prompt_completion, ()),
 )
 
 
-def _question_answer(question: str, answer: str) -> tuple[Message, ...]:
-    return (Message("user", question), Message("assistant", answer))
-
-
-def _turns(record: dict[str, Any], key: str, role_key: str, text_key: str, roles: dict[str, Role]) -> list[Message]:
-    """Read the list of turns under `key`; an empty system message is left out."""
-    turns = record[key]
-    if not isinstance(turns, list):
-        raise DataError(f"'{key}' must be a list, not {_type_name(turns)}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        where = f"turn {number} of '{key}'"
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise DataError(f"{where} must be an object with '{role_key}' and '{text_key}'")
-        role_name = turn[role_key]
-        role = roles.get(role_name) if isinstance(role_name, str) else None
-        if role is None:
-            raise DataError(f"{where} has the unknown role {role_name!r}; the roles are {', '.join(roles)}")
-        content = _text(_join_parts(turn[text_key], where), f"'{text_key}' of {where}")
-        if content.strip():
-            messages.append(Message(role, content))
-        elif role != "system":
-            raise DataError(f"'{text_key}' of {where} ({role_name}) is empty")
-    return messages
-
-
-def _join_parts(content: object, where: str) -> object:
-    """Join a list of {"type": "text", "text": ...} parts; anything but a list comes back as it is."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{where} has a part that is not text; only parts of type 'text' are accepted")
-    return "".join(_text(part.get("text"), f"'text' of a part of {where}") for part in content)
+def _question_answer(question: str, answer: str) -> list[Message]:
+    return [Message("user", question), Message("assistant", answer)]
 
 
 def _filled(value: object, name: str) -> str:
-    text = _text(value, name)
+    text = plain_text(value, name)
     if not text.strip():
         raise DataError(f"{name} is empty")
     return text
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be a string, not {_type_name(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON can spell half an emoji ("\ud83d"); no tokenizer takes it.
-        raise DataError(f"{name} has half a surrogate pair at character {error.start}") from error
-    return value
-
-
-def _type_name(value: object) -> str:
-    """Name a value's type in JSON's words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)

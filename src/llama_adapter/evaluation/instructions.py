@@ -1,14 +1,14 @@
 """Exact match and response loss on an instruction set, per task family, for the bare base and adapters side by side."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llama_adapter.data import Example, encode_all, parse_record, read_records, with_found_media
+from llama_adapter.conditions.config import Kind
+from llama_adapter.data import Example, encode_all, load_examples, log_findings
 from llama_adapter.data.batches import micro_batches, response_tokens
-from llama_adapter.errors import DataError
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
 from llama_adapter.training.loss import response_loss
@@ -27,7 +27,7 @@ class Task:
     @property
     def prompt(self) -> Prompt:
         """What the model is asked."""
-        return Prompt(self.example.messages[:-1], self.example.input, self.example.media)
+        return Prompt.asked_by(self.example)
 
     @property
     def answer(self) -> str:
@@ -52,21 +52,17 @@ class FamilyScore:
     loss: float
 
 
-def read_tasks(source: str) -> list[Task]:
-    """Tasks from a data file in any of the training formats; a record's `family` key names its family.
+def read_tasks(source: str, skip_bad_records: bool = False, kinds: Collection[Kind] = ()) -> list[Task]:
+    """Tasks from any source that training takes; a record's `family` key names its family.
+
+    See `load_examples` for the arguments.
 
     Raises:
-        DataError: the file or a record cannot be used.
+        DataError: the source or a record cannot be used.
     """
-    tasks = []
-    for number, record in read_records(source):
-        try:
-            example = with_found_media(parse_record(record), source)
-        except DataError as error:
-            raise DataError(f"{source}, record {number}: {error}.") from None
-        family = record.get("family") if isinstance(record, dict) else None
-        tasks.append(Task(example, str(family) if family else ALL))
-    return tasks
+    loaded = load_examples([source], skip_bad_records, kinds=kinds)
+    log_findings(loaded.skipped, loaded.notes)
+    return [Task(example, example.family or ALL) for example in loaded.examples]
 
 
 @torch.no_grad()

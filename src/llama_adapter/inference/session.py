@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
 from llama_adapter.base import load_base, load_config, load_tokenizer
-from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.config import ConditionConfig, Kind
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.core.families import max_positions, shape_of
@@ -23,9 +23,9 @@ from llama_adapter.data import (
     Message,
     encode,
     encode_prompt,
-    parse_record,
-    read_records,
-    with_found_media,
+    load_examples,
+    log_findings,
+    parse_question,
 )
 from llama_adapter.errors import AdapterError, ConfigError, DataError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
@@ -38,16 +38,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: a conversation that ends with the user, Alpaca's `input` to it, and pictures it is about."""
+    """What is asked: a conversation that ends with the user, Alpaca's `input` to it, pictures it is about, tools."""
 
     messages: tuple[Message, ...]
     input: str = ""
     media: tuple[Media, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @staticmethod
     def of(instruction: str, input: str = "", media: tuple[Media, ...] = ()) -> "Prompt":
         """One instruction without history."""
         return Prompt((Message("user", instruction),), input, media)
+
+    @staticmethod
+    def asked_by(example: Example) -> "Prompt":
+        """What an example asks: all but its last answer."""
+        return Prompt(example.messages[:-1], example.input, example.media, example.tools)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,9 @@ class Session:
             condition = self.condition(name, [prompts[i].media for i in mine])
             for place, i in enumerate(mine):
                 asked = prompts[i]
-                tokens = encode_prompt(asked.messages, template, self.tokenizer, asked.input, raw=template == "raw")
+                tokens = encode_prompt(
+                    asked.messages, template, self.tokenizer, asked.input, template == "raw", asked.tools
+                )
                 rows[i] = Row(
                     tokens=tokens,
                     adapter=name,
@@ -255,16 +263,19 @@ def default_device() -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
-def read_prompts(source: str) -> list[Prompt]:
+def read_prompts(source: str, skip_bad_records: bool = False, kinds: Collection[Kind] = ()) -> list[Prompt]:
     """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
 
     A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user; `image` names pictures.
+    See `load_examples` for the arguments.
 
     Raises:
         DataError: the file cannot be read, or a record has none of these.
     """
     if source.lower().endswith((".json", ".jsonl", ".ndjson")):
-        return [_prompt_of(record, source, number) for number, record in read_records(source)]
+        loaded = load_examples([source], skip_bad_records, parse=parse_question, kinds=kinds)
+        log_findings(loaded.skipped, loaded.notes)
+        return [Prompt.asked_by(example) for example in loaded.examples]
     try:
         with open(source, encoding="utf-8") as file:
             lines = [line.strip() for line in file]
@@ -275,31 +286,6 @@ def read_prompts(source: str) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{source} is empty: write one instruction a line.")
     return prompts
-
-
-def _prompt_of(record: object, source: str, number: int) -> Prompt:
-    try:
-        example = with_found_media(parse_record(_with_placeholder_answer(record)), source)
-    except DataError as error:
-        raise DataError(f"{source}, record {number}: {error}.") from None
-    return Prompt(example.messages[:-1], example.input, example.media)
-
-
-def _with_placeholder_answer(record: object) -> object:
-    """The record as training would take it: what it asks is then parsed and checked by the same rules."""
-    if not isinstance(record, dict):
-        return record
-    messages = record.get("messages")
-    if isinstance(messages, list):
-        asked = messages[:-1] if messages and _role(messages[-1]) == "assistant" else messages
-        return {**record, "messages": [*asked, {"role": "assistant", "content": "?"}]}
-    if "prompt" in record and "instruction" not in record:
-        return {**record, "instruction": record["prompt"], "output": "?"}
-    return {**record, "output": "?"}
-
-
-def _role(turn: object) -> object:
-    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: WrittenAs) -> list[int]:

@@ -77,8 +77,6 @@ def train(config: TrainConfig) -> TrainResult:
         folder.check(config)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
-    for sentence in data.skipped[:5]:
-        log.warning("skipped: %s", sentence)
 
     condition = condition_of(config, data)
     perception = None if condition is None else look(condition, config, data, accelerator)

@@ -37,4 +37,5 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
         "adapter_layers": layers,
         "adapter_parameters": parameters,
         "adapter_bytes": 4 * parameters,
+        "notes": data.notes,
     }

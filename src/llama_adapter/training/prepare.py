@@ -3,13 +3,13 @@
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_all
-from llama_adapter.data.formats import Media
-from llama_adapter.data.sources import Loaded, load_examples
+from llama_adapter.data.examples import Media
+from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
 
@@ -27,6 +27,7 @@ class Prepared:
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
         digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same.
+        notes: what the records hold and nobody reads, with counts.
     """
 
     train: list[Encoded]
@@ -34,6 +35,7 @@ class Prepared:
     raw: bool
     skipped: list[str]
     digest: str
+    notes: list[str] = field(default_factory=list)
 
     def media(self) -> list[Media]:
         """Every file that an example names, once."""
@@ -65,13 +67,12 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
-    loaded = _load(config, config.data)
-    train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
-    skipped = list(loaded.skipped)
+    skipped: list[str] = []
+    loaded, train = _encoded(config, config.data, tokenizer, skipped)
+    notes = loaded.notes
     if config.val_data:
-        held_out = _load(config, config.val_data)
-        val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
-        skipped += held_out.skipped
+        held_out, val = _encoded(config, config.val_data, tokenizer, skipped)
+        notes += [f"validation: {note}" for note in held_out.notes]
     else:
         train, val = _split(train, config.val_size, config.seed)
     longest = max(len(example.input_ids) for example in (*train, *val))
@@ -81,12 +82,22 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
             f"pass --max-length {max_positions}, which truncates it."
         )
     raw = all(example.raw for example in loaded.examples)
-    return Prepared(train, val, raw, skipped, _digest((*train, *val)))
+    log_findings(skipped, notes)
+    return Prepared(train, val, raw, skipped, _digest((*train, *val)), notes)
 
 
-def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
+def _encoded(
+    config: TrainConfig, sources: Sequence[str], tokenizer: "PreTrainedTokenizerBase", skipped: list[str]
+) -> tuple[Loaded, list[Encoded]]:
+    """The records of `sources` and their tokens; `skipped` gets a sentence for each that was left out on the way."""
     options = {"scienceqa": {"style": config.scienceqa_style}}
-    return load_examples(sources, config.skip_bad_records, config.condition is not None, options)
+    kinds = () if config.condition is None else (config.condition,)
+    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
+    rejected = loaded.skipped if config.skip_bad_records else None
+    encoded = encode_all(loaded.examples, config.template, tokenizer, config.max_length, rejected)
+    check_some_left(encoded, loaded.skipped)
+    skipped += loaded.skipped
+    return loaded, encoded
 
 
 def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.formats import Example, Message
+from llama_adapter.data.examples import Example, Message
 from llama_adapter.data.records import load_json
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 
@@ -110,12 +110,7 @@ def read_scienceqa(source: str | Path, split: str, images: bool = True, limit: i
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1.")
     path = Path(os.path.expanduser(source))
-    if not os.path.exists(path):
-        raise DataError(f"{path} does not exist: give the folder that holds ScienceQA's problems.json.")
-    if files := _parquet_files(path):
-        questions = list(_read_mirror(path, files, split, limit))
-    else:
-        questions = _read_official(path, split, limit)
+    questions = [_question(*record) for record in _records(path, split, limit)]
     if images:
         _check_pictures(questions, split, whole=limit is None)
     return questions
@@ -133,10 +128,19 @@ def read_source(name: str, pictures: bool, style: str = PAPER) -> Iterator[tuple
         DataError, MissingExtraError: as `read_scienceqa`.
     """
     folder, colon, split = name.rpartition(":")
-    if not (colon and split) or Path(name).expanduser().exists():
+    if not (colon and split) or os.path.exists(os.path.expanduser(name)):
         folder, split = name, "train"
-    for question in read_scienceqa(folder, split, images=pictures):
-        yield f"{folder}, {split}, question {question.pid}", partial(question_example, question, style)
+    parse_style(style)
+    for pid, record, own_split, place in _records(Path(os.path.expanduser(folder)), split, None):
+        make = partial(_example_of, pid, record, own_split, place, pictures, style)
+        yield f"{folder}, {split}, question {pid}", make
+
+
+def _example_of(pid: str, record: object, split: str, folder: Path, pictures: bool, style: str) -> Example:
+    question = _question(pid, record, split, folder)
+    if pictures and isinstance(question.image, Path) and not os.path.isfile(question.image):
+        raise DataError(f"{question.image}, its picture, does not exist")
+    return question_example(question, style)
 
 
 def question_example(question: Question, style: str = PAPER) -> Example:
@@ -244,7 +248,15 @@ def _collapse(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _read_official(path: Path, split: str, limit: int | None) -> list[Question]:
+def _records(path: Path, split: str, limit: int | None) -> Iterator[tuple[str, object, str, Path]]:
+    """What `_question` makes a question of, for each of a split."""
+    if not os.path.exists(path):
+        raise DataError(f"{path} does not exist: give the folder that holds ScienceQA's problems.json.")
+    files = _parquet_files(path)
+    yield from _read_mirror(path, files, split, limit) if files else _read_official(path, split, limit)
+
+
+def _read_official(path: Path, split: str, limit: int | None) -> Iterator[tuple[str, object, str, Path]]:
     file = path / "problems.json" if os.path.isdir(path) else path
     folder = file.parent
     for needed in (file, folder / "pid_splits.json"):
@@ -263,7 +275,7 @@ def _read_official(path: Path, split: str, limit: int | None) -> list[Question]:
             f"{file} lacks {len(lost)} of the {len(pids)} questions of split '{split}', the first with pid {lost[0]}: "
             "take it and pid_splits.json from the same copy."
         )
-    return [_question(pid, problems[pid], split, folder) for pid in pids[:limit]]
+    yield from ((pid, problems[pid], split, folder) for pid in pids[:limit])
 
 
 def _pids_of(file: Path, split: str) -> list[str]:
@@ -284,7 +296,9 @@ def _parquet_files(path: Path) -> list[Path]:
     return sorted(path.glob("*-*.parquet")) or sorted(path.glob("data/*-*.parquet"))
 
 
-def _read_mirror(path: Path, files: Sequence[Path], split: str, limit: int | None) -> Iterator[Question]:
+def _read_mirror(
+    path: Path, files: Sequence[Path], split: str, limit: int | None
+) -> Iterator[tuple[str, object, str, Path]]:
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError as error:
@@ -305,7 +319,7 @@ def _read_mirror(path: Path, files: Sequence[Path], split: str, limit: int | Non
                     for record in batch.to_pylist():
                         if row == limit:
                             return
-                        yield _question(str(row), record, name, file.parent)
+                        yield str(row), record, name, file.parent
                         row += 1
         except (ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
