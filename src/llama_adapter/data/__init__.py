@@ -1,6 +1,6 @@
 """Data: records -> examples -> text -> tokens and labels, one module a step."""
 
-from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
+from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt, encode_records
 from llama_adapter.data.formats import Example, Media, Message, parse_record, without_tags
 from llama_adapter.data.records import read_records
 from llama_adapter.data.sources import Loaded, load_examples, with_found_media
@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_prompt",
+    "encode_records",
     "load_examples",
     "parse_record",
     "read_records",

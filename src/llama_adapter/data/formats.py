@@ -1,13 +1,13 @@
 """From raw records to examples: the record formats that are understood, and nothing else."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llama_adapter.errors import DataError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -27,10 +27,20 @@ _TAG = re.compile(r"\s*<(?:image|audio|video)>\s*")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks; "tool" is what a called function returned.
+        content: the text.
+        weight: 0 for an assistant's message that is read as context and not learnt.
+        extra: what else a chat template may write of it, by the template's own names: `tool_calls`, `tool_call_id`,
+            `name`, `reasoning_content`, `thinking`.
+    """
 
     role: Role
     content: str
+    weight: Literal[0, 1] = 1
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Example:
         raw: prompt-completion text that takes no template; `messages` are then a user's and an assistant's.
         origin: where the example comes from, such as "data.json, record 17", for error messages.
         media: pictures, recordings or videos that belong to the conversation: paths of files, or their content.
+        tools: descriptions of functions that may be called, for the chat template.
 
     Raises:
         DataError: the messages are in another order than this.
@@ -53,6 +64,7 @@ class Example:
     raw: bool = False
     origin: str = ""
     media: tuple[Media, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         roles = [message.role for message in self.messages]

@@ -8,6 +8,7 @@ import torch
 
 from llama_adapter.data import Example, encode_all, parse_record, read_records, with_found_media
 from llama_adapter.data.batches import micro_batches, response_tokens
+from llama_adapter.data.chat_templates import without_thought
 from llama_adapter.errors import DataError
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
@@ -109,8 +110,8 @@ def evaluate_instructions(
 
 
 def normalise(text: str) -> str:
-    """What two answers are compared by: case, blanks and a final full stop do not count."""
-    return " ".join(text.casefold().split()).rstrip(".")
+    """What two answers are compared by: case, blanks, a final full stop and a thought before them do not count."""
+    return " ".join(without_thought(text).casefold().split()).rstrip(".")
 
 
 def family_table(results: Mapping[str, Iterable[FamilyScore]]) -> list[dict[str, Any]]:

@@ -1,20 +1,25 @@
 """From a recipe to encoded examples: read, parse, encode, split, digest. No model is needed."""
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.batches import response_tokens
-from llama_adapter.data.encode import Encoded, encode_all
+from llama_adapter.data.encode import Encoded, encode_records
 from llama_adapter.data.formats import Media
 from llama_adapter.data.sources import Loaded, load_examples
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Prepared:
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
         digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same.
+        now: what a chat template that writes the date was told; a resumed run tells it the same.
     """
 
     train: list[Encoded]
@@ -34,6 +40,7 @@ class Prepared:
     raw: bool
     skipped: list[str]
     digest: str
+    now: datetime
 
     def media(self) -> list[Media]:
         """Every file that an example names, once."""
@@ -47,41 +54,73 @@ class Prepared:
             "val_examples": len(self.val),
             "skipped_records": len(self.skipped),
             "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
+            "merged_examples": sum(example.merged for example in (*self.train, *self.val)),
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "longest_tokens": max(lengths),
             "response_tokens": response_tokens(self.train) + response_tokens(self.val),
         }
 
 
-def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_positions: int | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_positions: int | None = None,
+    now: datetime | None = None,
+) -> Prepared:
     """Read and encode the data that a recipe names.
 
     Args:
         config: the recipe.
         tokenizer: the base's.
         max_positions: how many tokens the base takes, where it says so.
+        now: what a chat template that writes the date is told (default: the clock).
 
     Raises:
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
+    now = now or datetime.now()
     loaded = _load(config, config.data)
-    train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
     skipped = list(loaded.skipped)
+    train = _encode(loaded, config, tokenizer, now, skipped)
     if config.val_data:
         held_out = _load(config, config.val_data)
-        val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
         skipped += held_out.skipped
+        val = _encode(held_out, config, tokenizer, now, skipped)
     else:
         train, val = _split(train, config.val_size, config.seed)
-    longest = max(len(example.input_ids) for example in (*train, *val))
-    if max_positions is not None and longest > max_positions:
+    result = Prepared(
+        train=[text for texts in train for text in texts],
+        val=[text for texts in val for text in texts],
+        raw=all(example.raw for example in loaded.examples),
+        skipped=skipped,
+        digest=_digest([text for texts in (*train, *val) for text in texts]),
+        now=now,
+    )
+    report = result.report()
+    if max_positions is not None and report["longest_tokens"] > max_positions:
         raise ConfigError(
-            f"The longest example has {longest} tokens and the base takes {max_positions}: "
+            f"The longest example has {report['longest_tokens']} tokens and the base takes {max_positions}: "
             f"pass --max-length {max_positions}, which truncates it."
         )
-    raw = all(example.raw for example in loaded.examples)
-    return Prepared(train, val, raw, skipped, _digest((*train, *val)))
+    if merged := report["merged_examples"]:
+        log.warning(
+            "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
+            "can: begin answers without a blank, or pass another --template",
+            merged, len(result.train) + len(result.val),
+        )  # fmt: skip
+    return result
+
+
+def _encode(
+    loaded: Loaded, config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", now: datetime, skipped: list[str]
+) -> list[list[Encoded]]:
+    """The texts of each record; what the template cannot write is counted in `skipped` where the recipe skips it."""
+    leave_out = skipped if config.skip_bad_records else None
+    records = encode_records(loaded.examples, config.template, tokenizer, config.max_length, now, leave_out)
+    if not records:
+        raise DataError(f"No record is left to use ({len(skipped)} skipped). The first: {skipped[0]}")
+    return records
 
 
 def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
@@ -89,7 +128,9 @@ def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
     return load_examples(sources, config.skip_bad_records, config.condition is not None, options)
 
 
-def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+def _split(
+    examples: list[list[Encoded]], val_size: float, seed: int
+) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
     import torch
 
     count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
