@@ -6,6 +6,7 @@ from data_helpers import (
     CHATML,
     PLAIN,
     QWEN3,
+    REWRITING,
     SPECIAL,
     byte_level,
     conversation,
@@ -262,14 +263,14 @@ def test_raw_examples_need_no_chat_template():
 
 def test_conversation_that_the_template_rejects_is_named():
     bad = Example(conversation("a", "b", "c", "d"), origin="data.json, record 7")
-    tokenizer = byte_level(chat="{{ messages | length }}" + PLAIN)
+    tokenizer = byte_level(chat=REWRITING)
     with pytest.raises(DataError, match=r"^data\.json, record 7: The chat template of .* asks for message 2 otherwise"):
         encode_all([example("a", "b", raw=True), bad], "chat", tokenizer, 100)
 
 
 def test_rejected_conversation_of_unknown_origin():
     with pytest.raises(DataError, match=r"^The chat template of .* asks for message 2 otherwise"):
-        encode(example("a", "b"), "chat", byte_level(chat="{{ messages | length }}" + PLAIN), 100)
+        encode(example("a", "b"), "chat", byte_level(chat=REWRITING), 100)
 
 
 def test_no_examples():

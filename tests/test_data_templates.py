@@ -2,6 +2,7 @@ import pytest
 from data_helpers import (
     CHAT_TEMPLATES,
     CHATML,
+    COUNTING,
     GEMMA,
     LLAMA2,
     PLAIN,
@@ -144,7 +145,14 @@ def test_chat_input_is_a_line_of_the_last_user_message():
     assert rendered.text == "user: a\nassistant: b\nuser: c\ne\nassistant: d"
 
 
-def test_chat_template_that_counts_the_turns():
+def test_chat_template_whose_history_differs_when_it_asks():
+    first, last = render_all(example("a", "b", "c", "d"), "chat", byte_level(chat=COUNTING))
+    assert first.text == "1 turns\nuser: a\nassistant: b"
+    assert last.text == "3 turns\nuser: a\nassistant: b\nuser: c\nassistant: d"
+    assert responses(first) + responses(last) == ["b", "d"]
+
+
+def test_chat_template_that_asks_otherwise_than_it_writes():
     with pytest.raises(DataError) as caught:
         render_all(example("a", "b", "c", "d"), "chat", byte_level(chat=REWRITING))
     assert "asks for message 2 otherwise than it writes it (the prompt for it ends in" in str(caught.value)

@@ -162,6 +162,8 @@ class ChatTemplate:
             text = body[len(prompt) :]
         elif prompt.startswith(head) and body.startswith(head):
             text = _behind(prompt[len(head) :], body[len(head) :], last)
+        elif body.startswith(head) and (lead := _lead(prompt, head, asked[-1].content.strip())) is not None:
+            text = lead + body[len(head) :]
         else:
             raise self._refusal(
                 f"asks for message {number} otherwise than it writes it (the prompt for it ends in {prompt[-40:]!r})"
@@ -219,6 +221,16 @@ def _behind(tail: str, shown: str, message: Message) -> str:
     left, name, right = opened.groups()
     line = "" if tail.endswith("\n") else "\n"
     return f"{line}{_reasoning(message).strip(chr(10))}\n{left}/{name}{right}\n\n{shown}"
+
+
+def _lead(prompt: str, head: str, question: str) -> str | None:
+    """What stands between prompt and answer where the finished conversation has another history than the prompt.
+
+    Both have to agree from the last question on; Mistral's templates write the system message before it only to ask.
+    """
+    asking = prompt[prompt.rfind(question) :] if question and question in prompt else None
+    _, found, lead = head.rpartition(asking) if asking else ("", "", "")
+    return lead if found else None
 
 
 def _thought(message: Message) -> str:
