@@ -196,7 +196,7 @@ def test_the_time_that_a_template_writes_is_one_for_all_examples(data, tmp_path)
     told, again, other = (prepare(config, tokenizer, now=time) for time in (now, now, datetime(2024, 3, 1)))
     assert told.digest == again.digest != other.digest
     texts = [tokenizer.decode(example.input_ids) for example in (*prepare(config, tokenizer).train, *told.val)]
-    assert len({text.split("\n")[0] for text in texts}) == 2
+    assert len({text.split("user:")[0] for text in texts}) == 2
 
 
 def test_answers_of_one_record_stay_on_one_side_of_the_split(tmp_path):

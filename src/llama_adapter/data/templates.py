@@ -118,7 +118,9 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
         DataError: it has none, so that a response could not be taught to stop.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError(f"The tokenizer {tokenizer_name(tokenizer)} has no end token: set its eos_token.")
+        raise DataError(
+            f"The tokenizer {tokenizer_name(tokenizer)} has no end token: set its eos_token in tokenizer_config.json."
+        )
     return tokenizer.eos_token
 
 
