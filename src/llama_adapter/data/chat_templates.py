@@ -28,9 +28,11 @@ _THOUGHT = re.compile(rf"\s*(?:[<\[]{_NAME}[>\]])?((?:(?![<\[]/?{_NAME}[>\]]).)*
 # transformers' own `strftime_now` reads the clock at every call and takes no other: between two renderings of one
 # record, and between a run and its resumption, the text would change.
 _CLOCK = (
-    "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
-    "{% for code, shown in llama_adapter_clock %}{% set ns.text = ns.text | replace(code, shown) %}{% endfor %}"
-    "{{ ns.text }}{% endmacro %}\n"
+    "{% macro strftime_now(format) %}{% set clock = llama_adapter_clock %}"
+    "{% for part in format.replace('%%', '\0').split('%') %}"
+    "{% set size = 0 if loop.first else 2 if part[:2] in clock else 1 %}"
+    "{{ (clock.get(part[:size], '%' ~ part[:size]) ~ part[size:]).replace('\0', '%') }}"
+    "{% endfor %}{% endmacro %}\n"
 )
 
 
@@ -80,12 +82,6 @@ class ChatTemplate:
             ) from None
         return _CLOCK + source if "strftime_now" in source else source
 
-    @cached_property
-    def _clock(self) -> list[list[str]]:
-        shown = {code: self.now.strftime(f"%{code}") for code in "aAwdbBmyYHIMSpfjUWcxXGuVDFTR"}
-        short = [[f"%-{code}", text.lstrip("0") or "0"] for code, text in shown.items()]
-        return [["%%", "\0"], *short, *([f"%{code}", text] for code, text in shown.items()), ["\0", "%"]]
-
     def write(self, messages: Sequence[Message], ask: bool = False) -> str:
         """The text of a conversation; with `ask` up to where an answer to it begins.
 
@@ -107,7 +103,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 add_generation_prompt=ask,
                 tokenize=False,
-                llama_adapter_clock=self._clock,
+                llama_adapter_clock=_clock(self.now),
             )
         except TemplateSyntaxError as error:
             raise ConfigError(
@@ -206,6 +202,13 @@ def without_thought(text: str) -> str:
     return text[thought.end() :] if thought else text
 
 
+@lru_cache(maxsize=4)
+def _clock(now: datetime) -> dict[str, str]:
+    """What stands for each code of strftime behind its "%"; "-d" is "d" without a zero, "" is nothing."""
+    shown = {code: now.strftime(f"%{code}") for code in "aAwdbBmyYHIMSpfjUWcxXGuVDFTR"}
+    return {"": "", **shown, **{f"-{code}": text.lstrip("0") or "0" for code, text in shown.items()}}
+
+
 def _behind(tail: str, shown: str, message: Message) -> str:
     """The answer behind a prompt whose `tail` the template leaves out where it shows an answer.
 
@@ -254,7 +257,7 @@ def _wants_parts(tokenizer: "PreTrainedTokenizerBase", source: str) -> bool:
                 turns,
                 chat_template=source,
                 tokenize=False,
-                llama_adapter_clock=[],
+                llama_adapter_clock={},
             )
         except Exception:  # `write` will say what is wrong with it
             return False
