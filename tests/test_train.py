@@ -199,6 +199,15 @@ def test_the_time_that_a_template_writes_is_one_for_all_examples(data, tmp_path)
     assert len({text.split("user:")[0] for text in texts}) == 2
 
 
+def test_tokens_that_join_prompt_and_answer_are_counted_and_warned_of_once(data, tmp_path, caplog):
+    spaced = DATED.replace("{{ m.role }}:", "{{ m.role }}: ").replace("assistant:", "assistant: ")
+    base = with_template(tmp_path / "base", spaced)
+    found = prepare(recipe(base, data, tmp_path, template="chat"), AutoTokenizer.from_pretrained(base))
+    assert found.report()["merged_examples"] == 24
+    (warning,) = [record.getMessage() for record in caplog.records if "joins an answer's edge" in record.getMessage()]
+    assert warning.startswith("24 of 24 examples have a token")
+
+
 def test_answers_of_one_record_stay_on_one_side_of_the_split(tmp_path):
     counting = "{{ messages | length }}" + DATED
     base = with_template(tmp_path / "base", counting)
