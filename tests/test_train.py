@@ -203,9 +203,9 @@ def test_tokens_that_join_prompt_and_answer_are_counted_and_warned_of_once(data,
     spaced = DATED.replace("{{ m.role }}:", "{{ m.role }}: ").replace("assistant:", "assistant: ")
     base = with_template(tmp_path / "base", spaced)
     found = prepare(recipe(base, data, tmp_path, template="chat"), AutoTokenizer.from_pretrained(base))
-    assert found.report()["merged_examples"] == 24
+    assert found.report()["merged_examples"] == 21  # one of eight words has no token with a blank
     (warning,) = [record.getMessage() for record in caplog.records if "joins an answer's edge" in record.getMessage()]
-    assert warning.startswith("24 of 24 examples have a token")
+    assert warning.startswith("21 of 24 examples have a token")
 
 
 def test_answers_of_one_record_stay_on_one_side_of_the_split(tmp_path):
