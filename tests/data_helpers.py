@@ -51,7 +51,8 @@ PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-REWRITING = "{{ messages | length }} turns\n" + PLAIN
+COUNTING = "{{ messages | length }} turns\n" + PLAIN
+REWRITING = PLAIN.replace("%}assistant: {%", "%}answer: {%")
 CHAT_TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,

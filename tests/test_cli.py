@@ -242,6 +242,16 @@ def test_validate_says_which_keys_are_not_used(call, base, tmp_path, caplog):
     assert json.loads(call(*arguments, "--json").out)["notes"] == ["the key 'score' is not used (1 of 3 records)"]
 
 
+def test_records_that_a_template_cannot_write_can_be_skipped_and_are_counted(call, fail, base, tmp_path):
+    path = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "a"}, *[{"role": "assistant", "content": "b"}] * 2]
+    path.write_text("\n".join(json.dumps(record) for record in (GOOD, {"messages": turns}, GOOD)))
+    arguments = ["validate", "--model", base, "--data", path, "--val-size", 1]
+    assert f"{path}, record 2: Two assistant messages follow each other" in fail(*arguments)
+    report = json.loads(call(*arguments, "--skip-bad-records", "--json").out)
+    assert (report["skipped_records"], report["train_examples"], report["val_examples"]) == (1, 1, 1)
+
+
 def test_nothing_but_bad_records_is_an_error_even_when_skipping(fail, check, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record for record, _ in BAD_RECORDS.values()]))

@@ -5,6 +5,8 @@ from data_helpers import (
     CHAT_TEMPLATES,
     CHATML,
     PLAIN,
+    QWEN3,
+    REWRITING,
     SPECIAL,
     byte_level,
     conversation,
@@ -60,7 +62,7 @@ def test_prompt_tokens_begin_the_example(instruction, response, trim, adds):
 @given(
     contents=st.integers(1, 2).flatmap(lambda n: st.lists(texts, min_size=2 * n, max_size=2 * n)),
     adds=around,
-    chat=st.sampled_from([None, *CHAT_TEMPLATES.values()]),
+    chat=st.sampled_from([None, *CHAT_TEMPLATES.values()]).filter(lambda chat: chat != QWEN3),
     raw=st.booleans(),
     max_length=st.integers(2, 120),
 )
@@ -114,7 +116,6 @@ def test_each_response_of_a_conversation_is_learnt(trim):
         ("llama3", "One<|eot|>Two<|eot|>"),
         ("llama2", " One </s> Two </s>"),
         ("gemma", "One<|eot|>Two<|eot|>"),
-        ("qwen3", "One<|im_end|><think>\n\n</think>\n\nTwo<|im_end|>"),
         ("plain", "OneTwo</s>"),
     ],
 )
@@ -124,7 +125,7 @@ def test_chat(name, expected, trim):
     encoded = encode(example("first", "One", "second", "Two"), "chat", tokenizer, ENDLESS)
     assert learnt(encoded, tokenizer) == expected
     # The template writes BOS itself, or there is none.
-    rendered = render(example("first", "One", "second", "Two"), "chat", tokenizer)
+    (rendered,) = render(example("first", "One", "second", "Two"), "chat", tokenizer)
     assert encoded.input_ids.count(tokenizer.bos_token_id) == rendered.text.count("<s>")
 
 
@@ -262,14 +263,14 @@ def test_raw_examples_need_no_chat_template():
 
 def test_conversation_that_the_template_rejects_is_named():
     bad = Example(conversation("a", "b", "c", "d"), origin="data.json, record 7")
-    tokenizer = byte_level(chat="{{ messages | length }}" + PLAIN)
-    with pytest.raises(DataError, match=r"^data\.json, record 7: The chat template of .* rewrites earlier turns"):
+    tokenizer = byte_level(chat=REWRITING)
+    with pytest.raises(DataError, match=r"^data\.json, record 7: The chat template of .* asks for message 2 otherwise"):
         encode_all([example("a", "b", raw=True), bad], "chat", tokenizer, 100)
 
 
 def test_rejected_conversation_of_unknown_origin():
-    with pytest.raises(DataError, match=r"^The chat template of .* rewrites earlier turns"):
-        encode(example("a", "b"), "chat", byte_level(chat="{{ messages | length }}" + PLAIN), 100)
+    with pytest.raises(DataError, match=r"^The chat template of .* asks for message 2 otherwise"):
+        encode(example("a", "b"), "chat", byte_level(chat=REWRITING), 100)
 
 
 def test_no_examples():

@@ -1,9 +1,22 @@
 import pytest
-from data_helpers import CHAT_TEMPLATES, GEMMA, LLAMA2, PLAIN, QWEN3, REWRITING, byte_level, conversation, example
+from data_helpers import (
+    CHAT_TEMPLATES,
+    CHATML,
+    COUNTING,
+    GEMMA,
+    LLAMA2,
+    PLAIN,
+    QWEN3,
+    REWRITING,
+    byte_level,
+    conversation,
+    example,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_adapter.data import Message, check_template, render, render_prompt
+from llama_adapter.data import Message, check_template, render_prompt
+from llama_adapter.data import render as render_all
 from llama_adapter.data.templates import Rendered
 from llama_adapter.errors import ConfigError, DataError
 
@@ -16,6 +29,12 @@ WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\nName it.\n\n### Response:"
 )
+
+
+def render(whole, template, tokenizer) -> Rendered:
+    """The one text of an example."""
+    (text,) = render_all(whole, template, tokenizer)
+    return text
 
 
 def responses(rendered: Rendered) -> list[str]:
@@ -83,7 +102,6 @@ def test_raw_that_closes_itself():
         ("llama3", ["One<|eot|>", "Two<|eot|>"], True),
         ("llama2", [" One </s>", " Two </s>"], True),
         ("gemma", ["One<|eot|>", "Two<|eot|>"], True),
-        ("qwen3", ["One<|im_end|>", "<think>\n\n</think>\n\nTwo<|im_end|>"], True),
         ("plain", ["One", "Two"], False),
     ],
 )
@@ -98,15 +116,17 @@ def test_chat_responses(name, expected, closed):
 
 @pytest.mark.parametrize("answer", ["hi", "think", "assistant", "end", "s", "im_end", "a", "\n\nx", "user"])
 def test_chat_response_that_also_occurs_elsewhere(answer):
-    rendered = render(example(answer, answer, answer, answer), "chat", byte_level(chat=QWEN3))
-    shown = answer.lstrip("\n")
-    assert responses(rendered) == [f"{shown}<|im_end|>", f"<think>\n\n</think>\n\n{shown}<|im_end|>"]
+    rendered = render(example(answer, answer, answer, answer), "chat", byte_level(chat=CHATML))
+    assert responses(rendered) == [f"{answer}<|im_end|>"] * 2
 
 
-def test_chat_keeps_thinking_of_the_last_answer_only():
+def test_chat_answer_that_later_turns_rewrite_is_a_text_of_its_own():
     thought = "<think>\nhm\n</think>\n\n"
-    rendered = render(example("a", thought + "b", "c", thought + "d"), "chat", byte_level(chat=QWEN3))
-    assert responses(rendered) == ["b<|im_end|>", thought + "d<|im_end|>"]
+    first, last = render_all(example("a", thought + "b", "c", "d"), "chat", byte_level(chat=QWEN3))
+    assert first.text == f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{thought}b<|im_end|>"
+    assert responses(first) == [thought + "b<|im_end|>"]
+    assert "assistant\nb<|im_end|>\n<|im_start|>user\nc" in last.text
+    assert responses(last) == ["<think>\n\n</think>\n\nd<|im_end|>"]
 
 
 def test_chat_trimmed_answer():
@@ -125,22 +145,24 @@ def test_chat_input_is_a_line_of_the_last_user_message():
     assert rendered.text == "user: a\nassistant: b\nuser: c\ne\nassistant: d"
 
 
-def test_chat_template_that_rewrites_earlier_turns():
+def test_chat_template_whose_history_differs_when_it_asks():
+    first, last = render_all(example("a", "b", "c", "d"), "chat", byte_level(chat=COUNTING))
+    assert first.text == "1 turns\nuser: a\nassistant: b"
+    assert last.text == "3 turns\nuser: a\nassistant: b\nuser: c\nassistant: d"
+    assert responses(first) + responses(last) == ["b", "d"]
+
+
+def test_chat_template_that_asks_otherwise_than_it_writes():
     with pytest.raises(DataError) as caught:
-        render(example("a", "b", "c", "d"), "chat", byte_level(chat=REWRITING))
-    assert "rewrites earlier turns, so the place of message 2 in the text is unknown" in str(caught.value)
-    assert "use --template alpaca or split the conversation" in str(caught.value)
+        render_all(example("a", "b", "c", "d"), "chat", byte_level(chat=REWRITING))
+    assert "asks for message 2 otherwise than it writes it (the prompt for it ends in" in str(caught.value)
+    assert "change the record or use --template alpaca" in str(caught.value)
 
 
 def test_chat_template_whose_later_text_depends_on_the_answer():
     counting = PLAIN.replace("{{ m.content }}\n", "{{ m.content }} ({{ m.content | length }})\n")
-    with pytest.raises(DataError, match="the place of message 2"):
+    with pytest.raises(DataError, match="does not write message 2 as it is"):
         render(example("a", "four"), "chat", byte_level(chat=counting))
-
-
-def test_chat_template_that_drops_all_of_an_answer():
-    with pytest.raises(DataError, match="the place of message 2"):
-        render(example("a", "<think>only</think>", "b", "c"), "chat", byte_level(chat=QWEN3))
 
 
 def test_chat_turn_is_closed_by_special_tokens_only():
@@ -161,18 +183,20 @@ def test_chat_turn_is_closed_by_an_end_token_chosen_later():
 
 def test_chat_template_that_loses_answers():
     lossy = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="the place of message 2"):
+    with pytest.raises(DataError, match="does not write message 2 as it is"):
         render(example("a", "b"), "chat", byte_level(chat=lossy))
 
 
 def test_chat_template_that_refuses_a_role():
-    with pytest.raises(DataError, match=r"rejects the conversation \(System role not supported\): change the record"):
+    with pytest.raises(
+        DataError, match=r"rejects the conversation \(System role not supported; its roles: system, user\): change"
+    ):
         render(example("a", "b", system="c"), "chat", byte_level(chat=GEMMA))
 
 
 def test_chat_template_that_refuses_an_order():
     messages = conversation("a") + conversation("b")
-    with pytest.raises(DataError, match=r"rejects the conversation \(Roles must alternate\)"):
+    with pytest.raises(DataError, match=r"rejects the conversation \(Roles must alternate; its roles: user, user\)"):
         render_prompt(messages, "chat", byte_level(chat=GEMMA))
 
 
@@ -185,7 +209,7 @@ def test_chat_template_with_a_fault_of_its_own():
     "call",
     [
         lambda tokenizer: check_template("chat", tokenizer),
-        lambda tokenizer: render(example("a", "b"), "chat", tokenizer),
+        lambda tokenizer: render_all(example("a", "b"), "chat", tokenizer),
         lambda tokenizer: render_prompt(conversation("a"), "chat", tokenizer),
     ],
 )
@@ -224,9 +248,9 @@ def test_prompt_is_the_beginning_of_the_example(turns, system, input, chat):
     whole = example(*turns, system=system, input=input)
     template = "chat" if chat else "alpaca"
     tokenizer = byte_level(chat=chat)
-    rendered = render(whole, template, tokenizer)
+    texts = render_all(whole, template, tokenizer)
     prompt = render_prompt(whole.messages[:-1], template, tokenizer, input=input)
-    assert rendered.text[: rendered.responses[-1][0]] == prompt.text
+    assert texts[-1].text[: texts[-1].responses[-1][0]] == prompt.text
     assert prompt.responses == ()
-    assert prompt.special_tokens == rendered.special_tokens
-    assert len(rendered.responses) == len(turns) // 2
+    assert prompt.special_tokens == texts[-1].special_tokens
+    assert sum(len(rendered.responses) for rendered in texts) == len(turns) // 2

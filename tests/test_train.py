@@ -6,18 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from runs import recipe, tiny_tokenizer, write_data
+from runs import recipe, tiny_tokenizer, write_base, write_data
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from llama_adapter import add_adapter, load_adapter, use_adapter
 from llama_adapter.base import load_base
 from llama_adapter.data.batches import collate, global_batch, micro_batches, response_tokens
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
-from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.training.checkpoint import RunFolder, read_metrics
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import Run, response_loss, train
 from llama_adapter.training.optimizer import learning_rate
@@ -150,6 +153,69 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(base, data, tmp_path,
     both = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
     timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines] for lines in both]
     assert timeless[0] == timeless[1]
+
+
+def with_template(folder: Path, template: str) -> Path:
+    """A tiny base whose tokenizer has this chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(write_base(folder))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+DATED = (
+    "It is {{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}.{% for m in messages %}\n{{ m.role }}:{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}\nassistant:"
+    "{% endif %}"
+)
+
+
+def test_a_run_whose_template_writes_the_time_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
+    base = with_template(tmp_path / "base", DATED)
+    began = datetime(2024, 2, 28, 23, 59, 59, 999_999)
+    monkeypatch.setattr(RunFolder, "now", lambda folder, config: began)
+    whole = train(recipe(base, data, tmp_path / "whole", template="chat"))
+    cut = recipe(base, data, tmp_path / "cut", template="chat")
+    monkeypatch.setattr(Run, "_step", _stop_at(3, Run._step))
+    with pytest.raises(ZeroDivisionError):
+        train(cut)
+    monkeypatch.undo()
+    train(replace(cut, resume=True))
+    assert whole.steps == 6
+    assert_equal(last(tmp_path / "whole"), last(tmp_path / "cut"))
+
+
+def _stop_at(step, go_on):
+    return lambda run, *args: 1 / 0 if run.progress.step == step else go_on(run, *args)
+
+
+def test_the_time_that_a_template_writes_is_one_for_all_examples(data, tmp_path):
+    base = with_template(tmp_path / "base", DATED)
+    config = recipe(base, data, tmp_path / "out", template="chat", max_length=1024)
+    tokenizer, now = AutoTokenizer.from_pretrained(base), datetime(2024, 2, 29)
+    told, again, other = (prepare(config, tokenizer, now=time) for time in (now, now, datetime(2024, 3, 1)))
+    assert told.digest == again.digest != other.digest
+    texts = [tokenizer.decode(example.input_ids) for example in (*prepare(config, tokenizer).train, *told.val)]
+    assert len({text.split("user:")[0] for text in texts}) == 2
+
+
+def test_tokens_that_join_prompt_and_answer_are_counted_and_warned_of_once(data, tmp_path, caplog):
+    spaced = DATED.replace("{{ m.role }}:", "{{ m.role }}: ").replace("assistant:", "assistant: ")
+    base = with_template(tmp_path / "base", spaced)
+    found = prepare(recipe(base, data, tmp_path, template="chat"), AutoTokenizer.from_pretrained(base))
+    assert found.report()["merged_examples"] == 21  # one of eight words has no token with a blank
+    (warning,) = [record.getMessage() for record in caplog.records if "joins an answer's edge" in record.getMessage()]
+    assert warning.startswith("21 of 24 examples have a token")
+
+
+def test_answers_of_one_record_stay_on_one_side_of_the_split(tmp_path):
+    counting = "{{ messages | length }}" + DATED
+    base = with_template(tmp_path / "base", counting)
+    turns = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "moon"}] * 3
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"messages": turns}] * 4))
+    found = prepare(recipe(base, path, tmp_path, template="chat", val_size=1), AutoTokenizer.from_pretrained(base))
+    assert (len(found.train), len(found.val)) == (9, 3)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(base, data, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Data: records -> examples -> text -> tokens and labels, one module a step."""
 
-from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
+from llama_adapter.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt, encode_records
 from llama_adapter.data.examples import Example, Media, Message
 from llama_adapter.data.formats import parse_question, parse_record
 from llama_adapter.data.media import without_tags
@@ -21,6 +21,7 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_prompt",
+    "encode_records",
     "load_examples",
     "log_findings",
     "parse_question",

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from llama_adapter.data.chat_templates import tokenizer_name
 from llama_adapter.data.examples import Example, Media, Message
-from llama_adapter.data.templates import Rendered, check_template, end_token, render, render_prompt, tokenizer_name
+from llama_adapter.data.templates import Rendered, check_template, end_token, render, render_prompt
 from llama_adapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,24 +23,33 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one example.
+    """The tokens of one text of an example.
 
     Attributes:
         input_ids: the whole text, at most `max_length` tokens.
         labels: as long as `input_ids` and not shifted: the token itself where it carries loss, else `IGNORE`.
         truncated: whether tokens were cut off.
         media: files that belong to the example.
+        merged: whether a token holds both characters of a response and others, as no answer to the prompt can.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     media: tuple[Media, ...] = ()
+    merged: bool = False
 
 
 def encode(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-    """Encode one example; see `encode_all`."""
-    return encode_all([example], template, tokenizer, max_length)[0]
+    """Encode an example with one answer; see `encode_all`.
+
+    Raises:
+        DataError: also if the chat template makes several texts of it.
+    """
+    texts = encode_all([example], template, tokenizer, max_length)
+    if len(texts) > 1:
+        raise DataError(f"The example is {len(texts)} texts in its chat template: take encode_all.")
+    return texts[0]
 
 
 def encode_all(
@@ -46,19 +57,38 @@ def encode_all(
     template: str,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
-    skipped: list[str] | None = None,
+    now: datetime | None = None,
 ) -> list[Encoded]:
-    """Encode every example to at most `max_length` tokens, in order.
+    """Every text of every example, in order; see `encode_records`."""
+    return [text for texts in encode_records(examples, template, tokenizer, max_length, now) for text in texts]
+
+
+def encode_records(
+    examples: Sequence[Example],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    now: datetime | None = None,
+    skipped: list[str] | None = None,
+) -> list[list[Encoded]]:
+    """Encode every example to at most `max_length` tokens, in order: one text each, or several, see `render`.
 
     A token carries loss if any of its characters lies in a response; the end token after the last response
     does too. What is too long loses its end, and the prompt its beginning where the first response would not
-    keep a quarter of `max_length`; so each result has at least one token that carries loss. With `skipped`, an example
-    that the template cannot write is left out, and `skipped` gets a sentence that names its origin.
+    keep a quarter of `max_length`; so each result has at least one token that carries loss.
+
+    Args:
+        examples: what is encoded.
+        template: how it is written.
+        tokenizer: the base's.
+        max_length: in tokens.
+        now: what a chat template that writes the date is told (default: the clock, read once).
+        skipped: gets a sentence for each example that cannot be written, which is then left out.
 
     Raises:
         ConfigError: `max_length` is below 2, or the template is unknown.
-        DataError: the tokenizer cannot serve (not fast, no end token, no chat template), or an example cannot
-            be written with the template; the latter names the example's origin.
+        DataError: the tokenizer cannot serve (not fast, no end token, no chat template); or an example cannot
+            be written with the template and `skipped` is not given; this names the example's origin.
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}: it must be at least 2, one token to read and one to learn.")
@@ -66,25 +96,40 @@ def encode_all(
     end_token(tokenizer)
     if not all(example.raw for example in examples):
         check_template(template, tokenizer)
+    now = now or datetime.now()
     encoded = []
     for first in range(0, len(examples), _BATCH):
-        chosen, batch = [], []
+        batch: list[tuple[Example, list[Rendered]]] = []
         for example in examples[first : first + _BATCH]:
             try:
-                batch.append(_render(example, template, tokenizer))
-                chosen.append(example)
+                batch.append((example, _render(example, template, tokenizer, now)))
             except DataError as error:
                 if skipped is None:
                     raise
                 skipped.append(str(error))
-        for example, rendered, (ids, offsets) in zip(chosen, batch, _tokenise(batch, tokenizer), strict=True):
-            labels = _label(rendered, ids, offsets)
-            if not rendered.ends_with_eos:
-                ids.append(tokenizer.eos_token_id)
-                labels.append(tokenizer.eos_token_id)
-            bos_length = 1 if ids[0] == tokenizer.bos_token_id else 0
-            encoded.append(replace(_truncate(ids, labels, max_length, bos_length), media=example.media))
+        tokens = iter(_tokenise([text for _, texts in batch for text in texts], tokenizer))
+        for example, texts in batch:
+            encoded.append([_encoded(text, *next(tokens), tokenizer, max_length, example.media) for text in texts])
     return encoded
+
+
+def _encoded(
+    rendered: Rendered,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    media: tuple[Media, ...],
+) -> Encoded:
+    spans = list(_without_gaps(offsets))
+    edges = [edge for response in rendered.responses for edge in response]
+    merged = any(start < edge < end for edge in edges for start, end in spans)
+    labels = _label(rendered, ids, spans)
+    if not rendered.ends_with_eos:
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    bos_length = 1 if ids[0] == tokenizer.bos_token_id else 0
+    return replace(_truncate(ids, labels, max_length, bos_length), media=media, merged=merged)
 
 
 def encode_prompt(
@@ -113,9 +158,9 @@ def _check_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def _render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+def _render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", now: datetime) -> list[Rendered]:
     try:
-        return render(example, template, tokenizer)
+        return render(example, template, tokenizer, now)
     except DataError as error:
         raise DataError(f"{example.origin}: {error}" if example.origin else str(error)) from error
 
@@ -144,11 +189,11 @@ def _tokenise(
     return results
 
 
-def _label(rendered: Rendered, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+def _label(rendered: Rendered, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Return a label for each token: itself if its characters overlap a response, else `IGNORE`."""
     return [
         token if any(start < right and left < end for left, right in rendered.responses) else IGNORE
-        for token, (start, end) in zip(ids, _without_gaps(offsets), strict=True)
+        for token, (start, end) in zip(ids, spans, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 from llama_adapter.conditions.config import Kind
 from llama_adapter.data import Example, encode_all, load_examples, log_findings
 from llama_adapter.data.batches import micro_batches, response_tokens
+from llama_adapter.data.chat_templates import without_thought
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
 from llama_adapter.training.loss import response_loss
@@ -105,8 +106,8 @@ def evaluate_instructions(
 
 
 def normalise(text: str) -> str:
-    """What two answers are compared by: case, blanks and a final full stop do not count."""
-    return " ".join(text.casefold().split()).rstrip(".")
+    """What two answers are compared by: case, blanks, a final full stop and a thought before them do not count."""
+    return " ".join(without_thought(text).casefold().split()).rstrip(".")
 
 
 def family_table(results: Mapping[str, Iterable[FamilyScore]]) -> list[dict[str, Any]]:

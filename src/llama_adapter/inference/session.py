@@ -21,7 +21,7 @@ from llama_adapter.data import (
     Example,
     Media,
     Message,
-    encode,
+    encode_all,
     encode_prompt,
     load_examples,
     log_findings,
@@ -145,7 +145,7 @@ class Session:
             if name not in self.templates:
                 raise AdapterError(f"The session has an {unknown_name('adapter', name, self.adapters)}")
             template, mine = self.templates[name], [i for i, other in enumerate(names) if other == name]
-            stops = frozenset(_stop_tokens(self.model, self.tokenizer, template))
+            stops = frozenset(_stop_tokens(self.model, self.tokenizer, template, prompts[mine[0]]))
             condition = self.condition(name, [prompts[i].media for i in mine])
             for place, i in enumerate(mine):
                 asked = prompts[i]
@@ -288,10 +288,12 @@ def read_prompts(source: str, skip_bad_records: bool = False, kinds: Collection[
     return prompts
 
 
-def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: WrittenAs) -> list[int]:
+def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: WrittenAs, asked: Prompt) -> list[int]:
     """What ends an answer: the token that ended responses in training, and the base's own end tokens."""
-    example = Example((Message("user", "a"), Message("assistant", "b")), raw=template == "raw")
-    trained = encode(example, template, tokenizer, 1 << 20)
+    raw = template == "raw"
+    messages = asked.messages[-1:] if raw else asked.messages
+    example = Example((*messages, Message("assistant", "b")), raw=raw)
+    trained = encode_all([example], template, tokenizer, 1 << 20)[-1]
     own = model.generation_config.eos_token_id if model.generation_config else None
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     last = [label for label in trained.labels if label >= 0][-1]

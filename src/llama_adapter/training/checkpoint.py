@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,24 @@ class RunFolder:
                 f"Resume it with: llama-adapter train {self.recipe} --resume"
             )
 
+    def now(self, config: TrainConfig) -> datetime:
+        """What chat templates are told of the time: that of the run which this one goes on with, else the clock's."""
+        if config.resume:
+            try:
+                with safe_open(self.last / STATE_FILE, "pt") as file:
+                    return datetime.fromisoformat(file.metadata()["now"])
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                pass  # no checkpoint yet; of a damaged one `restore` tells
+        return datetime.now()
+
     def save_checkpoint(
-        self, model: nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, digest: str
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        digest: str,
+        now: datetime,
     ) -> None:
         """Write `last/`: everything a resumed run needs, in one atomic file, and the adapter beside it.
 
@@ -126,7 +143,11 @@ class RunFolder:
         for (key, _), parameter in zip(list(tensors.items()), adapter.parameters(), strict=True):
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{key}"] = optimizer.state[parameter][moment]
-        metadata = {"progress": json.dumps(dataclasses.asdict(progress)), "digest": digest}
+        metadata = {
+            "progress": json.dumps(dataclasses.asdict(progress)),
+            "digest": digest,
+            "now": now.isoformat(),
+        }
         with writing(self.last):
             self.last.mkdir(parents=True, exist_ok=True)
             content = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -75,7 +76,8 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
         folder.check(config)
-    data = prepare(config, load_tokenizer(config.model), max_positions(base))
+    (now,) = broadcast_object_list([folder.now(config)])
+    data = prepare(config, load_tokenizer(config.model), max_positions(base), now)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)
@@ -324,7 +326,8 @@ class Run:
 
     def _save(self) -> None:
         if self.is_main:
-            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, self.data.digest)
+            data = self.data
+            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, data.digest, data.now)
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total

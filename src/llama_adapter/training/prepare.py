@@ -1,13 +1,15 @@
 """From a recipe to encoded examples: read, parse, encode, split, digest. No model is needed."""
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.batches import response_tokens
-from llama_adapter.data.encode import Encoded, encode_all
+from llama_adapter.data.encode import Encoded, encode_records
 from llama_adapter.data.examples import Media
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
 from llama_adapter.errors import ConfigError
@@ -15,6 +17,9 @@ from llama_adapter.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Prepared:
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
         digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same.
+        now: what a chat template that writes the date was told; a resumed run tells it the same.
         notes: what the records hold and nobody reads, with counts.
     """
 
@@ -35,6 +41,7 @@ class Prepared:
     raw: bool
     skipped: list[str]
     digest: str
+    now: datetime
     notes: list[str] = field(default_factory=list)
 
     def media(self) -> list[Media]:
@@ -49,58 +56,86 @@ class Prepared:
             "val_examples": len(self.val),
             "skipped_records": len(self.skipped),
             "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
+            "merged_examples": sum(example.merged for example in (*self.train, *self.val)),
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "longest_tokens": max(lengths),
             "response_tokens": response_tokens(self.train) + response_tokens(self.val),
         }
 
 
-def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_positions: int | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_positions: int | None = None,
+    now: datetime | None = None,
+) -> Prepared:
     """Read and encode the data that a recipe names.
 
     Args:
         config: the recipe.
         tokenizer: the base's.
         max_positions: how many tokens the base takes, where it says so.
+        now: what a chat template that writes the date is told (default: the clock).
 
     Raises:
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
+    now = now or datetime.now()
     skipped: list[str] = []
-    loaded, train = _encoded(config, config.data, tokenizer, skipped)
+    loaded, train = _encoded(config, config.data, tokenizer, now, skipped)
     notes = loaded.notes
     if config.val_data:
-        held_out, val = _encoded(config, config.val_data, tokenizer, skipped)
+        held_out, val = _encoded(config, config.val_data, tokenizer, now, skipped)
         notes += [f"validation: {note}" for note in held_out.notes]
     else:
         train, val = _split(train, config.val_size, config.seed)
-    longest = max(len(example.input_ids) for example in (*train, *val))
-    if max_positions is not None and longest > max_positions:
+    result = Prepared(
+        train=[text for texts in train for text in texts],
+        val=[text for texts in val for text in texts],
+        raw=all(example.raw for example in loaded.examples),
+        skipped=skipped,
+        digest=_digest([text for texts in (*train, *val) for text in texts]),
+        now=now,
+        notes=notes,
+    )
+    report = result.report()
+    if max_positions is not None and report["longest_tokens"] > max_positions:
         raise ConfigError(
-            f"The longest example has {longest} tokens and the base takes {max_positions}: "
+            f"The longest example has {report['longest_tokens']} tokens and the base takes {max_positions}: "
             f"pass --max-length {max_positions}, which truncates it."
         )
-    raw = all(example.raw for example in loaded.examples)
+    if merged := report["merged_examples"]:
+        log.warning(
+            "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
+            "can: begin answers without a blank, or pass another --template",
+            merged, len(result.train) + len(result.val),
+        )  # fmt: skip
     log_findings(skipped, notes)
-    return Prepared(train, val, raw, skipped, _digest((*train, *val)), notes)
+    return result
 
 
 def _encoded(
-    config: TrainConfig, sources: Sequence[str], tokenizer: "PreTrainedTokenizerBase", skipped: list[str]
-) -> tuple[Loaded, list[Encoded]]:
-    """The records of `sources` and their tokens; `skipped` gets a sentence for each that was left out on the way."""
+    config: TrainConfig,
+    sources: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    now: datetime,
+    skipped: list[str],
+) -> tuple[Loaded, list[list[Encoded]]]:
+    """The records of `sources` and each one's texts; `skipped` gets a sentence for what was left out on the way."""
     options = {"scienceqa": {"style": config.scienceqa_style}}
     kinds = () if config.condition is None else (config.condition,)
     loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
-    encoded = encode_all(loaded.examples, config.template, tokenizer, config.max_length, rejected)
-    check_some_left(encoded, loaded.skipped)
+    records = encode_records(loaded.examples, config.template, tokenizer, config.max_length, now, rejected)
+    check_some_left(records, loaded.skipped)
     skipped += loaded.skipped
-    return loaded, encoded
+    return loaded, records
 
 
-def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+def _split(
+    examples: list[list[Encoded]], val_size: float, seed: int
+) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
     import torch
 
     count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
