@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +44,11 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
             f"The {kind} '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
         )
     return name
+
+
+def is_here(name: str) -> bool:
+    """Whether a base's name is 'bundled' or a folder."""
+    return name == BUNDLED or Path(name).expanduser().is_dir()
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -106,6 +118,9 @@ def load_base(
         options["quantization_config"] = _four_bit(dtype)
     try:
         with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
+            # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may
+            # stop us or change a token. Sessions follow its end tokens (inference/defaults.py).
+            options["generation_config"] = GenerationConfig()
             model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     except torch.OutOfMemoryError:
         raise ModelError(

@@ -1,16 +1,17 @@
 """Exact match and response loss on an instruction set, per task family, for the bare base and adapters side by side."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from llama_adapter.data import Example, encode_all, parse_record, read_records, with_found_media
+from llama_adapter.data import Example, parse_record, read_records, with_found_media
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.errors import DataError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, Session
+from llama_adapter.inference.session import Session
+from llama_adapter.inference.writing import Prompt, Writer, usable
 from llama_adapter.training.loss import response_loss
 
 ALL = "all"
@@ -27,7 +28,7 @@ class Task:
     @property
     def prompt(self) -> Prompt:
         """What the model is asked."""
-        return Prompt(self.example.messages[:-1], self.example.input, self.example.media)
+        return Prompt.before(self.example)
 
     @property
     def answer(self) -> str:
@@ -52,21 +53,54 @@ class FamilyScore:
     loss: float
 
 
-def read_tasks(source: str) -> list[Task]:
+def read_tasks(source: str, skipped: list[str] | None = None, limit: int | None = None) -> list[Task]:
     """Tasks from a data file in any of the training formats; a record's `family` key names its family.
 
+    Args:
+        source: the file.
+        skipped: takes a sentence for each record that cannot be used; without it the first one is an error.
+        limit: only so many records, the first.
+
     Raises:
-        DataError: the file or a record cannot be used.
+        DataError: the file or a record cannot be used, or none is left.
     """
     tasks = []
-    for number, record in read_records(source):
+
+    def read(numbered: tuple[int, object]) -> None:
+        number, record = numbered
+        origin = f"{source}, record {number}"
         try:
-            example = with_found_media(parse_record(record), source)
+            example = replace(with_found_media(parse_record(record), source), origin=origin)
         except DataError as error:
-            raise DataError(f"{source}, record {number}: {error}.") from None
+            raise DataError(f"{origin}: {error}.") from None
         family = record.get("family") if isinstance(record, dict) else None
         tasks.append(Task(example, str(family) if family else ALL))
+
+    usable(read_records(source)[:limit], read, skipped)
     return tasks
+
+
+def fitting_tasks(
+    tasks: Sequence[Task], writer: Writer, adapters: Sequence[str | None], skipped: list[str] | None = None
+) -> list[Task]:
+    """The tasks that each of `adapters` can be asked and measured on; no weights are needed.
+
+    Args:
+        tasks: as read.
+        writer: of the session.
+        adapters: who will be asked; None is the bare base.
+        skipped: takes a sentence for each task that cannot be asked; without it the first one is an error.
+
+    Raises:
+        DataError: a task, named by its record, is longer than the base's context or cannot be written, or none is left.
+    """
+
+    def check(task: Task) -> None:
+        for adapter in adapters:
+            writer.prompt(task.prompt, adapter)
+            writer.example(task.example, adapter)
+
+    return usable(tasks, check, skipped)
 
 
 @torch.no_grad()
@@ -124,8 +158,7 @@ def family_table(results: Mapping[str, Iterable[FamilyScore]]) -> list[dict[str,
 
 
 def _loss(session: Session, adapter: str | None, tasks: Sequence[Task], batch_size: int) -> float:
-    template = session.templates[adapter]
-    examples = encode_all([task.example for task in tasks], template, session.tokenizer, 1 << 20)
+    examples = [session.writer.example(task.example, adapter) for task in tasks]
     device, total = session.model.device, 0.0
     for batch in micro_batches(examples, batch_size):
         with session.using(adapter, batch.media):

@@ -1,6 +1,7 @@
 """From a recipe to encoded examples: read, parse, encode, split, digest. No model is needed."""
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from typing import TYPE_CHECKING
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_all
 from llama_adapter.data.formats import Media
+from llama_adapter.data.limits import Limits
 from llama_adapter.data.sources import Loaded, load_examples
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,16 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_positions: int | None = None) -> Prepared:
+def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits: Limits | None = None) -> Prepared:
     """Read and encode the data that a recipe names.
 
     Args:
         config: the recipe.
         tokenizer: the base's.
-        max_positions: how many tokens the base takes, where it says so.
+        limits: what the base takes.
 
     Raises:
-        DataError: a file or a record cannot be used.
+        DataError: a file or a record cannot be used, or has a token that the base does not know.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
     loaded = _load(config, config.data)
@@ -75,11 +79,15 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
     else:
         train, val = _split(train, config.val_size, config.seed)
     longest = max(len(example.input_ids) for example in (*train, *val))
-    if max_positions is not None and longest > max_positions:
+    if limits is not None and limits.positions is not None and longest > limits.positions:
         raise ConfigError(
-            f"The longest example has {longest} tokens and the base takes {max_positions}: "
-            f"pass --max-length {max_positions}, which truncates it."
+            f"The longest example has {longest} tokens and the base takes {limits.positions}: "
+            f"pass --max-length {limits.positions}, which truncates it."
         )
+    if limits is not None:
+        limits.check_ids((example.input_ids for example in (*train, *val)), tokenizer)
+        if warning := limits.warning(tokenizer):
+            log.warning(warning)
     raw = all(example.raw for example in loaded.examples)
     return Prepared(train, val, raw, skipped, _digest((*train, *val)))
 
