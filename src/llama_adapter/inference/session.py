@@ -308,7 +308,7 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: Written
     own = model.generation_config.eos_token_id if model.generation_config else None
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     last = [label for label in trained.labels if label >= 0][-1]
-    return list(dict.fromkeys([last, *own]))
+    return list(dict.fromkeys([last, tokenizer.eos_token_id, *own]))  # a raw prompt's answer ended by the tokenizer's
 
 
 class _Callback(TextStreamer):

@@ -84,7 +84,7 @@ def askable(
         skipped: takes a sentence for each question that cannot be asked; without it the first one is an error.
 
     Raises:
-        DataError: a question, named by its pid, is longer than the base's context or cannot be written, or none is left.
+        DataError: a question, named by its pid, is too long for the base or cannot be written, or none is left.
     """
 
     def check(question: Question) -> None:
