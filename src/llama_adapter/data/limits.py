@@ -69,7 +69,9 @@ class Limits:
         Published bases have such tokenizers (of Gemma 3's 1B, where the last id stands for pictures): it is no error
         until a text has such a token.
         """
-        return None if highest_id(tokenizer) < self.embeddings else f"Careful: {self._too_many(tokenizer)}"
+        if highest_id(tokenizer) < self.embeddings:
+            return None
+        return f"texts with some tokens will be refused: {self._too_many(tokenizer)}"
 
     def _too_many(self, tokenizer: "PreTrainedTokenizerBase") -> str:
         return (
