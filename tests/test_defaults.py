@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_a_file_that_cannot_be_followed_is_one_sentence_before_the_weights(with_
     with pytest.raises(ModelError, match=r"generation_config\.json") as error:
         load_session(folder, {}, CPU)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pad", [-1, -400, 287, 32000, None])
+def test_a_pad_token_that_the_base_has_no_embedding_for_is_never_used(with_settings, adapter, pad):
+    folder = with_settings(None)
+    wanted = answers(folder, adapter)
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": pad}))
+    assert answers(folder, adapter) == wanted
 
 
 def test_training_does_not_need_that_file(with_settings, data, tmp_path):

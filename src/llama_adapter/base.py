@@ -19,7 +19,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter.core.families import family_of
+from llama_adapter.core.families import family_of, text_config
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.settings import BUNDLED, Precision
 
@@ -108,9 +108,15 @@ def load_base(
         UnsupportedModelError: its family cannot be adapted.
         MissingExtraError: 4-bit weights without bitsandbytes.
     """
-    load_config(name)
+    config = load_config(name)
     dtype = resolve_dtype(precision, device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    text = text_config(config)
+    pad = getattr(text, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < text.vocab_size:
+        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
+        text.pad_token_id = None
+        options["config"] = config
     if load_in_4bit:
         if device.type != "cuda":
             # bitsandbytes' 4-bit product on a CPU has no backward pass: prompts would silently not learn.
