@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -319,3 +320,13 @@ def test_chat_s_image_command_is_named_as_it_is_typed(call, adapter):
     _, _, err = call("chat", "-a", adapter, stdin="/image nofile\n")
     assert "/image nofile does not exist" in err
     assert "--image" not in err
+
+
+def test_the_hub_s_retries_are_not_printed():
+    code = (
+        "import logging\nfrom llama_adapter.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+        "import huggingface_hub\nprint(logging.getLogger('huggingface_hub').getEffectiveLevel() >= logging.ERROR)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
