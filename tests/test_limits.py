@@ -325,7 +325,8 @@ def test_chat_s_image_command_is_named_as_it_is_typed(call, adapter):
 def test_the_hub_s_retries_are_not_printed():
     code = (
         "import logging\nfrom llama_adapter.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
-        "import huggingface_hub.utils.logging\nprint(logging.getLogger('huggingface_hub').getEffectiveLevel() >= logging.ERROR)"
+        "import huggingface_hub.utils.logging\n"
+        "print(logging.getLogger('huggingface_hub').getEffectiveLevel() >= logging.ERROR)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_VERBOSITY"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
