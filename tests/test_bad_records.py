@@ -16,7 +16,7 @@ from llama_adapter.data.formats import parse_question
 from llama_adapter.data.media import media_of
 from llama_adapter.errors import DataError
 from llama_adapter.evaluation.instructions import read_tasks
-from llama_adapter.inference.session import read_prompts
+from llama_adapter.inference.writing import read_prompts
 from llama_adapter.training.prepare import prepare
 
 GOOD = {"instruction": "Name a colour.", "output": "Blue."}
@@ -114,18 +114,26 @@ def test_sharegpt_calls_of_functions():
 
 
 @pytest.mark.parametrize(
-    ("changes", "name"),
+    ("changes", "name", "reason"),
     [
-        ({"tools": [TOOL]}, "tools"),
-        ({"messages": [ASKED, {**ANSWERED, "reasoning_content": "Hm."}]}, "reasoning_content"),
-        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+        ({"tools": [TOOL]}, "tools", "does not write 'tools'"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "reasoning_content": "Hm."}]},
+            "reasoning_content",
+            "leaves out the thought",
+        ),
+        (
+            {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}]},
+            "tool_calls",
+            "leaves out the tool calls",
+        ),
     ],
 )
-def test_what_a_template_does_not_write_is_refused(changes, name):
+def test_what_a_template_does_not_write_is_refused(changes, name, reason):
     record = {"messages": [ASKED, ANSWERED], **changes}
     with pytest.raises(DataError, match=f"{name} can only be written by a chat template"):
         learnt(record)
-    with pytest.raises(DataError, match=f"does not write '{name}'"):
+    with pytest.raises(DataError, match=reason):
         learnt(record, "chat", CHATML)
 
 
@@ -158,8 +166,8 @@ def test_a_record_that_is_no_json_is_skipped_alone(tmp_path, line, reason, liste
     assert sentence.startswith(f"{path}, record 2: ")
     assert reason in sentence
     assert "surrogate" in reason or "line 2" in sentence
-    assert len(read_prompts(str(path), skip_bad_records=True)) == 2
-    assert len(read_tasks(str(path), skip_bad_records=True)) == 2
+    assert len(read_prompts(str(path), skipped=[])) == 2
+    assert len(read_tasks(str(path), [])) == 2
 
 
 def test_a_torn_line_is_skipped_and_a_torn_list_is_not(tmp_path):
@@ -238,7 +246,7 @@ def test_damaged_pictures_are_found_before_weights_and_skipped(pictures):
     path = write(pictures, [{**GOOD, "image": "cut.jpg"}, {**GOOD, "image": "ok.jpg"}])
     with pytest.raises(DataError, match=r"record 1: .*cut.jpg is damaged or truncated"):
         read_prompts(path, kinds={"image"})
-    assert len(read_prompts(path, True, {"image"})) == len(read_tasks(path, True, {"image"})) == 1
+    assert len(read_prompts(path, False, [], {"image"})) == len(read_tasks(path, [], {"image"})) == 1
 
 
 def test_a_picture_may_be_held_by_its_record(pictures):

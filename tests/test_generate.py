@@ -14,7 +14,8 @@ from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.data import Message, encode_prompt
 from llama_adapter.errors import AdapterError, ConfigError, DataError, ModelError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, default_device, load_session, read_prompts
+from llama_adapter.inference.session import default_device, load_session
+from llama_adapter.inference.writing import Prompt, read_prompts
 
 CPU = torch.device("cpu")
 GREEDY = GenerateConfig(max_new_tokens=12, temperature=0)

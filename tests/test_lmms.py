@@ -21,7 +21,8 @@ from llama_adapter.conditions.pictures import read_picture
 from llama_adapter.data import Message, render_prompt
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, load_session
+from llama_adapter.inference.session import load_session
+from llama_adapter.inference.writing import Prompt
 
 NAME = "llama_adapter.evaluation.lmms_eval"
 REAL = importlib.util.find_spec("lmms_eval") is not None

@@ -22,7 +22,8 @@ from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupt
 from llama_adapter.evaluation.instructions import evaluate_instructions, read_tasks
 from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, load_session, read_prompts
+from llama_adapter.inference.session import load_session
+from llama_adapter.inference.writing import Prompt, read_prompts
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.optimizer import build_optimizer

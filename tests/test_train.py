@@ -386,7 +386,8 @@ def test_recipe_is_written_and_runs_again(base, data, tmp_path):
 
 def test_prompt_completion_data_are_asked_as_they_were_trained(base, tmp_path):
     from llama_adapter.inference.config import GenerateConfig
-    from llama_adapter.inference.session import Prompt, load_session
+    from llama_adapter.inference.session import load_session
+    from llama_adapter.inference.writing import Prompt
 
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number"}) + "\n" for i in range(12)))

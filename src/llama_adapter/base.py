@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter.core.families import family_of
+from llama_adapter.core.families import family_of, text_config
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.settings import BUNDLED, Precision
 
@@ -37,6 +44,11 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
             f"The {kind} '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
         )
     return name
+
+
+def is_here(name: str) -> bool:
+    """Whether a base's name is 'bundled' or a folder."""
+    return name == BUNDLED or Path(name).expanduser().is_dir()
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -96,9 +108,15 @@ def load_base(
         UnsupportedModelError: its family cannot be adapted.
         MissingExtraError: 4-bit weights without bitsandbytes.
     """
-    load_config(name)
+    config = load_config(name)
     dtype = resolve_dtype(precision, device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    text = text_config(config)
+    pad = getattr(text, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < text.vocab_size:
+        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
+        text.pad_token_id = None
+        options["config"] = config
     if load_in_4bit:
         if device.type != "cuda":
             # bitsandbytes' 4-bit product on a CPU has no backward pass: prompts would silently not learn.
@@ -106,6 +124,9 @@ def load_base(
         options["quantization_config"] = _four_bit(dtype)
     try:
         with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
+            # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may
+            # stop us or change a token. Sessions follow its end tokens (inference/defaults.py).
+            options["generation_config"] = GenerationConfig()
             model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     except torch.OutOfMemoryError:
         raise ModelError(

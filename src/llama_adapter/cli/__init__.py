@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: a `LlamaAdapterError` becomes one sentence and its exit code, never a traceback."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed is said once, by us
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed is said once, by us
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

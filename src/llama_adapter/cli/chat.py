@@ -23,6 +23,7 @@ HELP = """/reset          forget the conversation
 /image FILE     show a picture; '/image' alone takes it away
 /help           this list
 /exit           leave (also Ctrl-D)"""
+ALONE = "No template: each line is completed as it is, and what was said before is not remembered."
 
 
 def add_parser(commands: Any) -> None:
@@ -40,22 +41,32 @@ def run(args: argparse.Namespace) -> None:
     """Read, answer, repeat."""
     config = options.decoding_from(args)
     images = options.existing(args.image, args.adapter)
-    conversation = Conversation(options.open_session(args), config, args.system, images)
+    from llama_adapter.data.examples import check_encodable
+
+    check_encodable(args.system or "", "--system")
+    planned = options.plan(args)
+    if args.system and planned.writer.template([None, *planned.folders][-1]) == "raw":
+        raise ConfigError("--system needs a template, and what answers takes none: leave it out, or pass --template.")
+    conversation = Conversation(options.load(planned, args), config, args.system, images)
     _note(f"adapter: {conversation.adapter or 'none'}; /help lists the commands")
+    if conversation.raw:
+        _note(ALONE)
+    options.keep_bytes(sys.stdin)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             break
         except KeyboardInterrupt:
             _note("\n/exit or Ctrl-D leaves")
             continue
-        if line in ("/exit", "/quit"):
+        command = line.strip()
+        if command in ("/exit", "/quit"):
             break
-        if line.startswith("/"):
-            _note(conversation.command(line))
-        elif line:
-            conversation.say(line)
+        if command.startswith("/"):
+            _note(conversation.command(command))
+        elif command:
+            conversation.say(line if conversation.raw else command)
 
 
 def _note(text: str) -> None:
@@ -91,7 +102,7 @@ class Conversation:
 
     def _show(self, file: str) -> str:
         try:
-            self.images = options.existing([file] if file else [], self.session.adapters)
+            self.images = options.existing([file] if file else [], self.session.adapters, "/image")
         except (ConfigError, DataError) as error:
             return str(error)
         return f"Looking at {file}." if file else "Looking at nothing."
@@ -101,18 +112,26 @@ class Conversation:
         if name not in choices:
             return f"adapters: {', '.join(choices)}" if not name else unknown_name("adapter", name, choices)
         self.adapter = None if name == "none" else name
-        return f"Now answering: {name if name != 'none' else 'the bare base'}."
+        return f"Now answering: {name if name != 'none' else 'the bare base'}." + (f" {ALONE}" if self.raw else "")
+
+    @property
+    def raw(self) -> bool:
+        """Whether who answers takes text as it is, without a template, and so without a history."""
+        return self.session.writer.template(self.adapter) == "raw"
 
     def say(self, text: str) -> None:
         """Stream the answer to `text`; a Ctrl-C cuts it short and forgets the turn."""
         from llama_adapter.data import Message
-        from llama_adapter.inference.session import Prompt
+        from llama_adapter.inference.writing import Prompt
 
-        asked = (*self.messages, Message("user", text))
         try:
-            answer = self.session.answer([Prompt(asked, media=self.images)], self.adapter, self.config, on_text=_print)[
-                0
-            ]
+            asked = (*(() if self.raw else self.messages), Message("user", text))
+        except DataError as error:
+            _note(str(error))
+            return
+        prompt = Prompt(asked, media=self.images)
+        try:
+            answer = self.session.answer([prompt], self.adapter, self.config, on_text=_print)[0]
         except KeyboardInterrupt:
             _note("\n(cut short)")
             return
@@ -123,7 +142,7 @@ class Conversation:
             _note(f"{error} /reset starts anew.")
             return
         print()
-        if answer.text:
+        if answer.text and not self.raw:
             self.messages = (*asked, Message("assistant", answer.text))
 
 

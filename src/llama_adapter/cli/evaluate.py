@@ -28,10 +28,10 @@ def add_parser(commands: Any) -> None:
     text = "Exact match and response loss per task family. The bare base and every --adapter stand side by side."
     instructions = add_command(kinds, "instructions", run, text, EXAMPLES)
     instructions.add_argument("--data", required=True, help="records in any training format; 'family' groups them")
-    options.add_skip_bad_records(instructions)
     instructions.add_argument("--no-base", action="store_true", help="leave the bare base out")
     instructions.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     instructions.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at once")
+    options.add_skip_bad_records(instructions)
     instructions.add_argument("--plot", type=Path, metavar="PNG", help="write a bar chart there")
     instructions.add_argument("--json", dest="as_json", action="store_true", help="print the scores as JSON")
     options.add_session_options(instructions, max_new_tokens=32, sampling=False)
@@ -43,11 +43,15 @@ def run(args: argparse.Namespace) -> None:
     options.at_least_one(args, "batch_size", "max_new_tokens", "limit")
     from tqdm.auto import tqdm
 
-    from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, read_tasks
+    from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, fitting_tasks, read_tasks
 
-    tasks = read_tasks(args.data, args.skip_bad_records, options.kinds_of(args.adapter))[: args.limit]
-    session = options.open_session(args)
-    models = [*([] if args.no_base and session.adapters else [None]), *session.adapters]
+    skipped: list[str] | None = [] if args.skip_bad_records else None
+    tasks = read_tasks(args.data, skipped, options.kinds_of(args.adapter), args.limit)
+    planned = options.plan(args)
+    models = [*([] if args.no_base and planned.folders else [None]), *planned.folders]
+    tasks = fitting_tasks(tasks, planned.writer, models, skipped)
+    options.report_skipped(skipped or ())
+    session = options.load(planned, args)
     results: dict[str, list[FamilyScore]] = {}
     with tqdm(total=len(models) * len(tasks), unit="answer", file=sys.stderr) as bar:
         for model in models:

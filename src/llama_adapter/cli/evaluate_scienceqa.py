@@ -54,6 +54,7 @@ def add_parser(kinds: Any) -> None:
     )  # fmt: skip
     answering.add_argument("--blind", action="store_true", help="show the model no pictures")
     answering.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions answered at once")
+    options.add_skip_bad_records(answering)
     answering.add_argument("--save", type=Path, metavar="FILE", help="write the answers there as JSON")
     options.add_session_options(parser, max_new_tokens=32, sampling=False)
     parser.add_argument("--all-rows", action="store_true", help="show every row of the paper's table")
@@ -73,15 +74,18 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"evaluate scienceqa takes one --adapter, not {len(args.adapter)}.")
     from llama_adapter.evaluation.scienceqa.report import print_report, score_file, score_model
 
+    skipped: list[str] | None = [] if args.skip_bad_records else None
     common = args.data, args.split, args.limit, args.rule, args.fallback, args.seed
     if args.predictions is not None:
         result = score_file(args.predictions, *common, args.allow_missing)
     else:
         result = score_model(
-            lambda: options.open_session(args), *common, pictures=_looks(args), style=args.style,
+            options.plan(args), lambda planned: options.load(planned, args), *common, pictures=_looks(args),
+            style=args.style,
             likelihood=args.by == "likelihood", max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-            save=args.save,
+            save=args.save, skipped=skipped,
         )  # fmt: skip
+    options.report_skipped(skipped or ())
     print_report(result, args.split, args.all_rows, args.as_json)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.inference.session import Prompt
+    from llama_adapter.inference.session import SessionPlan
+    from llama_adapter.inference.writing import Prompt
 
 EXAMPLES = """
 llama-adapter generate --adapter runs/first "What is the capital of France?"
@@ -33,8 +33,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("-f", "--file", help="prompts: .json, .jsonl, or a text file with one a line")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of a --file answered at once")
-    options.add_skip_bad_records(parser)
     parser.add_argument("--json", dest="as_json", action="store_true", help="one JSON object per answer")
+    options.add_skip_bad_records(parser)
     options.add_session_options(parser)
 
 
@@ -44,9 +44,13 @@ def run(args: argparse.Namespace) -> None:
     if len(args.adapter) > 1:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
     options.at_least_one(args, "batch_size")
-    prompts = _prompts(args)
-    session = options.open_session(args)
-    name = session.adapters[0] if session.adapters else None
+    images = options.existing(args.image, args.adapter)
+    if args.file is not None and (args.prompt is not None or args.input or images):
+        raise ConfigError("--file excludes a prompt, --input and --image: put them into the file, or leave --file out.")
+    planned = options.plan(args)
+    name = next(iter(planned.folders), None)
+    prompts = _prompts(args, images, planned, name)
+    session = options.load(planned, args)
     if args.file is None and not args.as_json:
         session.answer(prompts, name, config, on_text=lambda text: print(text, end="", flush=True))
         print()
@@ -58,20 +62,24 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(line, ensure_ascii=False) if args.as_json else answer.text, flush=True)
 
 
-def _prompts(args: argparse.Namespace) -> "list[Prompt]":
-    from llama_adapter.inference.session import Prompt, read_prompts
+def _prompts(
+    args: argparse.Namespace, images: tuple[str, ...], planned: "SessionPlan", name: str | None
+) -> "list[Prompt]":
+    """What is asked, checked to be askable before the base's weights are read."""
+    from llama_adapter.inference.writing import Prompt, read_prompts, usable
 
-    prompt, images = args.prompt, options.existing(args.image, args.adapter)
+    writer, text = planned.writer, args.prompt
+    raw = writer.template(name) == "raw"
+    skipped: list[str] | None = [] if args.file is not None and args.skip_bad_records else None
     if args.file is not None:
-        if prompt is not None or args.input or images:
-            raise ConfigError(
-                "--file excludes a prompt, --input and --image: put them into the file, or leave --file out."
-            )
-        return read_prompts(args.file, args.skip_bad_records, options.kinds_of(args.adapter))
-    if prompt in (None, "-"):
-        if sys.stdin.isatty():
-            print("Type the instruction, then Ctrl-D:", file=sys.stderr)
-        prompt = sys.stdin.read()
-    if not prompt or not prompt.strip():
-        raise ConfigError("The prompt is empty: give it as an argument, with --file, or on stdin.")
-    return [Prompt.of(prompt.strip(), args.input, images)]
+        prompts = read_prompts(args.file, raw, skipped, options.kinds_of(args.adapter))
+    else:
+        if text in (None, "-"):
+            text = options.read_stdin("Type the instruction, then Ctrl-D:")
+            text = text if raw else text.strip()  # the line break that a shell adds is no part of an instruction
+        if not text.strip():
+            raise ConfigError("The prompt is empty: give it as an argument, with --file, or on stdin.")
+        prompts = [Prompt.of(text, args.input, images)]
+    prompts = usable(prompts, lambda prompt: writer.prompt(prompt, name), skipped)
+    options.report_skipped(skipped or ())
+    return prompts

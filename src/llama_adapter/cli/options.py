@@ -3,8 +3,9 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, DataError
@@ -13,7 +14,7 @@ from llama_adapter.settings import Precision
 
 if TYPE_CHECKING:
     from llama_adapter.conditions.config import Kind
-    from llama_adapter.inference.session import Session
+    from llama_adapter.inference.session import Session, SessionPlan
 
 
 def add_session_options(
@@ -49,7 +50,7 @@ def add_session_options(
     decoding.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
 
-def add_skip_bad_records(parser: argparse.ArgumentParser) -> None:
+def add_skip_bad_records(parser: Any) -> None:
     """The flag of the commands that read records, as `train` has it."""
     parser.add_argument("--skip-bad-records", action="store_true", help="count unusable records instead of stopping")
 
@@ -84,27 +85,54 @@ def decoding_from(args: argparse.Namespace) -> GenerateConfig:
     return GenerateConfig(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.compile)
 
 
-def open_session(args: argparse.Namespace) -> "Session":
-    """Load what the options name."""
-    from llama_adapter.inference.session import default_device, load_session
+def plan(args: argparse.Namespace) -> "SessionPlan":
+    """Check what the options name, but for the base's weights."""
+    from llama_adapter.inference.session import plan_session
 
-    return load_session(
-        args.model, name_adapters(args.adapter), default_device(), args.precision, args.load_in_4bit, args.template
-    )
+    return plan_session(args.model, name_adapters(args.adapter), args.template)
 
 
-def existing(files: Sequence[str], adapters: Sequence[str]) -> tuple[str, ...]:
-    """The files of --image, checked to be there, and somebody to look at them, before a model is loaded.
+def load(planned: "SessionPlan", args: argparse.Namespace) -> "Session":
+    """Read the weights."""
+    from llama_adapter.inference.session import default_device
+
+    return planned.load(default_device(), args.precision, args.load_in_4bit)
+
+
+def read_stdin(invitation: str) -> str:
+    """All of stdin; bytes that are not UTF-8 stay in it as Python hands them on, for `check_encodable` to name."""
+    if sys.stdin.isatty():
+        print(invitation, file=sys.stderr)
+    keep_bytes(sys.stdin)
+    return sys.stdin.read().removeprefix("\ufeff")
+
+
+def keep_bytes(stream: Any) -> None:
+    """Let a text stream hand on bytes that it cannot read, instead of raising in the middle of them."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="surrogateescape")
+
+
+def report_skipped(sentences: Sequence[str]) -> None:
+    """Say on stderr what was left out: how many, and the first five."""
+    for sentence in sentences[:5]:
+        print(f"skipped: {sentence}", file=sys.stderr)
+    if sentences:
+        print(f"{len(sentences)} skipped_records", file=sys.stderr)
+
+
+def existing(files: Sequence[str], adapters: Sequence[str], option: str = "--image") -> tuple[str, ...]:
+    """The files of `option`, checked to be there, and somebody to look at them, before a model is loaded.
 
     Raises:
         ConfigError: no adapter is given.
         DataError: a file does not exist.
     """
     if files and not adapters:
-        raise ConfigError("--image needs an adapter that was trained with --condition: pass --adapter FOLDER.")
+        raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     for file in files:
         if not os.path.exists(file):
-            raise DataError(f"--image {file} does not exist: check the path.")
+            raise DataError(f"{option} {file} does not exist: check the path.")
     return tuple(files)
 
 

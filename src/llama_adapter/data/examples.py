@@ -91,12 +91,14 @@ def check_encodable(value: Any, name: str) -> None:
     """Check a text, or every text in a JSON value: JSON can spell half an emoji ("\\ud83d"), no tokenizer takes it.
 
     Raises:
-        DataError: half a surrogate pair, or a value that is nested too deeply or no JSON.
+        DataError: it cannot be written as UTF-8, or the value is nested too deeply or no JSON.
     """
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        if "\udc80" <= error.object[error.start] <= "\udcff":  # how Python hands on bytes that it cannot read
+            raise DataError(f"{name} is not UTF-8 text (at character {error.start + 1})") from error
         raise DataError(f"{name} has half a surrogate pair at character {error.start}") from error
     except RecursionError:
         raise DataError(f"{name} is nested too deeply") from None

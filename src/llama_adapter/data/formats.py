@@ -76,6 +76,8 @@ def parse_question(record: object) -> Example:
 def _answered(record: Record) -> Record:
     asked = {key: value for key, value in record.items() if key not in ("completion", *PREFERENCE, "label", "kto_tag")}
     if asked.get("instruction") is None and isinstance(asked.get("prompt"), str):
+        if record.get("completion") is not None:  # training reads it as text without a template
+            return {**asked, "completion": "?"}
         asked["instruction"] = asked.pop("prompt")
     for key in ("messages", "conversations", "prompt"):
         turns = asked.get(key)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def load_examples(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     parse: Callable[[object], Example] = parse_record,
     kinds: Collection[Kind] = (),
+    limit: int | None = None,
 ) -> Loaded:
     """Read all `sources`, in their order, and parse every record.
 
@@ -85,6 +87,7 @@ def load_examples(
         options: more arguments for the reader of a prefix, such as {"scienceqa": {"style": "QCM-A"}}.
         parse: makes the example of a record.
         kinds: as what conditions will look at the files ("image", "audio", ...); each is then really decoded.
+        limit: only so many records of each source, the first.
 
     Raises:
         DataError: a source cannot be read; a record is bad and `skip_bad_records` is false; nothing is left.
@@ -93,7 +96,7 @@ def load_examples(
     skipped: list[str] = []
     for source in sources:
         entries = _entries(source, skip_bad_records, pictures, options or {}, parse)
-        for origin, make in entries:
+        for origin, make in islice(entries, limit):
             try:
                 examples.append(replace(make(), origin=origin))
             except DataError as error:

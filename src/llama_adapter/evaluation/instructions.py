@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from llama_adapter.conditions.config import Kind
-from llama_adapter.data import Example, encode_all, load_examples, log_findings
+from llama_adapter.data import Example, load_examples, log_findings
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.data.chat_templates import without_thought
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, Session
+from llama_adapter.inference.session import Session
+from llama_adapter.inference.writing import Prompt, Writer, usable
 from llama_adapter.training.loss import response_loss
 
 ALL = "all"
@@ -28,7 +29,7 @@ class Task:
     @property
     def prompt(self) -> Prompt:
         """What the model is asked."""
-        return Prompt.asked_by(self.example)
+        return Prompt.before(self.example)
 
     @property
     def answer(self) -> str:
@@ -53,17 +54,48 @@ class FamilyScore:
     loss: float
 
 
-def read_tasks(source: str, skip_bad_records: bool = False, kinds: Collection[Kind] = ()) -> list[Task]:
+def read_tasks(
+    source: str, skipped: list[str] | None = None, kinds: Collection[Kind] = (), limit: int | None = None
+) -> list[Task]:
     """Tasks from any source that training takes; a record's `family` key names its family.
 
-    See `load_examples` for the arguments.
+    Args:
+        source: see `load_examples`.
+        skipped: takes a sentence for each record that cannot be used; without it the first one is an error.
+        kinds: see `load_examples`.
+        limit: only so many records, the first.
 
     Raises:
-        DataError: the source or a record cannot be used.
+        DataError: the source or a record cannot be used, or none is left.
     """
-    loaded = load_examples([source], skip_bad_records, kinds=kinds)
-    log_findings(loaded.skipped, loaded.notes)
+    loaded = load_examples([source], skipped is not None, kinds=kinds, limit=limit)
+    log_findings((), loaded.notes)
+    if skipped is not None:
+        skipped += loaded.skipped
     return [Task(example, example.family or ALL) for example in loaded.examples]
+
+
+def fitting_tasks(
+    tasks: Sequence[Task], writer: Writer, adapters: Sequence[str | None], skipped: list[str] | None = None
+) -> list[Task]:
+    """The tasks that each of `adapters` can be asked and measured on; no weights are needed.
+
+    Args:
+        tasks: as read.
+        writer: of the session.
+        adapters: who will be asked; None is the bare base.
+        skipped: takes a sentence for each task that cannot be asked; without it the first one is an error.
+
+    Raises:
+        DataError: a task, named by its record, is longer than the base's context or cannot be written, or none is left.
+    """
+
+    def check(task: Task) -> None:
+        for adapter in adapters:
+            writer.prompt(task.prompt, adapter)
+            writer.example(task.example, adapter)
+
+    return usable(tasks, check, skipped)
 
 
 @torch.no_grad()
@@ -121,8 +153,7 @@ def family_table(results: Mapping[str, Iterable[FamilyScore]]) -> list[dict[str,
 
 
 def _loss(session: Session, adapter: str | None, tasks: Sequence[Task], batch_size: int) -> float:
-    template = session.templates[adapter]
-    examples = encode_all([task.example for task in tasks], template, session.tokenizer, 1 << 20)
+    examples = [session.writer.example(task.example, adapter) for task in tasks]
     device, total = session.model.device, 0.0
     for batch in micro_batches(examples, batch_size):
         with session.using(adapter, batch.media):

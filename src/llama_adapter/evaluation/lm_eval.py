@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_adapter.data import Message, render_prompt
-from llama_adapter.errors import MissingExtraError
+from llama_adapter.errors import DataError, MissingExtraError
 from llama_adapter.inference.session import default_device, load_session
 
 try:
@@ -55,4 +55,6 @@ class LlamaAdapterLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the adapter's training wrote it, up to where the answer begins."""
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
+        if self.written_as == "raw" and len(messages) > 1:
+            raise DataError("The adapter was trained without a template and takes one message: no few-shot turns.")
         return render_prompt(messages, self.written_as, self.tokenizer, raw=self.written_as == "raw").text

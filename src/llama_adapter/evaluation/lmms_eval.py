@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from llama_adapter.core.families import max_positions
 from llama_adapter.data import IGNORE, Encoded, Example, Media, Message, encode_all, without_tags
 from llama_adapter.data.batches import MicroBatch, collate
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, Session, default_device, load_session
+from llama_adapter.inference.session import Session, default_device, load_session
+from llama_adapter.inference.writing import Prompt
 from llama_adapter.training.loss import response_logits, row_losses
 
 try:
@@ -159,7 +159,7 @@ class LlamaAdapterLmms(lmms):
         template = self.session.templates[self.adapter]
         raw = template == "raw"
         messages = Message("user", without_tags(context)), Message("assistant", text if raw else text.lstrip())
-        room = max_positions(self.session.model.config) or 1 << 30
+        room = self.session.writer.limits.positions or 1 << 30
         encoded = encode_all([Example(messages, raw=raw)], template, self.session.tokenizer, room)[0]
         if encoded.truncated:
             raise DataError(f"Document {doc_id} of {task} has more than {room} tokens, the most the base takes.")

@@ -1,59 +1,34 @@
 """Text in, text out: a base with its adapters answers prompts written as in training."""
 
 import logging
+import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
-from llama_adapter.base import load_base, load_config, load_tokenizer
-from llama_adapter.conditions.config import ConditionConfig, Kind
+from llama_adapter.base import first_sentence, is_here, load_base, load_config, load_tokenizer
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
-from llama_adapter.core.config import WrittenAs
-from llama_adapter.core.families import max_positions, shape_of
+from llama_adapter.core.config import AdapterConfig, WrittenAs
+from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import check_name, get_adapter, list_adapters, use_adapter
-from llama_adapter.data import (
-    Example,
-    Media,
-    Message,
-    encode_all,
-    encode_prompt,
-    load_examples,
-    log_findings,
-    parse_question,
-)
-from llama_adapter.errors import AdapterError, ConfigError, DataError
+from llama_adapter.data import Example, Media, Message, encode_all
+from llama_adapter.data.limits import Limits
+from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
 from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.defaults import base_defaults
 from llama_adapter.inference.engine import Engine, Row, fresh_generator
-from llama_adapter.settings import Precision, unknown_name
+from llama_adapter.inference.writing import Prompt, Writer
+from llama_adapter.settings import Precision
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked: a conversation that ends with the user, Alpaca's `input` to it, pictures it is about, tools."""
-
-    messages: tuple[Message, ...]
-    input: str = ""
-    media: tuple[Media, ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-    @staticmethod
-    def of(instruction: str, input: str = "", media: tuple[Media, ...] = ()) -> "Prompt":
-        """One instruction without history."""
-        return Prompt((Message("user", instruction),), input, media)
-
-    @staticmethod
-    def asked_by(example: Example) -> "Prompt":
-        """What an example asks: all but its last answer."""
-        return Prompt(example.messages[:-1], example.input, example.media, example.tools)
 
 
 @dataclass(frozen=True)
@@ -80,6 +55,7 @@ class Session:
         adapters: names.
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         perceptions: what looks at files, for adapters with a condition.
+        writer: prompts to tokens, within what the base takes.
         engine: decodes.
         generator: what is drawn without a seed comes from it.
     """
@@ -89,11 +65,14 @@ class Session:
     adapters: tuple[str, ...]
     templates: Mapping[str | None, WrittenAs]
     perceptions: Mapping[str, Perception] = field(default_factory=dict)
+    writer: Writer = field(init=False)
     engine: Engine = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
+        self.writer = Writer(self.tokenizer, self.templates, Limits.of(self.model.config))
         self.engine, self.generator = Engine(self.model), fresh_generator()
+        self._told = False
 
     def answer(
         self,
@@ -111,7 +90,7 @@ class Session:
             on_text: called with each piece of text as it comes; takes a single prompt.
 
         Raises:
-            DataError: a prompt does not fit into the base's context, or a file cannot be read.
+            DataError: a prompt cannot be asked (see `Writer.prompt`), or a file cannot be read.
             AdapterError: pictures for an adapter that has no condition, an unknown name, or another number of names.
             ConfigError: `on_text` with several prompts.
         """
@@ -142,21 +121,16 @@ class Session:
         seeds = torch.randint(2**62, (len(prompts),), generator=draws).tolist()
         rows: dict[int, Row] = {}
         for name in dict.fromkeys(names):
-            if name not in self.templates:
-                raise AdapterError(f"The session has an {unknown_name('adapter', name, self.adapters)}")
-            template, mine = self.templates[name], [i for i, other in enumerate(names) if other == name]
+            template, mine = self.writer.template(name), [i for i, other in enumerate(names) if other == name]
             stops = frozenset(_stop_tokens(self.model, self.tokenizer, template, prompts[mine[0]]))
             condition = self.condition(name, [prompts[i].media for i in mine])
             for place, i in enumerate(mine):
-                asked = prompts[i]
-                tokens = encode_prompt(
-                    asked.messages, template, self.tokenizer, asked.input, template == "raw", asked.tools
-                )
+                tokens = self.writer.prompt(prompts[i], name)
                 rows[i] = Row(
                     tokens=tokens,
                     adapter=name,
                     condition=None if condition is None else condition[place].view(-1, condition.shape[-1]),
-                    max_new_tokens=min(config.max_new_tokens, self._room(len(tokens))),
+                    max_new_tokens=self._room(len(tokens), config.max_new_tokens, prompts[i].origin),
                     temperature=config.temperature,
                     top_p=config.top_p,
                     stops=stops,
@@ -199,17 +173,59 @@ class Session:
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Answer(text, len(row.tokens), len(kept), round(seconds, 4), "stop" if ended else "length")
 
-    def _room(self, tokens: int) -> int:
-        context = max_positions(self.model.config) or 1 << 30
-        if tokens >= context:
-            raise DataError(f"The prompt has {tokens} tokens; the base takes at most {context - 1}: shorten it.")
-        return context - tokens
+    def _room(self, tokens: int, wanted: int, origin: str) -> int:
+        """How many new tokens a row may have, its own; that they are fewer than wanted is said once a session."""
+        room = self.writer.limits.room(tokens)
+        if room < wanted and not self._told:
+            self._told = True
+            log.warning(
+                "%s has %d tokens and the base takes %s: there is room for %d new ones, not for max_new_tokens %d",
+                origin or "the prompt", tokens, self.writer.limits.positions, room, wanted,
+            )  # fmt: skip
+        return min(room, wanted)
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """A session before its weights are read: what can be checked without them has been.
+
+    Attributes:
+        model: the base, as transformers finds it.
+        folders: of each adapter, by name.
+        configs: of each adapter, by name.
+        writer: prompts to tokens, within what the base takes; prompts can be checked with it now.
+        defaults: what of the base's own settings for decoding is followed.
+    """
+
+    model: str
+    folders: Mapping[str, str]
+    configs: Mapping[str, AdapterConfig]
+    writer: Writer
+    defaults: GenerationConfig
+
+    def load(self, device: torch.device | str, precision: Precision = "auto", load_in_4bit: bool = False) -> Session:
+        """Read the weights; see `load_session`."""
+        try:
+            device = torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"There is no device {device!r}: pass 'cpu', 'cuda' or as torch names them.") from None
+        perceptions = {
+            name: Perception(config.condition, device)
+            for name, config in self.configs.items()
+            if isinstance(config.condition, ConditionConfig)
+        }
+        base = load_base(self.model, device, precision, load_in_4bit)
+        base.generation_config = self.defaults
+        log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
+        for name, folder in self.folders.items():
+            load_adapter(base, folder, name)
+        return Session(base, self.writer.tokenizer, tuple(self.folders), self.writer.templates, perceptions)
 
 
 def load_session(
     model: str | None,
     adapters: Mapping[str, str],
-    device: torch.device,
+    device: torch.device | str,
     precision: Precision = "auto",
     load_in_4bit: bool = False,
     template: WrittenAs | None = None,
@@ -227,34 +243,56 @@ def load_session(
     Raises:
         LlamaAdapterError: a base or adapter that is missing, damaged or does not fit the other.
     """
+    return plan_session(model, adapters, template).load(device, precision, load_in_4bit)
+
+
+def plan_session(model: str | None, adapters: Mapping[str, str], template: WrittenAs | None = None) -> SessionPlan:
+    """Check the files of a session and read everything but the weights of its base; see `load_session`."""
     for name in adapters:
         check_name(name)
     configs = {name: read_config(folder) for name, folder in adapters.items()}
     if model is None:
-        model = next((config.base_model_name_or_path for config in configs.values()), "bundled")
-    if model is None:
-        raise AdapterError("The adapter does not say which base it was made for: pass --model.")
-    shape = shape_of(load_config(model))
+        model = _base_of(next(iter(adapters.values())), next(iter(configs.values()))) if adapters else "bundled"
+    base = load_config(model)
+    shape = shape_of(base)
     for name, folder in adapters.items():
         check_base(configs[name], shape, folder)
         read_tensors(folder, configs[name])
-    perceptions = {
-        name: Perception(config.condition, device)
-        for name, config in configs.items()
-        if isinstance(config.condition, ConditionConfig)
-    }
-    tokenizer = load_tokenizer(model)
-    base = load_base(model, device, precision, load_in_4bit)
-    log.info("base: %s on %s in %s", model, device.type, str(base.dtype).removeprefix("torch."))
-    for name, folder in adapters.items():
-        load_adapter(base, folder, name)
+    tokenizer, limits = load_tokenizer(model), Limits.of(base)
+    if warning := limits.warning(tokenizer):
+        log.warning(warning)
     fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
     templates: dict[str | None, WrittenAs] = {None: template or fallback}
     for name, config in configs.items():
         templates[name] = template or config.template or fallback
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
-    return Session(base, tokenizer, tuple(adapters), templates, perceptions)
+    writer = Writer(tokenizer, templates, limits)
+    return SessionPlan(model, dict(adapters), configs, writer, base_defaults(model, base))
+
+
+def _base_of(folder: str, config: AdapterConfig) -> str:
+    """Where the base is that an adapter was made for: as it was named, or so beside the adapter's files.
+
+    Raises:
+        AdapterError: the adapter does not say.
+        ModelError: it is in neither place and nothing that the hub could know.
+    """
+    base = config.base_model_name_or_path
+    if base is None:
+        raise AdapterError("The adapter does not say which base it was made for: pass --model.")
+    for place in (base, os.path.join(folder, base)):
+        if is_here(place):
+            return place
+    try:
+        load_config(base)
+    except UnsupportedModelError:
+        raise
+    except ModelError as error:
+        raise ModelError(
+            f"The adapter's base '{base}' is not here: pass --model FOLDER. ({first_sentence(error)})"
+        ) from None
+    return base
 
 
 def default_device() -> torch.device:
@@ -263,41 +301,16 @@ def default_device() -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
-def read_prompts(source: str, skip_bad_records: bool = False, kinds: Collection[Kind] = ()) -> list[Prompt]:
-    """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
-
-    A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user; `image` names pictures.
-    See `load_examples` for the arguments.
-
-    Raises:
-        DataError: the file cannot be read, or a record has none of these.
-    """
-    if source.lower().endswith((".json", ".jsonl", ".ndjson")):
-        loaded = load_examples([source], skip_bad_records, parse=parse_question, kinds=kinds)
-        log_findings(loaded.skipped, loaded.notes)
-        return [Prompt.asked_by(example) for example in loaded.examples]
-    try:
-        with open(source, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"{source} cannot be read ({reason}): give a text file, .json or .jsonl.") from None
-    prompts = [Prompt.of(line) for line in lines if line]
-    if not prompts:
-        raise DataError(f"{source} is empty: write one instruction a line.")
-    return prompts
-
-
 def _stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer, template: WrittenAs, asked: Prompt) -> list[int]:
     """What ends an answer: the token that ended responses in training, and the base's own end tokens."""
-    raw = template == "raw"
+    raw = asked.raw or template == "raw"
     messages = asked.messages[-1:] if raw else asked.messages
-    example = Example((*messages, Message("assistant", "b")), raw=raw)
+    example = Example((*messages, Message("assistant", "b")), raw=raw, tools=() if raw else asked.tools)
     trained = encode_all([example], template, tokenizer, 1 << 20)[-1]
     own = model.generation_config.eos_token_id if model.generation_config else None
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     last = [label for label in trained.labels if label >= 0][-1]
-    return list(dict.fromkeys([last, *own]))
+    return list(dict.fromkeys([last, tokenizer.eos_token_id, *own]))  # a raw prompt's answer ended by the tokenizer's
 
 
 class _Callback(TextStreamer):

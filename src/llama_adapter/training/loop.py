@@ -29,11 +29,11 @@ from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.perception import Perception, condition_config
-from llama_adapter.core.families import max_positions
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
+from llama_adapter.data.limits import Limits
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.training.checkpoint import Progress, RunFolder
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         folder.check(config)
     (now,) = broadcast_object_list([folder.now(config)])
-    data = prepare(config, load_tokenizer(config.model), max_positions(base), now)
+    data = prepare(config, load_tokenizer(config.model), Limits.of(base), now)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)

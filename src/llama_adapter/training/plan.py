@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from llama_adapter.base import load_config, load_tokenizer
-from llama_adapter.core.families import max_positions, shape_of
+from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
+from llama_adapter.data.limits import Limits
 from llama_adapter.formats.native import tensor_shapes
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import condition_of
@@ -22,7 +23,7 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     """
     base = load_config(config.model)
     layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
-    data = prepare(config, load_tokenizer(config.model), max_positions(base))
+    data = prepare(config, load_tokenizer(config.model), Limits.of(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
     condition = condition_of(config, data)
     adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llama_adapter.data.batches import response_tokens
 from llama_adapter.data.encode import Encoded, encode_records
 from llama_adapter.data.examples import Media
+from llama_adapter.data.limits import Limits
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
@@ -66,7 +67,7 @@ class Prepared:
 def prepare(
     config: TrainConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    max_positions: int | None = None,
+    limits: Limits | None = None,
     now: datetime | None = None,
 ) -> Prepared:
     """Read and encode the data that a recipe names.
@@ -74,11 +75,11 @@ def prepare(
     Args:
         config: the recipe.
         tokenizer: the base's.
-        max_positions: how many tokens the base takes, where it says so.
+        limits: what the base takes.
         now: what a chat template that writes the date is told (default: the clock).
 
     Raises:
-        DataError: a file or a record cannot be used.
+        DataError: a file or a record cannot be used, or has a token that the base does not know.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
     now = now or datetime.now()
@@ -100,11 +101,15 @@ def prepare(
         notes=notes,
     )
     report = result.report()
-    if max_positions is not None and report["longest_tokens"] > max_positions:
-        raise ConfigError(
-            f"The longest example has {report['longest_tokens']} tokens and the base takes {max_positions}: "
-            f"pass --max-length {max_positions}, which truncates it."
-        )
+    if limits is not None:
+        if limits.positions is not None and report["longest_tokens"] > limits.positions:
+            raise ConfigError(
+                f"The longest example has {report['longest_tokens']} tokens and the base takes {limits.positions}: "
+                f"pass --max-length {limits.positions}, which truncates it."
+            )
+        limits.check_ids((text.input_ids for text in (*result.train, *result.val)), tokenizer)
+        if warning := limits.warning(tokenizer):
+            log.warning(warning)
     if merged := report["merged_examples"]:
         log.warning(
             "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from llama_adapter.data import encode_all
+from llama_adapter.data import Example
 from llama_adapter.data.batches import collate
 from llama_adapter.evaluation.scienceqa.questions import PAPER, Question, question_example, question_prompt
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import Prompt, Session
+from llama_adapter.inference.session import Session
+from llama_adapter.inference.writing import Prompt, Writer, usable
 from llama_adapter.training.loss import response_losses
 
 
@@ -37,7 +38,7 @@ def answer_questions(
     texts: dict[str, str] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        prompts = [Prompt.of(question_prompt(q, style), media=_seen(session, adapter, q)) for q in batch]
+        prompts = [replace(_asked(q, style), media=_seen(session, adapter, q)) for q in batch]
         answers = session.answer(prompts, adapter, greedy)
         texts |= {question.pid: answer.text for question, answer in zip(batch, answers, strict=True)}
         progress(len(batch))
@@ -58,14 +59,52 @@ def choose_letters(
     """
     chosen: dict[str, int] = {}
     for question in questions:
-        as_answered = [replace(question, answer=index) for index in range(len(question.choices))]
-        examples = [question_example(q, style) for q in as_answered]
-        encoded = encode_all(examples, session.templates[adapter], session.tokenizer, 1 << 20)
+        encoded = [session.writer.example(example, adapter) for example in _answered(question, style)]
         with session.using(adapter, [_seen(session, adapter, question)] * len(encoded)):
             losses = response_losses(session.model, collate(encoded), session.model.device)
         chosen[question.pid] = int(losses.argmin())
         progress(1)
     return chosen
+
+
+def askable(
+    questions: Sequence[Question],
+    writer: Writer,
+    adapter: str | None,
+    style: str = PAPER,
+    likelihood: bool = False,
+    skipped: list[str] | None = None,
+) -> list[Question]:
+    """The questions that can be asked, which needs no weights.
+
+    Args:
+        questions: see `answer_questions`, also for `adapter` and `style`.
+        writer: of the session.
+        likelihood: they are asked as in `choose_letters`.
+        skipped: takes a sentence for each question that cannot be asked; without it the first one is an error.
+
+    Raises:
+        DataError: a question, named by its pid, is too long for the base or cannot be written, or none is left.
+    """
+
+    def check(question: Question) -> None:
+        if likelihood:
+            for example in _answered(question, style):
+                writer.example(example, adapter)
+        else:
+            writer.prompt(_asked(question, style), adapter)
+
+    return usable(questions, check, skipped)
+
+
+def _asked(question: Question, style: str) -> Prompt:
+    return replace(Prompt.of(question_prompt(question, style)), origin=f"question {question.pid}")
+
+
+def _answered(question: Question, style: str) -> list[Example]:
+    """The question with each of its choices as its answer."""
+    as_answered = [replace(question, answer=index) for index in range(len(question.choices))]
+    return [replace(question_example(q, style), origin=f"question {question.pid}") for q in as_answered]
 
 
 def _seen(session: Session, adapter: str | None, question: Question) -> tuple[str | bytes, ...]:

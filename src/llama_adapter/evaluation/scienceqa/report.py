@@ -21,7 +21,7 @@ from llama_adapter.evaluation.scienceqa.scores import (
 from llama_adapter.files import write_atomically
 
 if TYPE_CHECKING:
-    from llama_adapter.inference.session import Session
+    from llama_adapter.inference.session import Session, SessionPlan
 
 
 def score_file(
@@ -48,7 +48,8 @@ def score_file(
 
 
 def score_model(
-    open_session: Callable[[], "Session"],
+    planned: "SessionPlan",
+    load: Callable[["SessionPlan"], "Session"],
     data: str | Path,
     split: str = "test",
     limit: int | None = None,
@@ -62,11 +63,13 @@ def score_model(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     save: Path | None = None,
+    skipped: list[str] | None = None,
 ) -> ScienceQAScore:
     """Let a session's first adapter (or its bare base) answer, and score that.
 
     Args:
-        open_session: loads the model; called once the questions are read.
+        planned: the model, whose files are checked.
+        load: reads its weights; called once every question is known to fit.
         data: see `read_scienceqa`, also for `split` and `limit`.
         split: which questions are asked.
         limit: only the first of them.
@@ -79,18 +82,20 @@ def score_model(
         max_new_tokens: longest answer when decoding.
         batch_size: questions answered at once when decoding.
         save: where the answers are written, as JSON {pid: text}.
+        skipped: see `askable`; such questions are left out of the score.
 
     Raises:
         LlamaAdapterError: whatever reading, loading or scoring stops at.
     """
     from tqdm.auto import tqdm
 
-    from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
+    from llama_adapter.evaluation.scienceqa.answers import answer_questions, askable, choose_letters
 
     parse_style(style)
     questions = read_scienceqa(data, split, images=pictures, limit=limit)
-    session = open_session()
-    adapter = session.adapters[0] if session.adapters else None
+    adapter = next(iter(planned.folders), None)
+    questions = askable(questions, planned.writer, adapter, style, likelihood, skipped)
+    session = load(planned)
     asked = questions if pictures else [replace(question, image=None) for question in questions]
     with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
         if likelihood:
