@@ -1,6 +1,6 @@
 """From the names of data sources to examples: record files and hub datasets, and whatever `SOURCES` names.
 
-mine.jsonl              records of any format in `formats`, see `read_records`
+mine.jsonl              records of any format in `formats`, in a file of any kind in `kinds`; or a folder of such files
 scienceqa:FOLDER:train  the questions of one split ("train" where none is named)
 coco:captions.json      pictures with captions; they lie beside the file or in its folder "images"
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.data.formats import Example, Media, Message, parse_record
-from llama_adapter.data.records import load_json, read_records
+from llama_adapter.data.kinds import data_files, load_json
+from llama_adapter.data.records import read_records
 from llama_adapter.errors import DataError
+from llama_adapter.files import is_lfs_pointer
 
 Entry = tuple[str, Callable[[], Example]]
 """A record's name for error messages, and what makes the example of it or raises DataError."""
@@ -57,7 +59,7 @@ def load_examples(
     examples: list[Example] = []
     skipped: list[str] = []
     for source in sources:
-        for origin, make in _entries(source, pictures, options or {}):
+        for origin, make in _entries(source, pictures, options or {}, skipped if skip_bad_records else None):
             try:
                 examples.append(replace(make(), origin=origin))
             except DataError as error:
@@ -84,18 +86,23 @@ def _found(media: Media, folder: Path) -> Media:
         return media
     for path in (Path(media).expanduser(), folder / media):
         if path.exists():
+            if is_lfs_pointer(path):
+                raise DataError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder")
             return str(path)
     raise DataError(f"'{media}' is neither there nor in {folder}")
 
 
-def _entries(source: str, pictures: bool, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Entry]:
+def _entries(
+    source: str, pictures: bool, options: Mapping[str, Mapping[str, Any]], bad: list[str] | None
+) -> Iterator[Entry]:
     prefix, colon, rest = source.partition(":")
     if colon and prefix in SOURCES:
         module, _, name = SOURCES[prefix].partition(":")
         yield from getattr(import_module(module), name)(rest, pictures, **options.get(prefix, {}))
     else:
-        for number, record in read_records(source):
-            yield f"{source}, record {number}", partial(_parsed, record, source)
+        for file in data_files(source):
+            for number, record in read_records(file, bad):
+                yield f"{file}, record {number}", partial(_parsed, record, file)
 
 
 def _parsed(record: object, source: str) -> Example:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llama_adapter.data import Example, encode_all, parse_record, read_records, with_found_media
+from llama_adapter.data import Example, data_files, encode_all, parse_record, read_records, with_found_media
 from llama_adapter.data.batches import micro_batches, response_tokens
 from llama_adapter.errors import DataError
 from llama_adapter.inference.config import GenerateConfig
@@ -53,19 +53,20 @@ class FamilyScore:
 
 
 def read_tasks(source: str) -> list[Task]:
-    """Tasks from a data file in any of the training formats; a record's `family` key names its family.
+    """Tasks from a data file or a folder of them, in any training format; a record's `family` key names its family.
 
     Raises:
         DataError: the file or a record cannot be used.
     """
     tasks = []
-    for number, record in read_records(source):
-        try:
-            example = with_found_media(parse_record(record), source)
-        except DataError as error:
-            raise DataError(f"{source}, record {number}: {error}.") from None
-        family = record.get("family") if isinstance(record, dict) else None
-        tasks.append(Task(example, str(family) if family else ALL))
+    for file in data_files(source):
+        for number, record in read_records(file):
+            try:
+                example = with_found_media(parse_record(record), file)
+            except DataError as error:
+                raise DataError(f"{file}, record {number}: {error}.") from None
+            family = record.get("family") if isinstance(record, dict) else None
+            tasks.append(Task(example, str(family) if family else ALL))
     return tasks
 
 

@@ -1,6 +1,7 @@
 """Text in, text out: a base with its adapters answers prompts written as in training."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from llama_adapter.data import (
     Example,
     Media,
     Message,
+    data_files,
     encode,
     encode_prompt,
+    is_data_file,
     parse_record,
     read_records,
     with_found_media,
@@ -256,17 +259,18 @@ def default_device() -> torch.device:
 
 
 def read_prompts(source: str) -> list[Prompt]:
-    """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
+    """Prompts from a data file, a folder or pattern of them, or any other file with one instruction a line.
 
     A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user; `image` names pictures.
 
     Raises:
         DataError: the file cannot be read, or a record has none of these.
     """
-    if source.lower().endswith((".json", ".jsonl", ".ndjson")):
-        return [_prompt_of(record, source, number) for number, record in read_records(source)]
+    files = data_files(source)
+    if files != [source] or source == "-" or is_data_file(source):
+        return [_prompt_of(record, file, number) for file in files for number, record in read_records(file)]
     try:
-        with open(source, encoding="utf-8") as file:
+        with open(os.path.expanduser(source), encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.data.formats import Example, Message
-from llama_adapter.data.records import load_json
+from llama_adapter.data.kinds import load_json
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 
 LETTERS = "ABCDE"
@@ -286,7 +286,7 @@ def _parquet_files(path: Path) -> list[Path]:
 
 def _read_mirror(path: Path, files: Sequence[Path], split: str, limit: int | None) -> Iterator[Question]:
     try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "datasets", "reading ScienceQA's parquet files") from error
     # The official name of the validation split is understood, too.
