@@ -19,6 +19,7 @@ from llama_adapter.evaluation.scienceqa.scores import (
     score,
 )
 from llama_adapter.files import write_atomically
+from llama_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_adapter.inference.session import Session
@@ -83,8 +84,6 @@ def score_model(
     Raises:
         LlamaAdapterError: whatever reading, loading or scoring stops at.
     """
-    from tqdm.auto import tqdm
-
     from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
 
     parse_style(style)
@@ -92,7 +91,7 @@ def score_model(
     session = open_session()
     adapter = session.adapters[0] if session.adapters else None
     asked = questions if pictures else [replace(question, image=None) for question in questions]
-    with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
+    with progress_bar(len(asked), "question") as bar:
         if likelihood:
             letters = choose_letters(session, adapter, asked, style, bar.update)
             texts = {q.pid: question_target(replace(q, answer=letters[q.pid]), style) for q in asked}
