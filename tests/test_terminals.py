@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-    return write_adapter(base, tmp_path_factory.mktemp("home") / "runs" / "poet")
+    return Path(write_adapter(base, tmp_path_factory.mktemp("home") / "runs" / "poet"))
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +129,9 @@ def test_help_is_as_wide_as_the_terminal(command, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         main([*command, "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    wide = [line for line in lines if len(line) > columns and not line.startswith(("  llama-adapter ", "  echo "))]
+    usage, _, text = capsys.readouterr().out.partition("\n\n")
+    lines = text.partition("examples:" if command else "start with:")[0].splitlines()
+    wide = [line for line in lines if len(line) > columns]
     assert [line for line in wide if " " in line.strip()] == []  # one long word has nowhere to break
     if columns == 160 and command == ["train"]:
         assert max(map(len, lines)) > 115
@@ -290,7 +292,7 @@ def test_a_reader_that_leaves_is_no_error(words):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_sentence():
     with open("/dev/full", "w") as full:
-        done = program("train", "--help", stdout=full)
+        done = program("--version", stdout=full)
         err = done.communicate(timeout=60)[1]
     assert (done.returncode, err) == (
         2, "Error: The output: No space left on device. Free space, or choose another place.\n",
@@ -356,8 +358,10 @@ def test_numbers_that_a_recipe_cannot_use(name, value):
 @pytest.mark.parametrize("value", ["0", "1", "2147483647", "1e11", "1e-300", "1e308", "9" * 400])
 def test_no_number_of_a_recipe_is_a_traceback(name, value, base, data, capsys):
     arguments = ["validate", "--model", str(base), "--data", str(data), f"--{name.replace('_', '-')}={value}"]
+    ended = 0
     try:
         main(arguments)
-    except SystemExit as ended:
-        assert ended.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
+    except SystemExit as error:
+        ended = error.code
+    assert ended in (0, 2)
+    assert ended == 0 or capsys.readouterr().err.splitlines()[-1].startswith("Error: ")

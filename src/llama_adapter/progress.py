@@ -13,8 +13,9 @@ def progress_bar(total: int, unit: str, desc: str | None = None, initial: int = 
     from tqdm.auto import tqdm
 
     watched = sys.stderr is not None and sys.stderr.isatty()
+    off = {"disable": True} if disable else {}  # said only then: it would overrule TQDM_DISABLE
     kind: Any = tqdm if watched or "ipykernel" in sys.modules else _lines()
-    return kind(total=total, unit=unit, desc=desc, initial=initial, disable=disable or None, file=sys.stderr)
+    return kind(total=total, unit=unit, desc=desc, initial=initial, file=sys.stderr, **off)
 
 
 def _lines() -> type:
