@@ -129,7 +129,7 @@ def test_help_is_as_wide_as_the_terminal(command, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         main([*command, "--help"])
-    usage, _, text = capsys.readouterr().out.partition("\n\n")
+    _, _, text = capsys.readouterr().out.partition("\n\n")
     lines = text.partition("examples:" if command else "start with:")[0].splitlines()
     wide = [line for line in lines if len(line) > columns]
     assert [line for line in wide if " " in line.strip()] == []  # one long word has nowhere to break

@@ -42,6 +42,9 @@ class Parser(argparse.ArgumentParser):
             parser.error(f"unknown argument '{unknown[0]}'; {hint}")
         return parsed
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)  # argparse's own says nothing of a full disk
+
     def error(self, message: str) -> NoReturn:
         """One sentence on stderr, exit code 2."""
         message = message if len(message) < 500 else f"{message[:250]} ... {message[-100:]}"
