@@ -339,6 +339,35 @@ def test_numbers_that_an_evaluation_cannot_use(fail, words, flag, value):
     assert len(fail("evaluate", *words, f"{flag}={value}")) < 600
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-320, 0.5), (0.5, 1e-300), (1e-300, 1.0)])
+def test_the_smallest_numbers_take_the_likeliest_token(temperature, top_p):
+    import torch
+
+    from llama_adapter.inference.engine import Row, choose
+
+    row = Row(tokens=[1], max_new_tokens=1, temperature=temperature, top_p=top_p, generator=torch.Generator())
+    assert choose(torch.tensor([[0.0, 2.0, 1.0]]), [row]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [(MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+     (RuntimeError("CUDA out of memory. Tried"), True), (RuntimeError("index -1 is out of bounds"), False)],
+)  # fmt: skip
+def test_too_little_memory_is_one_sentence(fail, monkeypatch, error, caught):
+    from llama_adapter.formats import inspect
+
+    def run(folder):
+        raise error
+
+    monkeypatch.setattr(inspect, "describe_adapter", run)
+    if caught:
+        assert "There is not enough memory" in fail("inspect", "x")
+    else:
+        with pytest.raises(RuntimeError):
+            main(["inspect", "x"])
+
+
 NUMBERS = [
     "adapter_len", "adapter_layers", "max_length", "batch_size", "micro_batch_size", "epochs", "max_steps", "lr",
     "warmup_epochs", "base_lr", "min_lr", "weight_decay", "max_grad_norm", "seed", "val_size", "eval_every",

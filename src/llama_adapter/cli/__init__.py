@@ -6,6 +6,7 @@ Importing this package reads neither torch nor transformers; commands import wha
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -61,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("Stopped.", 130)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         _drop_output()
-    except MemoryError as error:
-        _fail(f"There is not enough memory ({' '.join(str(error).split())}): take smaller settings or files.", 2)
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", text):
+            raise
+        _fail(f"There is not enough memory ({text[:200].rstrip('.')}): take smaller settings or files.", 2)
     except OSError as error:
         if error.errno not in PLACES_THAT_REFUSE:
             raise
