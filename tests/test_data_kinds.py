@@ -247,6 +247,22 @@ def test_home_in_front_of_a_pattern(tmp_path, monkeypatch):
     assert read_records("~/a.jsonl") == [(1, 1)]
 
 
+@pytest.mark.parametrize("source", ["", "/*.*"])
+def test_prompts_and_tasks_come_from_the_same_kinds(tmp_path, source):
+    from llama_adapter.evaluation.instructions import read_tasks
+    from llama_adapter.inference.session import read_prompts
+
+    write(tmp_path / "a.csv", "instruction,output\nName a tree.,Oak.\n")
+    write(tmp_path / "b.jsonl.gz", gzip.compress(json.dumps(RECORD).encode()))
+    found = f"{tmp_path}{source}"
+    assert [prompt.messages[-1].content for prompt in read_prompts(found)] == ["Name a tree."] * 2
+    assert [task.answer for task in read_tasks(found)] == ["Oak."] * 2
+    write(tmp_path / "a.csv", "question,output\nName a tree.,Oak.\n")
+    for read in (read_prompts, read_tasks):
+        with pytest.raises(DataError, match=r"a\.csv, record 2: "):
+            read(found)
+
+
 def test_several_files_keep_the_names_of_their_records(tmp_path):
     write(tmp_path / "a.jsonl", json.dumps(RECORD))
     write(tmp_path / "b.csv", "instruction,output\nName a tree.,Elm.\n")
