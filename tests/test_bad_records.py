@@ -185,7 +185,7 @@ def test_a_torn_line_is_skipped_and_a_torn_list_is_not(tmp_path):
 def test_a_list_is_read_as_strictly_as_by_the_standard_library(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError):
-        read_records(str(tmp_path / "a.json"), keep_unreadable=True)
+        read_records(str(tmp_path / "a.json"), bad=[])
 
 
 def test_a_coco_file_with_a_number_of_thousands_of_digits(tmp_path):

@@ -205,7 +205,7 @@ STRICT = [
     (TrainConfig, "adapter_len", False, "adapter_len is False; it must be a valid integer"),
     (TrainConfig, "adapter_len", 2.0, "adapter_len is 2.0; it must be a valid integer"),
     (TrainConfig, "packing", 1, "packing is 1; it must be a valid boolean"),
-    (TrainConfig, "data", "a.json", "data is 'a.json'; it must be a valid tuple"),
+    (TrainConfig, "data", 3, "data is 3; it must be a valid tuple"),
     (TrainConfig, "tower_depths", [1, True], "tower_depths.1 is True; it must be a valid integer"),
     (AdapterConfig, "adapter_len", "10", "adapter_len is '10'; it must be a valid integer"),
     (AdapterConfig, "adapter_len", 10**5000 * -1, "adapter_len is a number of thousands of digits; it must be"),
@@ -238,6 +238,20 @@ def test_lists_become_tuples_and_whole_numbers_floats():
     assert (config.data, config.tower_depths) == (("a.json", "b.json"), (1, -1))
     assert isinstance(config.epochs, float)
     assert hash(config) == hash(TrainConfig(data=("a.json", "b.json"), epochs=3.0, tower_depths=(1, -1)))
+
+
+def test_one_file_needs_no_list():
+    assert TrainConfig(data="a.json", trackers="none") == TrainConfig(data=("a.json",), trackers=("none",))
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("model", "output_dir", "tower", "feature_cache")
+    config = TrainConfig(**dict.fromkeys(paths, "~/x"), data=["~/a", "b"], val_data="~/c")
+    assert {getattr(config, name) for name in paths} == {"/home/me/x"}
+    assert (config.data, config.val_data) == (("/home/me/a", "b"), ("/home/me/c",))
+    with pytest.raises(ConfigError, match=r"output_dir is 'a\\x00b'; it must be a path without the character 0"):
+        TrainConfig(output_dir="a\0b")
 
 
 def test_rules_between_settings_stand_beside_those_of_one_setting():

@@ -454,12 +454,13 @@ def test_a_record_that_asks_nothing_is_named_by_its_number(tmp_path, record):
 
 
 def test_prompt_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     for name, message in {
         "nowhere.txt": r"nowhere.txt cannot be read \(No such file",
-        ".": r"cannot be read \(Is a directory",
+        "folder": r"folder is a folder without data files",
         "latin.txt": r"latin.txt cannot be read \(it is not UTF-8 text\)",
         "blank.txt": r"blank.txt is empty: write one instruction a line",
         "broken.jsonl": r"broken.jsonl is not JSON \(line 2",

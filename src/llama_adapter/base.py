@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llama_adapter.core.families import family_of, text_config
 from llama_adapter.errors import MissingExtraError, ModelError
+from llama_adapter.files import is_lfs_pointer
 from llama_adapter.settings import BUNDLED, Precision
 
 ModelKind = Literal["base", "tower"]
@@ -30,12 +31,16 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
     """What transformers is asked for: the package's own folder for 'bundled', else the name itself.
 
     Raises:
-        ModelError: it looks like a path and is no folder.
+        ModelError: it looks like a path and is no folder, or holds Git LFS pointers.
     """
     if name == BUNDLED:
         return str(Path(__file__).parent / "bundled" / kind)
     path = Path(name).expanduser()
     if path.is_dir():
+        if pointers := [file.name for file in sorted(path.iterdir()) if is_lfs_pointer(file)]:
+            raise ModelError(
+                f"{path / pointers[0]} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder."
+            )
         return str(path)
     if path.exists():
         raise ModelError(f"The {kind} '{name}' is a file: give the folder that holds its config.json.")
@@ -88,6 +93,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raise bare Exception on malformed files
         raise ModelError(f"The tokenizer of '{name}' cannot be read: {first_sentence(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Files written so that no reader, and no crash, ever meets half of one."""
+"""Files written so that no reader, and no crash, ever meets half of one; and pointers that stand for files."""
 
 import os
 import secrets
@@ -41,3 +41,14 @@ def writing(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror or error}): what was there before is kept; "
             "free space or choose another folder."
         ) from None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a pointer where a file should be; what cannot be read is none."""
+    try:
+        if path.stat().st_size > 1024 or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except OSError:
+        return False

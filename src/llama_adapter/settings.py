@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import os
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,14 +16,37 @@ from llama_adapter.errors import ConfigError
 
 ConfigType = typing.TypeVar("ConfigType")
 
+
+class _Expanded:
+    """Tells pydantic, which is not read before a setting is made, what a path is."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(expanded, handler(source))
+
+
+def expanded(path: str) -> str:
+    """The path with the home folder for ~.
+
+    Raises:
+        ValueError: it holds a zero, which no path may.
+    """
+    if "\0" in path:
+        raise ValueError("a path without the character 0")
+    return os.path.expanduser(path)
+
+
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
-Count = Annotated[int, Ge(1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(1), Lt(2**31)]
+Positive = Annotated[float, Gt(0), Lt(10**12)]
+NotNegative = Annotated[float, Ge(0), Lt(10**12)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What every library takes as a seed."""
+Place = Annotated[str, _Expanded()]
+"""A path, in which ~ is the home folder."""
 Sound = Callable[..., bool]
 """Whether the fields of these names follow the rules of their annotations."""
 
@@ -35,6 +59,7 @@ _WORDS = {
     "less_than_equal": "at most {le:g}",
     "less_than": "below {lt}",
     "literal_error": "one of {expected}",
+    "value_error": "{error}",
 }
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -44,7 +69,7 @@ def check(config: Any, between: Callable[[Sound], Iterator[str]] | None = None) 
     """Hold a new frozen dataclass against its annotations, strictly: neither "10" nor True is a number.
 
     Args:
-        config: the instance; lists become tuples, and whole numbers floats, where the annotation says so.
+        config: the instance; where annotations say so, lists and a single text become tuples, whole numbers floats.
         between: yields a sentence for each broken rule that an annotation cannot say.
 
     Raises:
@@ -55,8 +80,8 @@ def check(config: Any, between: Callable[[Sound], Iterator[str]] | None = None) 
     cls: Any = type(config)
     values = {name: getattr(config, name) for name in _hints(cls)}
     for name, hint in _hints(cls).items():
-        if typing.get_origin(hint) is tuple and isinstance(values[name], list):
-            values[name] = tuple(values[name])
+        if typing.get_origin(hint) is tuple and isinstance(values[name], list | str):
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
     broken: set[Any] = set()
     sentences: list[str] = []
     try:

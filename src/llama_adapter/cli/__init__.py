@@ -6,11 +6,14 @@ Importing this package reads neither torch nor transformers; commands import wha
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from llama_adapter import __version__
 from llama_adapter.cli import chat, evaluate, generate, inspect, train, validate
+from llama_adapter.cli.output import colours, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
@@ -40,27 +43,47 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: a `LlamaAdapterError` becomes one sentence and its exit code, never a traceback."""
+    prepare_streams()
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed is said once, by us
-    args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        try:
+            args = build_parser().parse_args(argv)
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where what the reader or the disk says can still be caught
     except LlamaAdapterError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("Stopped.", 130)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", text):
+            raise
+        _fail(f"There is not enough memory ({text[:200].rstrip('.')}): take smaller settings or files.", 2)
     except OSError as error:
         if error.errno not in PLACES_THAT_REFUSE:
             raise
-        _fail(f"{error.filename or 'A file'}: {error.strerror}. Free space, or choose another place.", 2)
+        if error.filename is None:
+            _drop_output()
+        _fail(f"{error.filename or 'The output'}: {error.strerror}. Free space, or choose another place.", 2)
+
+
+def _drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere, so that the interpreter does not stumble over it at its end."""
+    with suppress(OSError, ValueError):  # a stream without a file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
     prefix = "Error: " if code == 2 else ""
-    if prefix and sys.stderr.isatty():
+    if prefix and colours(sys.stderr):
         prefix = f"\033[1;31m{prefix}\033[0m"
     print(prefix + message, file=sys.stderr)
     sys.exit(code)

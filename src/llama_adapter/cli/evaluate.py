@@ -1,14 +1,13 @@
 """`llama-adapter evaluate instructions`."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter.cli import evaluate_scienceqa, options
+from llama_adapter.cli import evaluate_scienceqa, options, output
 from llama_adapter.cli.parser import Parser, add_command
+from llama_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.instructions import FamilyScore
@@ -27,12 +26,14 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=Parser)
     text = "Exact match and response loss per task family. The bare base and every --adapter stand side by side."
     instructions = add_command(kinds, "instructions", run, text, EXAMPLES)
-    instructions.add_argument("--data", required=True, help="records in any training format; 'family' groups them")
+    instructions.add_argument(
+        "--data", required=True, nargs="+", help="records in any training format; 'family' groups them"
+    )
     instructions.add_argument("--no-base", action="store_true", help="leave the bare base out")
     instructions.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     instructions.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at once")
     options.add_skip_bad_records(instructions)
-    instructions.add_argument("--plot", type=Path, metavar="PNG", help="write a bar chart there")
+    instructions.add_argument("--plot", type=options.path_of, metavar="PNG", help="write a bar chart there")
     instructions.add_argument("--json", dest="as_json", action="store_true", help="print the scores as JSON")
     options.add_session_options(instructions, max_new_tokens=32, sampling=False)
     evaluate_scienceqa.add_parser(kinds)
@@ -41,19 +42,18 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """FamilyScore every model and print the table."""
     options.at_least_one(args, "batch_size", "max_new_tokens", "limit")
-    from tqdm.auto import tqdm
-
     from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, fitting_tasks, read_tasks
 
     skipped: list[str] | None = [] if args.skip_bad_records else None
-    tasks = read_tasks(args.data, skipped, options.kinds_of(args.adapter), args.limit)
+    kinds = options.kinds_of(args.adapter)
+    tasks = [task for source in args.data for task in read_tasks(source, skipped, kinds, args.limit)][: args.limit]
     planned = options.plan(args)
     models = [*([] if args.no_base and planned.folders else [None]), *planned.folders]
     tasks = fitting_tasks(tasks, planned.writer, models, skipped)
     options.report_skipped(skipped or ())
     session = options.load(planned, args)
     results: dict[str, list[FamilyScore]] = {}
-    with tqdm(total=len(models) * len(tasks), unit="answer", file=sys.stderr) as bar:
+    with progress_bar(len(models) * len(tasks), "answer") as bar:
         for model in models:
             scores, _ = evaluate_instructions(
                 session, model, tasks, args.max_new_tokens, args.batch_size, progress=bar.update
@@ -66,17 +66,16 @@ def run(args: argparse.Namespace) -> None:
         plot_scores(values, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.as_json:
-        print(json.dumps({name: [asdict(score) for score in scores] for name, scores in results.items()}))
+        output.print_json({name: [asdict(score) for score in scores] for name, scores in results.items()})
     else:
         _print(family_table(results), list(results))
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("family", "tasks", *(f"{name}: {what}" for name in names for what in ("exact", "loss")))
     for row in rows:
         cells = [cell for n in names for cell in (f"{row[n]['exact_match']:.1%}", f"{row[n]['loss']:.3f}")]
         table.add_row(row["family"], str(row["count"]), *cells, style="bold" if row["family"] == "all" else None)
-    Console(file=sys.stdout, highlight=False).print(table)
+    output.console().print(table)

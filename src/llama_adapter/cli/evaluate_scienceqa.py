@@ -1,7 +1,6 @@
 """`llama-adapter evaluate scienceqa`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from llama_adapter.cli import options
@@ -41,7 +40,9 @@ def add_parser(kinds: Any) -> None:
         help="folder with problems.json and pid_splits.json, or with the hub mirror's parquet files",
     )  # fmt: skip
     parser.add_argument("--split", default="test", help="which split was answered (default: %(default)s)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score; no model is loaded")
+    parser.add_argument(
+        "--predictions", type=options.path_of, metavar="FILE", help="answers to score; no model is loaded"
+    )
     parser.add_argument("--rule", choices=_RULES, help="default: official; for a model mm-cot or words in these styles")
     parser.add_argument("--fallback", choices=_FALLBACKS, help="default: recorded where there is one, else random")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fallback random (default: %(default)s)")
@@ -55,7 +56,7 @@ def add_parser(kinds: Any) -> None:
     answering.add_argument("--blind", action="store_true", help="show the model no pictures")
     answering.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions answered at once")
     options.add_skip_bad_records(answering)
-    answering.add_argument("--save", type=Path, metavar="FILE", help="write the answers there as JSON")
+    answering.add_argument("--save", type=options.path_of, metavar="FILE", help="write the answers there as JSON")
     options.add_session_options(parser, max_new_tokens=32, sampling=False)
     parser.add_argument("--all-rows", action="store_true", help="show every row of the paper's table")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the score as JSON")

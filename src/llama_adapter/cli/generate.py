@@ -1,11 +1,10 @@
 """`llama-adapter generate`: one prompt, a file of them, or stdin."""
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter.cli import options
+from llama_adapter.cli import options, output
 from llama_adapter.cli.parser import add_command
 from llama_adapter.errors import ConfigError
 
@@ -31,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "--image", action="append", default=[], metavar="FILE",
         help="picture (or recording, or video) that the prompt is about; repeatable",
     )  # fmt: skip
-    parser.add_argument("-f", "--file", help="prompts: .json, .jsonl, or a text file with one a line")
+    parser.add_argument("-f", "--file", help="prompts: a data file or a folder of them, or a text file with one a line")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of a --file answered at once")
     parser.add_argument("--json", dest="as_json", action="store_true", help="one JSON object per answer")
     options.add_skip_bad_records(parser)
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         batch = prompts[start : start + args.batch_size]
         for asked, answer in zip(batch, session.answer(batch, name, config), strict=True):
             line = {"prompt": asked.messages[-1].content, "input": asked.input, "adapter": name, **asdict(answer)}
-            print(json.dumps(line, ensure_ascii=False) if args.as_json else answer.text, flush=True)
+            output.print_json(line) if args.as_json else print(answer.text, flush=True)
 
 
 def _prompts(

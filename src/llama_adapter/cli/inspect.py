@@ -1,11 +1,12 @@
 """`llama-adapter inspect`: what an adapter folder holds, without loading its base."""
 
 import argparse
-import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
+from llama_adapter.cli import output
+from llama_adapter.cli.options import path_of
 from llama_adapter.cli.parser import add_command
 
 EXAMPLES = """
@@ -13,7 +14,6 @@ llama-adapter inspect runs/first
 llama-adapter inspect runs/first --plot gates.png
 llama-adapter inspect runs/first --json
 """
-SHADES = " ░▒▓█"
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +21,9 @@ def add_parser(commands: Any) -> None:
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
     parser.add_argument("folder", metavar="FOLDER", help="adapter folder")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="write the layer-by-head picture of the gates there")
+    parser.add_argument(
+        "--plot", type=path_of, metavar="PNG", help="write the layer-by-head picture of the gates there"
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
 
 
@@ -29,23 +31,22 @@ def run(args: argparse.Namespace) -> None:
     """Print the table, the JSON, or both and the picture."""
     from llama_adapter.formats.inspect import describe_adapter
 
-    found = describe_adapter(args.folder)
+    found = describe_adapter(os.path.expanduser(args.folder))
     if args.plot is not None:
         from llama_adapter.training.plots import plot_gates
 
         plot_gates({layer["layer"]: layer["gates"] for layer in found["layers"]}, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.as_json:
-        print(json.dumps(found))
+        output.print_json(found)
     else:
         _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console, dark = output.console(), output.PLAIN_SHADES if output.is_narrow(sys.stdout) else output.SHADES
     config = found["config"]
     console.print(found["folder"], style="bold", soft_wrap=True)
     console.print(
@@ -58,7 +59,7 @@ def _print(found: dict[str, Any]) -> None:
     table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads")
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):
-        shades = "".join(SHADES[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
+        shades = "".join(dark[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
         numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", f"{layer['prompt_rms']:.3f}")
         table.add_row(str(layer["layer"]), *numbers, shades)
     console.print(table)

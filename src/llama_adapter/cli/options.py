@@ -5,12 +5,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.settings import Precision
+from llama_adapter.settings import Precision, shown
 
 if TYPE_CHECKING:
     from llama_adapter.conditions.config import Kind
@@ -68,6 +69,11 @@ def kinds_of(adapters: Sequence[str]) -> "set[Kind]":
     return {condition.kind for condition in conditions if isinstance(condition, ConditionConfig)}
 
 
+def path_of(text: str) -> Path:
+    """A path on the command line, in which ~ is the home folder, also behind --flag= where no shell sees it."""
+    return Path(text).expanduser()
+
+
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Check these options before anything is loaded; one that was not given passes.
 
@@ -77,7 +83,7 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+            raise ConfigError(f"--{name.replace('_', '-')} is {shown(value)}; it must be at least 1.")
 
 
 def decoding_from(args: argparse.Namespace) -> GenerateConfig:
@@ -130,6 +136,7 @@ def existing(files: Sequence[str], adapters: Sequence[str], option: str = "--ima
     """
     if files and not adapters:
         raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
+    files = [os.path.expanduser(file) for file in files]
     for file in files:
         if not os.path.exists(file):
             raise DataError(f"{option} {file} does not exist: check the path.")
@@ -149,5 +156,5 @@ def name_adapters(given: Sequence[str]) -> dict[str, str]:
             name, folder = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rstrip("/").rpartition("/")[2]), text
         if name in named:
             raise ConfigError(f"Two adapters are called '{name}': tell them apart with --adapter NAME=FOLDER.")
-        named[name] = folder
+        named[name] = os.path.expanduser(folder)
     return named

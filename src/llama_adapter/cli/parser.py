@@ -2,13 +2,27 @@
 
 import argparse
 import difflib
+import re
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
+    """As wide as the terminal; commands to copy, which are indented by two, stay on their line."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=34, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        commands = text.startswith(("examples:", "start with:"))
+        return "".join(line if commands else _wrapped(line, width) for line in text.splitlines(keepends=True))
+
+
+def _wrapped(line: str, width: int) -> str:
+    hang = re.match(r"(  \S+ +)?", line)
+    after = " " * len(hang[0]) if hang else ""
+    return "\n".join(textwrap.wrap(line, max(width, 20), subsequent_indent=after)) + "\n" * line.endswith("\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +42,12 @@ class Parser(argparse.ArgumentParser):
             parser.error(f"unknown argument '{unknown[0]}'; {hint}")
         return parsed
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)  # argparse's own says nothing of a full disk
+
     def error(self, message: str) -> NoReturn:
         """One sentence on stderr, exit code 2."""
+        message = message if len(message) < 500 else f"{message[:250]} ... {message[-100:]}"
         print(f"Error: {message} (usage: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 

@@ -6,6 +6,8 @@ import types
 import typing
 from typing import Any
 
+from llama_adapter.errors import ConfigError
+from llama_adapter.settings import BUNDLED
 from llama_adapter.training.config import TrainConfig, load_recipe
 
 USAGE = "llama-adapter {} [RECIPE] [--setting value ...]"
@@ -30,7 +32,26 @@ def recipe_from(args: argparse.Namespace) -> TrainConfig:
     """The recipe with the given flags on top of it."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {key: value for key, value in vars(args).items() if key in names and value is not None}
-    return load_recipe(args.recipe, given)
+    recipe = args.recipe
+    for key in ("data", "val_data"):
+        if words := given.get(key):
+            given[key] = [name for group in words for name in group]
+            last = words[-1][-1] if len(words[-1]) > 1 else ""
+            if last.lower().endswith((".yaml", ".yml")):
+                recipe = _only(recipe, given[key].pop())
+            elif last == BUNDLED and recipe is None:
+                raise ConfigError(
+                    f"--{key.replace('_', '-')} ends in 'bundled', which may be data or the RECIPE: "
+                    "put the RECIPE in front of all flags, or the data 'bundled' first."
+                )
+    return load_recipe(recipe, given)
+
+
+def _only(recipe: str | None, other: str) -> str:
+    """The RECIPE that stands behind the files of --data, where none stands elsewhere."""
+    if recipe is not None:
+        raise ConfigError(f"{other} is no data file, and the RECIPE is {recipe} already: leave one of them out.")
+    return other
 
 
 def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
@@ -44,6 +65,8 @@ def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
     if typing.get_origin(hint) is tuple:
         shown = " ".join(default)
         options: dict[str, Any] = {"action": "append", "metavar": field.name.upper()}
+        if field.name in ("data", "val_data"):
+            options["nargs"] = "+"  # what a shell makes of *.jsonl
     elif typing.get_origin(kind) is typing.Literal:
         shown, options = default, {"choices": typing.get_args(kind)}
     else:

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
+from llama_adapter.cli import output
 from llama_adapter.cli.parser import add_command
 from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
 
@@ -34,9 +34,14 @@ def run(args: argparse.Namespace) -> None:
     if not PartialState().is_main_process:
         return
     if args.as_json:
-        print(json.dumps({**dataclasses.asdict(result), "output_dir": str(result.output_dir)}))
+        output.print_json({**dataclasses.asdict(result), "output_dir": str(result.output_dir)})
         return
     if result.base_val_loss is not None:
         print(f"validation loss {result.base_val_loss:.4f} -> {result.best_val_loss:.4f} at step {result.best_step}")
     print(f"adapter in {result.output_dir}, with loss.png and gates.png")
-    print(f'ask it: llama-adapter generate --adapter {result.output_dir} "..."', file=sys.stderr)
+    print(
+        "ask it:",
+        output.copyable("llama-adapter", "generate", "--adapter", result.output_dir),
+        '"..."',
+        file=sys.stderr,
+    )

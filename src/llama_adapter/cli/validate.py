@@ -1,9 +1,9 @@
 """`llama-adapter validate`."""
 
 import argparse
-import json
 from typing import Any
 
+from llama_adapter.cli import output
 from llama_adapter.cli.parser import add_command
 from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
     report = plan_run(config)
     if args.as_json:
-        print(json.dumps(report))
+        output.print_json(report)
         return
     del report["notes"]  # they were said on the way, as `train` says them
     width = max(map(len, report))

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llama_adapter.errors import DataError
 from llama_adapter.files import write_atomically
+from llama_adapter.progress import progress_bar
 
 Compute = Callable[[list[Any]], Sequence[Tensor] | Tensor]
 LONG_WORK = 64
@@ -46,9 +45,7 @@ class FeatureCache:
         Raises:
             DataError: as `get_many`.
         """
-        with tqdm(
-            total=len(inputs), desc="features", unit="input", disable=len(inputs) < CHUNK, file=sys.stderr
-        ) as bar:
+        with progress_bar(len(inputs), "input", "features", disable=len(inputs) < CHUNK) as bar:
             for start in range(0, len(inputs), CHUNK):
                 bar.update(len(self.get_many(inputs[start : start + CHUNK], compute)))
 
@@ -86,7 +83,7 @@ class FeatureCache:
 
     def _batches(self, items: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
         short = len(items) < LONG_WORK
-        with tqdm(total=len(items), desc="features", unit="input", disable=short, file=sys.stderr) as bar:
+        with progress_bar(len(items), "input", "features", disable=short) as bar:
             for start in range(0, len(items), self.batch_size):
                 batch = items[start : start + self.batch_size]
                 yield batch

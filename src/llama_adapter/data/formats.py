@@ -9,7 +9,6 @@ from typing import Any
 
 from llama_adapter.data.examples import Example, Message, type_name
 from llama_adapter.data.media import MEDIA_KEYS, PICTURE_TAG, count_tags, media_of, without_tags
-from llama_adapter.data.strict_json import Unreadable
 from llama_adapter.data.turns import ROLES, Turns, learnt_part, plain_text, read_turns, tools_of
 from llama_adapter.errors import DataError
 from llama_adapter.settings import shown
@@ -37,8 +36,6 @@ def parse_record(record: object) -> Example:
         DataError: the record fits no format or breaks a rule of its own. The message has no full stop and
             does not say which record it was: the caller knows.
     """
-    if isinstance(record, Unreadable):
-        raise DataError(f"it is not JSON ({record.reason})")
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object, not {type_name(record)}")
     present = {key: value for key, value in record.items() if value is not None}

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_adapter.data.examples import Media, type_name
 from llama_adapter.errors import DataError
+from llama_adapter.files import is_lfs_pointer
 from llama_adapter.settings import shown
 
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
@@ -80,6 +81,8 @@ def found(media: Media, folder: Path) -> Media:
     # os.path's test says no to names that are too long or hold a zero, where Path's raises.
     for path in (os.path.expanduser(media), os.path.join(folder, media)):
         if os.path.exists(path):
+            if is_lfs_pointer(Path(path)):
+                raise DataError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder")
             return path
     raise DataError(f"{shown(media)} is neither there nor in {folder}")
 

@@ -1,6 +1,6 @@
 """From the names of data sources to examples: record files and hub datasets, and whatever `SOURCES` names.
 
-mine.jsonl              records of any format in `formats`, see `read_records`
+mine.jsonl              records of any format in `formats`, in a file of any kind in `kinds`; or a folder of such files
 scienceqa:FOLDER:train  the questions of one split ("train" where none is named)
 coco:captions.json      pictures with captions; they lie beside the file or in its folder "images"
 """
@@ -21,8 +21,9 @@ from typing import Any
 from llama_adapter.conditions.config import Kind
 from llama_adapter.data.examples import Example, Media, Message
 from llama_adapter.data.formats import parse_record
+from llama_adapter.data.kinds import data_files, load_json
 from llama_adapter.data.media import found
-from llama_adapter.data.records import load_json, read_records
+from llama_adapter.data.records import read_records
 from llama_adapter.errors import DataError
 from llama_adapter.settings import shown
 
@@ -95,7 +96,7 @@ def load_examples(
     examples: list[Example] = []
     skipped: list[str] = []
     for source in sources:
-        entries = _entries(source, skip_bad_records, pictures, options or {}, parse)
+        entries = _entries(source, skipped if skip_bad_records else None, pictures, options or {}, parse)
         for origin, make in islice(entries, limit):
             try:
                 examples.append(replace(make(), origin=origin))
@@ -176,7 +177,7 @@ def check_some_left(examples: Sequence[object], skipped: Sequence[str]) -> None:
 
 def _entries(
     source: str,
-    skip_bad_records: bool,
+    bad: list[str] | None,
     pictures: bool,
     options: Mapping[str, Mapping[str, Any]],
     parse: Callable[[object], Example],
@@ -186,9 +187,10 @@ def _entries(
         module, _, name = SOURCES[prefix].partition(":")
         yield from getattr(import_module(module), name)(rest, pictures, **options.get(prefix, {}))
     else:
-        folder = Path(os.path.expanduser(source)).parent
-        for number, record in read_records(source, keep_unreadable=skip_bad_records):
-            yield f"{source}, record {number}", partial(_parsed, record, folder, parse)
+        for file in data_files(source):
+            folder = Path(os.path.expanduser(file)).parent
+            for number, record in read_records(file, bad):
+                yield f"{file}, record {number}", partial(_parsed, record, folder, parse)
 
 
 def _parsed(record: object, folder: Path, parse: Callable[[object], Example]) -> Example:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from llama_adapter.data import IGNORE, Encoded, Example, Media, Message, encode_all, without_tags
 from llama_adapter.data.batches import MicroBatch, collate
@@ -24,6 +23,7 @@ from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Session, default_device, load_session
 from llama_adapter.inference.writing import Prompt
+from llama_adapter.progress import progress_bar
 from llama_adapter.training.loss import response_logits, row_losses
 
 try:
@@ -140,7 +140,7 @@ class LlamaAdapterLmms(lmms):
         groups: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             groups.setdefault(key, []).append(row)
-        with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
+        with progress_bar(len(requests), "request", "answers", disable=self.rank != 0) as bar:
             for rows in groups.values():
                 for start in range(0, len(rows), self.batch_size):
                     batch = rows[start : start + self.batch_size]

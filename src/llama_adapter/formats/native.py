@@ -28,7 +28,7 @@ from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
-from llama_adapter.files import write_atomically, writing
+from llama_adapter.files import is_lfs_pointer, write_atomically, writing
 from llama_adapter.settings import parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         AdapterError: there is no such adapter, or the folder cannot be written to (the old files are kept then).
     """
     adapter = get_adapter(model, name)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter.state_dict().items()}
     config = json.dumps(adapter.config.to_dict(), indent=2) + "\n"
     with writing(folder):
@@ -101,7 +101,7 @@ def find_adapter(source: str | os.PathLike[str], revision: str | None = None) ->
     Raises:
         AdapterError: the hub has no such repository or cannot be reached.
     """
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return folder
     from huggingface_hub import snapshot_download
@@ -120,9 +120,10 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         AdapterError: the folder holds none, or it is not ours.
     """
-    path = Path(folder) / CONFIG_FILE
+    folder = Path(folder).expanduser()
+    path = folder / CONFIG_FILE
     hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
-    if os.path.isfile(Path(folder) / "config.json"):
+    if os.path.isfile(folder / "config.json"):
         hint += ", but a whole model's config.json: save_pretrained says nothing of adapters, save_adapter keeps them"
     size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
     if size > LARGEST_CONFIG:
@@ -221,12 +222,12 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
     """
-    path = Path(folder) / WEIGHTS_FILE
+    path = Path(folder).expanduser() / WEIGHTS_FILE
     _size(path, f"{folder} has no {WEIGHTS_FILE}: the copy is incomplete.")
     try:
         with path.open("rb") as file:
-            start = file.read(40)
-        if start.startswith(b"version https://git-lfs"):
+            start = file.read(8)
+        if is_lfs_pointer(path):
             raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder.")
         if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
             raise SafetensorError(f"a header of {header:,} bytes")

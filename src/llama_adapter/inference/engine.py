@@ -222,6 +222,8 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             [torch.rand((), generator=row.generator).item() for row in asked],
         )
     )
+    tiny = torch.finfo(torch.float32).tiny  # smaller numbers are 0 in fp32, and leave no token
+    temperature, top_p = temperature.clamp(min=tiny), top_p.clamp(min=tiny)
     scores = logits[drawing].float()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # no temperature is too low for 0 and -inf
     probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)

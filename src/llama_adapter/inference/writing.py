@@ -14,8 +14,10 @@ from llama_adapter.data import (
     Example,
     Media,
     Message,
+    data_files,
     encode_all,
     encode_prompt,
+    is_data_file,
     load_examples,
     log_findings,
     parse_question,
@@ -154,7 +156,7 @@ def usable(items: Sequence[Item], check: Callable[[Item], object], skipped: list
 def read_prompts(
     source: str, raw: bool = False, skipped: list[str] | None = None, kinds: Collection[Kind] = ()
 ) -> list[Prompt]:
-    """Prompts from a file: .json/.jsonl records, or any other file with one instruction a line.
+    """Prompts from a data file, a folder or pattern of them, or any other file with one instruction a line.
 
     A record has `instruction` (and `input`), `prompt`, or `messages` that end with the user; `image` names pictures.
 
@@ -167,7 +169,7 @@ def read_prompts(
     Raises:
         DataError: the file cannot be read, or a record has none of these.
     """
-    if source.lower().endswith((".json", ".jsonl", ".ndjson")):
+    if data_files(source) != [source] or source == "-" or is_data_file(source):
         loaded = load_examples([source], skipped is not None, parse=parse_question, kinds=kinds)
         log_findings((), loaded.notes)
         if skipped is not None:

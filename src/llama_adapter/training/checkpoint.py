@@ -12,6 +12,7 @@ tensorboard/                    event files
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class RunFolder:
     """Reads and writes one run's folder."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.last = self.path / "last"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -112,7 +113,7 @@ class RunFolder:
         if changed:
             raise TrainingError(
                 f"The run in {self.path} cannot be resumed with other settings: {', '.join(changed)}. "
-                f"Resume it with: llama-adapter train {self.recipe} --resume"
+                f"Resume it with: llama-adapter train {shlex.quote(str(self.recipe))} --resume"
             )
 
     def now(self, config: TrainConfig) -> datetime:

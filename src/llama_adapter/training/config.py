@@ -11,7 +11,7 @@ from annotated_types import Ge
 from llama_adapter.conditions.config import Absent, Activation, Kind
 from llama_adapter.core.config import AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
-from llama_adapter.settings import BUNDLED, Count, NotNegative, Positive, Precision, Seed, Sound, check, parse
+from llama_adapter.settings import BUNDLED, Count, NotNegative, Place, Positive, Precision, Seed, Sound, check, parse
 
 BasePrecision = Literal["auto", "fp8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
@@ -30,17 +30,17 @@ class TrainConfig:
         ConfigError: values break their rules; every one of them is named.
     """
 
-    model: str = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
-    data: tuple[str, ...] = setting(
+    model: Place = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
+    data: tuple[Place, ...] = setting(
         ("bundled",),
-        "Training data: .json or .jsonl files, hub names, scienceqa:FOLDER, coco:FILE, or 'bundled'. Repeatable.",
+        "Training data: files, folders, hub names, scienceqa:FOLDER, coco:FILE, '-' or 'bundled'; one or more.",
         "Model and data",
     )
-    val_data: tuple[str, ...] = setting((), "Validation data; else a part of --data is held out.", "Model and data")
+    val_data: tuple[Place, ...] = setting((), "Validation data; else a part of --data is held out.", "Model and data")
     val_size: NotNegative = setting(
         0.02, "Validation part of --data: a fraction below 1, or a number of records.", "Model and data"
     )
-    output_dir: str = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
+    output_dir: Place = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
     template: Template = setting("alpaca", "Prompt format; 'chat' is the tokenizer's own.", "Model and data")
     scienceqa_style: str = setting(
         "paper", "How ScienceQA is written: paper, words, or QCM-A and its kin.", "Model and data"
@@ -55,7 +55,7 @@ class TrainConfig:
     gate_activation: GateActivation = setting("tanh", "Applied to the gates.", "Adapter")
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
-    tower: str = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
+    tower: Place = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
@@ -68,7 +68,7 @@ class TrainConfig:
     visual_blocks: Count = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
     visual_width: Count = setting(768, "Their width.", "Condition")
     visual_heads: Count = setting(16, "Their heads.", "Condition")
-    feature_cache: str | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
+    feature_cache: Place | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
     max_steps: Count | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
@@ -154,7 +154,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     if path is not None:
         import yaml
 
-        file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path)
+        file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path).expanduser()
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:

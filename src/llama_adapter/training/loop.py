@@ -7,8 +7,8 @@ accumulation and processes change nothing but rounding. Gradients are 1.2M numbe
 
 import logging
 import math
+import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,6 +35,7 @@ from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, 
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
+from llama_adapter.progress import progress_bar
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.fp8 import quantise_base, require_fp8
@@ -227,7 +227,7 @@ class Run:
             f"{self.adapter.num_parameters:,}", self.total, config.batch_size, config.peak_lr,
             self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
         )  # fmt: skip
-        bar = tqdm(total=self.total, initial=start, unit="step", disable=not self.is_main, file=sys.stderr)
+        bar = progress_bar(self.total, "step", initial=start, disable=not self.is_main)
         with stop_signals() as stop, bar:
             if start == 0:
                 self._validate(bar)
@@ -251,7 +251,7 @@ class Run:
                 if stopping:
                     raise Interrupted(
                         f"Stopped after step {step + 1} of {self.total}; everything is saved. "
-                        f"Go on with: llama-adapter train {self.folder.recipe} --resume"
+                        f"Go on with: llama-adapter train {shlex.quote(str(self.folder.recipe))} --resume"
                     )
 
     def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[float, float, bool]:
@@ -312,7 +312,7 @@ class Run:
             total += self._loss(batch)
         return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
 
-    def _validate(self, bar: "tqdm[Any]") -> None:
+    def _validate(self, bar: Any) -> None:
         if not self.data.val:
             return
         bar.set_description("validating")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.data.examples import Example, Message
-from llama_adapter.data.records import load_json
+from llama_adapter.data.kinds import load_json
 from llama_adapter.errors import ConfigError, DataError, MissingExtraError
 
 LETTERS = "ABCDE"
@@ -300,7 +300,7 @@ def _read_mirror(
     path: Path, files: Sequence[Path], split: str, limit: int | None
 ) -> Iterator[tuple[str, object, str, Path]]:
     try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "datasets", "reading ScienceQA's parquet files") from error
     # The official name of the validation split is understood, too.

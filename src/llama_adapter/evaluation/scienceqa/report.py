@@ -19,6 +19,7 @@ from llama_adapter.evaluation.scienceqa.scores import (
     score,
 )
 from llama_adapter.files import write_atomically
+from llama_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_adapter.inference.session import Session, SessionPlan
@@ -87,8 +88,6 @@ def score_model(
     Raises:
         LlamaAdapterError: whatever reading, loading or scoring stops at.
     """
-    from tqdm.auto import tqdm
-
     from llama_adapter.evaluation.scienceqa.answers import answer_questions, askable, choose_letters
 
     parse_style(style)
@@ -97,7 +96,7 @@ def score_model(
     questions = askable(questions, planned.writer, adapter, style, likelihood, skipped)
     session = load(planned)
     asked = questions if pictures else [replace(question, image=None) for question in questions]
-    with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
+    with progress_bar(len(asked), "question") as bar:
         if likelihood:
             letters = choose_letters(session, adapter, asked, style, bar.update)
             texts = {q.pid: question_target(replace(q, answer=letters[q.pid]), style) for q in asked}

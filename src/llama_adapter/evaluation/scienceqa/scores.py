@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_adapter.data.records import LINE_SUFFIXES, load_json, read_records
+from llama_adapter.data.kinds import LINE_SUFFIXES, load_json
+from llama_adapter.data.records import read_records
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.evaluation.scienceqa.questions import LETTERS, Question
 from llama_adapter.settings import unknown_name
