@@ -1,6 +1,7 @@
 """From a recipe to encoded examples: read, parse, encode, split, digest. No model is needed."""
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from llama_adapter.data.encode import Encoded, encode_all
 from llama_adapter.data.formats import Media
 from llama_adapter.data.sources import Loaded, load_examples
 from llama_adapter.errors import ConfigError
-from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.config import STANDS_FOR, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
         DataError: a file or a record cannot be used.
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
-    loaded = _load(config, config.data)
-    train = encode_all(loaded.examples, config.template, tokenizer, config.max_length)
+    loaded, template, max_length = _load(config, config.data), config.value("template"), config.value("max_length")
+    if config.max_length is None and max_positions is not None:
+        max_length = min(max_length, max_positions)
+    train = encode_all(loaded.examples, template, tokenizer, max_length)
     skipped = list(loaded.skipped)
     if config.val_data:
         held_out = _load(config, config.val_data)
-        val = encode_all(held_out.examples, config.template, tokenizer, config.max_length)
+        val = encode_all(held_out.examples, template, tokenizer, max_length)
         skipped += held_out.skipped
     else:
         train, val = _split(train, config.val_size, config.seed)
@@ -81,6 +86,8 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
             f"pass --max-length {max_positions}, which truncates it."
         )
     raw = all(example.raw for example in loaded.examples)
+    if raw and config.template is not None:
+        log.warning("prompt-completion records take no template: %s has no effect", config.template)
     return Prepared(train, val, raw, skipped, _digest((*train, *val)))
 
 
@@ -89,9 +96,13 @@ def _load(config: TrainConfig, sources: Sequence[str]) -> Loaded:
     return load_examples(sources, config.skip_bad_records, config.condition is not None, options)
 
 
-def _split(examples: list[Encoded], val_size: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+def _split(examples: list[Encoded], given: float | None, seed: int) -> tuple[list[Encoded], list[Encoded]]:
     import torch
 
+    if given is None and len(examples) == 1:
+        log.warning("the only record is trained on: there is no validation")
+        return examples, []
+    val_size = STANDS_FOR["val_size"] if given is None else given
     count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
     if 0 < val_size < 1:
         count = max(count, 1)
