@@ -250,9 +250,8 @@ def test_lists_become_tuples_and_whole_numbers_floats():
     config = TrainConfig(data=["a.json", "b.json"], epochs=3, condition="image", tower_depths=[1, -1])
     assert (config.data, config.tower_depths) == (("a.json", "b.json"), (1, -1))
     assert isinstance(config.epochs, float)
-    assert hash(config) == hash(
-        TrainConfig(data=("a.json", "b.json"), epochs=3.0, condition="image", tower_depths=(1, -1))
-    )
+    same = TrainConfig(data=("a.json", "b.json"), epochs=3.0, condition="image", tower_depths=(1, -1))
+    assert hash(config) == hash(same)
 
 
 def test_rules_between_settings_stand_beside_those_of_one_setting():

@@ -53,14 +53,12 @@ def test_a_run_goes_on_from_an_adapter_with_its_settings(finished, data, tmp_pat
 def test_a_run_that_went_on_from_an_adapter_resumes_without_it(finished, base, data, tmp_path):
     source = shutil.copytree(finished, tmp_path / "source")
     changes = {"init_from": str(source), **OWN, "epochs": 1.0}
-    train(recipe(None, data, tmp_path / "whole", **changes))
     train(recipe(None, data, tmp_path / "cut", **changes, max_steps=2))
     shutil.rmtree(source)
     train(recipe(None, data, tmp_path / "cut", **changes, resume=True))
     assert load_recipe(str(tmp_path / "cut" / "recipe.yaml"), {}).adapter_len == 3
-    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == len(
-        read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    )
+    steps = [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

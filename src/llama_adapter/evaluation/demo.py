@@ -30,14 +30,14 @@ class DemoResult:
         seconds: how long it took.
         before: the bare base's score on all questions.
         after: the adapter's.
-        answers: question, right answer, the base's and the adapter's, for every question, with its family first.
+        answers: for every question its family, the question, the right answer, the base's and the adapter's.
     """
 
     output_dir: Path
     seconds: float
     before: FamilyScore
     after: FamilyScore
-    answers: list[tuple[str, str, str, str, str]]
+    answers: list[tuple[str, ...]]
 
 
 def run_demo(output_dir: str, max_steps: int | None = None) -> DemoResult:
