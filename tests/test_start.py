@@ -238,3 +238,21 @@ def test_a_folder_of_a_package_s_name_is_not_the_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert start.is_installed("torch")
     assert not start.is_installed("wandbx")
+
+
+# what is there already
+
+
+def test_somebody_s_own_recipe_makes_no_folder_a_run(base, data, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lr: 0.5\n")
+    (tmp_path / "last").mkdir()
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(TrainingError, match="holds other files"):
+            train(recipe(base, data, tmp_path, **options))
+    assert (tmp_path / "recipe.yaml").read_text() == "lr: 0.5\n"
+    assert (tmp_path / "last").is_dir()
+
+
+def test_a_name_that_no_file_system_takes_is_one_sentence(base, data, tmp_path):
+    with pytest.raises(AdapterError, match="cannot be written"):
+        train(recipe(base, data, tmp_path / ("a" * 300)))

@@ -64,11 +64,14 @@ class RunFolder:
         Raises:
             TrainingError: the folder holds another run or other files, or none to resume, or is resumed with settings
                 that would change what is learnt.
+            AdapterError: it cannot be looked into.
         """
-        if self.path.exists() and not self.path.is_dir():
+        with writing(self.path):  # a name too long, or a folder that may not be searched
+            is_file = self.path.exists() and not self.path.is_dir()
+            content = list(self.path.iterdir()) if self.path.is_dir() else []
+        if is_file:
             raise TrainingError(f"{self.path} is a file: choose another --output-dir.")
-        content = list(self.path.iterdir()) if self.path.exists() else []
-        if content and not self.recipe.exists():
+        if content and not self.holds_run():
             raise TrainingError(
                 f"{self.path} holds other files ({content[0].name}, ...) and no run: choose another --output-dir."
             )
@@ -83,6 +86,14 @@ class RunFolder:
             )
         if config.resume:
             self._check_same(config)
+
+    def holds_run(self) -> bool:
+        """Whether the recipe there is one that `claim` wrote: somebody's own recipe.yaml makes no folder a run's."""
+        try:
+            lines = self.recipe.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return False
+        return {"resume: false", "overwrite: false"} <= set(lines)
 
     def check_length(self, config: TrainConfig, steps_per_epoch: int) -> None:
         """Check that a resumed run does not become shorter.

@@ -61,7 +61,8 @@ class Quickstart:
         lines = []
         for key, value in self.recipe.items():
             text = yaml.safe_dump({key: value}, allow_unicode=True).strip()
-            lines.append(f"{text}  # {self.reasons[key]}" if key in self.reasons else text)
+            reason = " ".join(self.reasons.get(key, "").split())  # a line break would end the comment
+            lines.append(f"{text}  # {reason}" if reason else text)
         file = Path(path).expanduser()
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,8 @@ def look_at(data: str, model: str = BUNDLED) -> Quickstart:
     if template is not None:
         recipe["template"], reasons["template"] = template, why_template
     recipe["max_length"], reasons["max_length"] = choose_length(lengths, context)
+    if model == BUNDLED:
+        recipe["adapter_layers"], reasons["adapter_layers"] = text_config(base).num_hidden_layers, "all, as its recipe"
     recipe |= choose_sizes(len(examples), model, reasons)
     media = sum(bool(example.media) for example in examples)
     if media:
@@ -148,7 +151,9 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
     sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     steps = steps_per_epoch(train, batch)
     sizes["epochs"] = min(20, max(5, math.ceil(300 / steps)))
-    reasons["epochs"] = "the paper's" if sizes["epochs"] == 5 else f"an epoch has {steps} steps, and 300 are a start"
+    reasons["epochs"] = (
+        "the paper's" if sizes["epochs"] == 5 else f"some 300 steps are a start, and an epoch has {steps}"
+    )
     sizes["lr"] = 0.12 if model == BUNDLED else 2.25e-3
     reasons["lr"] = "the bundled recipe's" if model == BUNDLED else "the paper's peak"
     return sizes
