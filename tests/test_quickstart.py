@@ -11,7 +11,10 @@ from llama_adapter.cli import main
 from llama_adapter.training.config import load_recipe
 from llama_adapter.training.quickstart import choose_length, choose_sizes, look_at, percentile
 
-CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 def records(path, values):

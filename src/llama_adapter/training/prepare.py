@@ -85,6 +85,9 @@ def prepare(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", max_posit
             f"The longest example has {longest} tokens and the base takes {max_positions}: "
             f"pass --max-length {max_positions}, which truncates it."
         )
+    cut = sum(example.truncated for example in (*train, *val))
+    if cut and max_length < config.value("max_length"):
+        log.warning("the base takes %d tokens: %d examples lose what is beyond", max_length, cut)
     raw = all(example.raw for example in loaded.examples)
     if raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)

@@ -151,9 +151,8 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
     sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     steps = steps_per_epoch(train, batch)
     sizes["epochs"] = min(20, max(5, math.ceil(300 / steps)))
-    reasons["epochs"] = (
-        "the paper's" if sizes["epochs"] == 5 else f"some 300 steps are a start, and an epoch has {steps}"
-    )
+    few = f"some 300 steps are a start; an epoch has {steps}"
+    reasons["epochs"] = "the paper's" if sizes["epochs"] == 5 else few
     sizes["lr"] = 0.12 if model == BUNDLED else 2.25e-3
     reasons["lr"] = "the bundled recipe's" if model == BUNDLED else "the paper's peak"
     return sizes
