@@ -22,7 +22,8 @@ from llama_adapter.training.checkpoint import read_metrics
 from llama_adapter.training.config import load_recipe
 
 COMMANDS = [
-    ["demo"], ["quickstart"], ["train"], ["validate"], ["generate"], ["chat"], ["inspect"], ["evaluate", "instructions"],
+    ["demo"], ["quickstart"],
+    ["train"], ["validate"], ["generate"], ["chat"], ["inspect"], ["evaluate", "instructions"],
 ]  # fmt: skip
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 

@@ -282,10 +282,9 @@ def test_other_kinds_train_and_answer(base, tower, pictures, tmp_path, kind):
         data.write_text(json.dumps(records), encoding="utf-8")
     else:
         data = pictures / "data.json"
-    config = recipe(
-        base, data, tmp_path / "run", condition=kind, tower=str(tower), val_size=0, max_steps=2, visual_blocks=1,
-        visual_width=16, visual_heads=2,
-    )  # fmt: skip
+    blocks = {"visual_blocks": 1, "visual_width": 16, "visual_heads": 2} if kind == "visual_prompt" else {}
+    settings = {"condition": kind, "tower": str(tower), "val_size": 0, "max_steps": 2, **blocks}
+    config = recipe(base, data, tmp_path / "run", **settings)
     assert np.isfinite(train(config).train_loss)
     session = load_session(None, {"run": str(tmp_path / "run")}, torch.device("cpu"))
     file = tmp_path / "clip0" if kind == "video" else pictures / "0.png"

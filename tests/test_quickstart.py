@@ -110,6 +110,14 @@ def test_the_command_and_the_recipe_say_the_same_and_are_valid(base, tmp_path, c
     assert by_flags["steps"] == shown["found"]["steps"]
 
 
+def test_a_file_that_is_there_is_not_written_over(base, data, capsys):
+    before = data.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["quickstart", str(data), "--model", str(base), "--output", str(data)])
+    assert "exists: give --output another name" in capsys.readouterr().err
+    assert data.read_bytes() == before
+
+
 def test_no_reason_breaks_out_of_its_comment(base, data, tmp_path):
     result = look_at(str(data), str(base))
     result.reasons["lr"] = "one line\nlr: 5"

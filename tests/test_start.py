@@ -233,6 +233,15 @@ def test_a_tracker_that_is_not_installed_stops_train_and_validate(base, data, tm
     assert start.chosen_trackers(TrainConfig()) == ([] if tracker == "tensorboard" else ["tensorboard"])
 
 
+def test_a_tracker_that_cannot_start_is_one_sentence(base, data, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise ValueError("No login. Run this and that.")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
+    with pytest.raises(TrainingError, match=r"trackers \(tensorboard\) cannot start: No login\. Set them up, or"):
+        train(recipe(base, data, tmp_path / "out", trackers=(), max_steps=1))
+
+
 def test_a_folder_of_a_package_s_name_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "wandbx").mkdir()
     monkeypatch.syspath_prepend(tmp_path)

@@ -188,7 +188,7 @@ VISUAL = {"visual_blocks", "visual_width", "visual_heads"}
 def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     """Settings that somebody gave and that have no effect beside the others, each with the sentence that says so."""
     kind, data = values.get("condition"), values.get("data")
-    given = [name for name, default in DEFAULTS.items() if values.get(name, default) not in (None, default)]
+    given = [name for name, default in DEFAULTS.items() if values.get(name, default) not in (None, default, [])]
     of_condition = {s.name for s in fields(TrainConfig) if s.metadata["group"] == "Condition"} - {"condition"}
     sentences = {}
     for name in given:

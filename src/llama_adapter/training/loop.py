@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.base import first_sentence, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
@@ -354,8 +354,16 @@ class Run:
             self.accelerator.log(values, step=step)
 
     def _start_trackers(self, start: int) -> None:
-        if self.accelerator.log_with:
+        if not self.accelerator.log_with:
+            return
+        try:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
+        except Exception as error:  # each tracker has its own kinds, for no login as for no network
+            names = ", ".join(str(getattr(name, "value", name)) for name in self.accelerator.log_with)
+            raise TrainingError(
+                f"The trackers ({names}) cannot start: {first_sentence(error)} Set them up, or go on with "
+                f"--resume --output-dir {self.folder.path} --trackers none."
+            ) from None
 
     def finish(self) -> TrainResult:
         """Write the pictures and sum the run up."""

@@ -10,6 +10,7 @@ lr          the paper's peak of 2.25e-3, as AdamW's steps are of the rate's size
 """
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from llama_adapter.core.families import max_positions, text_config
 from llama_adapter.data import Encoded, Example, encode_all
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.sources import load_examples
-from llama_adapter.errors import DataError
+from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.files import write_atomically, writing
 from llama_adapter.settings import BUNDLED
 
@@ -56,14 +57,17 @@ class Quickstart:
         """Write the recipe as YAML, a reason behind each setting.
 
         Raises:
+            ConfigError: something is there already.
             AdapterError: the place cannot be written.
         """
+        file = Path(path).expanduser()
+        if os.path.lexists(file):
+            raise ConfigError(f"{path} exists: give --output another name, or remove it.")
         lines = []
         for key, value in self.recipe.items():
             text = yaml.safe_dump({key: value}, allow_unicode=True).strip()
             reason = " ".join(self.reasons.get(key, "").split())  # a line break would end the comment
             lines.append(f"{text}  # {reason}" if reason else text)
-        file = Path(path).expanduser()
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, ("\n".join(lines) + "\n").encode())
