@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: install
-	$(BIN)/python recipes/demo.py
+	$(BIN)/llama-adapter demo
 	$(BIN)/python recipes/pictures/demo.py
 
 evidence: install

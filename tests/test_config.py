@@ -74,7 +74,7 @@ def test_rules_of_train_config(field, value, rule):
 
 
 def test_every_tracker_must_be_known():
-    assert TrainConfig(trackers=("tensorboard", "wandb", "trackio", "none")).trackers[1] == "wandb"
+    assert TrainConfig(trackers=("tensorboard", "wandb", "trackio")).trackers[1] == "wandb"
     with pytest.raises(ConfigError, match=r"trackers\.1 is 'mlflow'; it must be one of tensorboard, wandb, trackio"):
         TrainConfig(trackers=("tensorboard", "mlflow"))
 
@@ -108,7 +108,19 @@ def test_every_allowed_seed_gives_an_order_of_the_data():
     [
         ({"data": ()}, "data names no file: pass --data FILE"),
         ({"output_dir": ""}, "output_dir is empty: pass --output-dir FOLDER"),
-        ({"epochs": 1.0, "warmup_epochs": 1.5}, "warmup_epochs is 1.5, more than the 1.0 epochs of the run"),
+        ({"epochs": 1.0, "warmup_epochs": 1.5}, "warmup_epochs is 1.5, more than the 1.0 epochs of the run: lower it"),
+        ({"min_lr": 0.01}, "min_lr is 0.01, above the peak learning rate 0.00225: lower it, or pass --lr"),
+        ({"val_size": 1.5}, "val_size is 1.5; it must be a fraction below 1 or a whole number of records"),
+        ({"trackers": ("none", "wandb")}, "trackers are none, wandb: pass 'none' or the others"),
+        ({"tower": "bundled"}, "tower has no effect without a condition: pass --condition image, or leave it out"),
+        ({"condition_lr": 0.1}, "condition_lr has no effect without a condition"),
+        ({"feature_cache": "x"}, "feature_cache has no effect without a condition"),
+        ({"condition": "image", "visual_width": 8}, "visual_width has no effect with condition image: leave it out"),
+        (
+            {"condition": "visual_prompt", "condition_width": 8},
+            "condition_width has no effect with condition vis",
+        ),
+        ({"scienceqa_style": "QCM-A"}, "scienceqa_style has no effect without --data scienceqa:FOLDER"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"base_precision": "fp8", "load_in_4bit": True}, "base_precision fp8 and load_in_4bit exclude each other"),
     ],
@@ -155,9 +167,10 @@ def test_bounds_of_generate_config_are_allowed():
 
 def test_the_paper_s_values_are_the_defaults():
     train, generate = TrainConfig(), GenerateConfig()
-    assert (train.adapter_len, train.adapter_layers, train.gate_activation) == (10, None, "tanh")
-    assert (train.epochs, train.warmup_epochs, train.batch_size) == (5, 2, 64)
-    assert (train.base_lr, train.weight_decay, train.max_length) == (9e-3, 0.02, 512)
+    adapter = train.adapter_config()
+    assert (adapter.adapter_len, adapter.adapter_layers, adapter.gate_activation) == (10, None, "tanh")
+    assert (train.epochs, train.value("warmup_epochs"), train.batch_size) == (5, 2, 64)
+    assert (train.base_lr, train.weight_decay, train.value("max_length")) == (9e-3, 0.02, 512)
     assert (generate.temperature, generate.top_p) == (0.1, 0.75)
 
 
@@ -234,10 +247,11 @@ def test_yaml_s_booleans_are_no_numbers_either(field, value):
 
 
 def test_lists_become_tuples_and_whole_numbers_floats():
-    config = TrainConfig(data=["a.json", "b.json"], epochs=3, tower_depths=[1, -1])
+    config = TrainConfig(data=["a.json", "b.json"], epochs=3, condition="image", tower_depths=[1, -1])
     assert (config.data, config.tower_depths) == (("a.json", "b.json"), (1, -1))
     assert isinstance(config.epochs, float)
-    assert hash(config) == hash(TrainConfig(data=("a.json", "b.json"), epochs=3.0, tower_depths=(1, -1)))
+    same = TrainConfig(data=("a.json", "b.json"), epochs=3.0, condition="image", tower_depths=(1, -1))
+    assert hash(config) == hash(same)
 
 
 def test_one_file_needs_no_list():
@@ -247,7 +261,7 @@ def test_one_file_needs_no_list():
 def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = ("model", "output_dir", "tower", "feature_cache")
-    config = TrainConfig(**dict.fromkeys(paths, "~/x"), data=["~/a", "b"], val_data="~/c")
+    config = TrainConfig(condition="image", **dict.fromkeys(paths, "~/x"), data=["~/a", "b"], val_data="~/c")
     assert {getattr(config, name) for name in paths} == {"/home/me/x"}
     assert (config.data, config.val_data) == (("/home/me/a", "b"), ("/home/me/c",))
     with pytest.raises(ConfigError, match=r"output_dir is 'a\\x00b'; it must be a path without the character 0"):
@@ -294,7 +308,7 @@ def test_values_given_as_text_are_read(key, text, value):
 @pytest.mark.parametrize("key", ["data", "val_data", "trackers"])
 def test_a_single_string_is_a_list_of_one(key):
     assert getattr(parse(TrainConfig, {key: "none"}, "flags", text=True), key) == ("none",)
-    assert getattr(parse(TrainConfig, {key: ["none", "wandb"]}, "flags", text=True), key) == ("none", "wandb")
+    assert getattr(parse(TrainConfig, {key: ["trackio", "wandb"]}, "flags", text=True), key) == ("trackio", "wandb")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +464,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "visual_width": ("64", 64),
         "visual_heads": ("4", 4),
         "feature_cache": ("cache", "cache"),
+        "init_from": ("runs/first", "runs/first"),
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),
         "gate_activation": ("identity", "identity"),
@@ -470,7 +485,11 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "save_every": ("6", 6),
         "trackers": ("wandb", ("wandb",)),
     }
-    parser, default = build_parser(), TrainConfig()
+    image, visual = ["--condition", "image"], ["--condition", "visual_prompt"]
+    beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
+    beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
+    beside |= {"visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
+    parser = build_parser()
     for field in dataclasses.fields(TrainConfig):
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
@@ -478,7 +497,9 @@ def test_a_flag_sets_its_field_and_nothing_else():
         else:
             text, value = examples[field.name]
             arguments = [flag, text]
-        got = recipe_from(parser.parse_args(["train", *arguments]))
+        context = beside.get(field.name, [])
+        default = recipe_from(parser.parse_args(["train", *context])) if context else TrainConfig()
+        got = recipe_from(parser.parse_args(["train", *context, *arguments]))
         assert got == dataclasses.replace(default, **{field.name: value}), field.name
         assert got != default, field.name
 
@@ -492,3 +513,56 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
     config = recipe_from(args)
     assert config.skip_bad_records is False
     assert config.data == ("c.json", "d.json")
+
+
+# defaults that give way, and flags that exclude each other
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(0.1, 0.04), (1, 0.4), (2, 0.8), (5, 2), (30, 2)])
+def test_the_default_warm_up_is_two_fifths_of_a_short_run(epochs, warmup):
+    assert load_recipe(None, {"epochs": str(epochs)}).value("warmup_epochs") == pytest.approx(warmup)
+
+
+def test_a_recipe_s_warm_up_gives_way_to_the_epochs_of_a_flag_and_not_to_a_flag(tmp_path):
+    path = write(tmp_path, "epochs: 5\nwarmup_epochs: 2\n")
+    assert load_recipe(path, {"epochs": "1"}).value("warmup_epochs") == pytest.approx(0.4)
+    assert load_recipe(path, {"epochs": "3"}).warmup_epochs == 2
+    with pytest.raises(ConfigError, match=r"warmup_epochs is 2.0, more than the 1.0 epochs"):
+        load_recipe(path, {"epochs": "1", "warmup_epochs": "2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "field", "value"),
+    [
+        ("max_steps: 7", {"epochs": "1"}, "max_steps", None),
+        ("lr: 0.5", {"base_lr": "0.001"}, "lr", None),
+        ("val_data: [a.json]", {"val_size": "3"}, "val_data", ()),
+        ("val_size: 0.1", {"val_data": ["a.json"]}, "val_size", None),
+        ("epochs: 7", {"max_steps": "3"}, "epochs", 7.0),
+    ],
+)
+def test_a_flag_is_not_silenced_by_another_setting_of_the_recipe(tmp_path, text, flags, field, value):
+    assert getattr(load_recipe(write(tmp_path, text), flags), field) == value
+
+
+@pytest.mark.parametrize("flags", [{"lr": "1", "base_lr": "1"}, {"val_data": ["a.json"], "val_size": "3"}])
+def test_flags_that_exclude_each_other_say_so(flags):
+    with pytest.raises(ConfigError, match=f"{' and '.join(flags)} exclude each other: pass one of them"):
+        load_recipe(None, flags)
+
+
+def test_epochs_beside_max_steps_are_said_to_scale_the_warm_up(caplog):
+    load_recipe(None, {"epochs": "1", "max_steps": "2"})
+    assert "max_steps ends the run; epochs only scales its warm-up" in caplog.text
+
+
+def test_a_recipe_that_names_every_setting_at_its_default_can_be_read(tmp_path, caplog):
+    """As runs wrote it before defaults gave way."""
+    path = write(tmp_path, "condition: null\ntower: bundled\ncondition_width: 64\nvisual_blocks: 8\nlr: 0.5\n")
+    assert load_recipe(path, {}) == TrainConfig(lr=0.5)
+    assert load_recipe(path, {"condition": "image"}).tower == "bundled"
+    assert not caplog.text
+    load_recipe(write(tmp_path, "tower: other\n"), {})
+    assert "tower has no effect without a condition" in caplog.text
+    with pytest.raises(ConfigError, match="tower has no effect without a condition"):
+        load_recipe(path, {"tower": "bundled"})

@@ -138,7 +138,7 @@ def test_prompts_of_a_step_are_projected_once_under_a_condition():
 def test_the_condition_learns_at_a_rate_of_its_own():
     adapter = add_adapter(tiny_model(), AdapterConfig(adapter_len=4, adapter_layers=2, condition=CONDITION))
     for own, factor in ((None, 1.0), (0.003, 0.25)):
-        optimizer = build_optimizer(adapter, TrainConfig(lr=0.012, condition_lr=own))
+        optimizer = build_optimizer(adapter, TrainConfig(lr=0.012, condition="image", condition_lr=own))
         found = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
         of_condition = {id(p) for p in adapter.condition.parameters()}
         assert found == {id(p): factor if id(p) in of_condition else 1.0 for p in adapter.parameters()}
@@ -283,10 +283,9 @@ def test_other_kinds_train_and_answer(base, tower, pictures, tmp_path, kind):
         data.write_text(json.dumps(records), encoding="utf-8")
     else:
         data = pictures / "data.json"
-    config = recipe(
-        base, data, tmp_path / "run", condition=kind, tower=str(tower), val_size=0, max_steps=2, visual_blocks=1,
-        visual_width=16, visual_heads=2,
-    )  # fmt: skip
+    blocks = {"visual_blocks": 1, "visual_width": 16, "visual_heads": 2} if kind == "visual_prompt" else {}
+    settings = {"condition": kind, "tower": str(tower), "val_size": 0, "max_steps": 2, **blocks}
+    config = recipe(base, data, tmp_path / "run", **settings)
     assert np.isfinite(train(config).train_loss)
     session = load_session(None, {"run": str(tmp_path / "run")}, torch.device("cpu"))
     file = tmp_path / "clip0" if kind == "video" else pictures / "0.png"

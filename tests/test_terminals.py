@@ -164,7 +164,9 @@ def test_a_tilde_behind_a_flag_is_the_home_folder(streams, adapter, home):
 
 
 def test_a_tilde_in_a_recipe_is_the_home_folder(home):
-    (home / "r.yaml").write_text("output_dir: ~/x\ndata: ~/d.json\nfeature_cache: ~/f\n", encoding="utf-8")
+    (home / "r.yaml").write_text(
+        "output_dir: ~/x\ndata: ~/d.json\ncondition: image\nfeature_cache: ~/f\n", encoding="utf-8"
+    )
     config = config_of("~/r.yaml")
     assert (config.output_dir, config.data, config.feature_cache) == (f"{home}/x", (f"{home}/d.json",), f"{home}/f")
 

@@ -54,5 +54,6 @@ class Interrupted(TrainingError):
 class MissingExtraError(LlamaAdapterError):
     """An optional dependency is not installed."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs '{package}': pip install 'llama-adapter[{extra}]'.")
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
+        what = package if extra is None else f"'llama-adapter[{extra}]'"
+        super().__init__(f"{purpose} needs '{package}', which is not installed: pip install {what}.")

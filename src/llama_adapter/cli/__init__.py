@@ -10,25 +10,32 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 
 from llama_adapter import __version__
-from llama_adapter.cli import chat, evaluate, generate, inspect, train, validate
 from llama_adapter.cli.output import colours, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
+COMMANDS = ("demo", "quickstart", "train", "validate", "generate", "chat", "evaluate", "inspect")
+"""Each is a module of this package."""
 PLACES_THAT_REFUSE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
 }  # fmt: skip
 EPILOG = """\
 start with:
+  llama-adapter demo
+  llama-adapter quickstart mine.jsonl
   llama-adapter train bundled --output-dir runs/first
   llama-adapter generate --adapter runs/first "What is the capital of France?"
 """
 
 
-def build_parser() -> Parser:
-    """The parser of `llama-adapter`; `args.run` is the chosen command."""
+def build_parser(words: Sequence[str] = ()) -> Parser:
+    """The parser of `llama-adapter`; `args.run` is the chosen command.
+
+    Where `words` begin with a command, it knows that one alone: the modules of the others are not even read.
+    """
     parser = Parser(
         prog="llama-adapter",
         description="Fine-tune a frozen language model with zero-init attention (LLaMA-Adapter), and talk to it.",
@@ -36,8 +43,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llama-adapter {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (train, validate, generate, chat, evaluate, inspect):
-        command.add_parser(commands)
+    for name in words[:1] if words and words[0] in COMMANDS else COMMANDS:
+        import_module(f"llama_adapter.cli.{name}").add_parser(commands)
     return parser
 
 
@@ -52,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed is said once, by us
     try:
         try:
-            args = build_parser().parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            args = build_parser(words).parse_args(words)
             args.run(args)
         finally:
             sys.stdout.flush()  # here, where what the reader or the disk says can still be caught

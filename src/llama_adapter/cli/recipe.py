@@ -61,7 +61,7 @@ def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
-    default: Any = field.default
+    default: Any = field.metadata["stands_for"] if field.default is None else field.default
     if typing.get_origin(hint) is tuple:
         shown = " ".join(default)
         options: dict[str, Any] = {"action": "append", "metavar": field.name.upper()}

@@ -12,7 +12,9 @@ from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
 EXAMPLES = """
 llama-adapter train bundled --output-dir runs/first
 llama-adapter train recipes/alpaca-7b.yaml --model ./Llama-2-7b-hf --data alpaca_data.json
-llama-adapter train runs/first/recipe.yaml --resume
+llama-adapter train --output-dir runs/first --resume
+llama-adapter train --output-dir runs/first --resume --epochs 8
+llama-adapter train --init-from runs/first --data more.jsonl --output-dir runs/more
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
 """
 

@@ -35,9 +35,11 @@ from llama_adapter.training.config import TrainConfig, load_recipe
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
-    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache",
+    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache", "epochs", "max_steps",
 }  # fmt: skip
-"""Settings that a resumed run may have otherwise than before: they do not change what is learnt."""
+"""Settings that a resumed run may have otherwise than before: they do not change what is learnt, or, the last two, make
+the run longer (`RunFolder.check_length`). From where it stands a longer run goes on as if it had been so long from its
+start: at the learning rate that this step has in the longer run's warm-up and cosine."""
 
 
 @dataclass
@@ -62,13 +64,16 @@ class RunFolder:
         """Check that a run with these settings may write here; nothing is changed yet.
 
         Raises:
-            TrainingError: the folder holds another run or other files, or is resumed with settings that would
-                change what is learnt.
+            TrainingError: the folder holds another run or other files, or none to resume, or is resumed with settings
+                that would change what is learnt.
+            AdapterError: it cannot be looked into.
         """
-        if self.path.exists() and not self.path.is_dir():
+        with writing(self.path):  # a name too long, or a folder that may not be searched
+            is_file = self.path.exists() and not self.path.is_dir()
+            content = list(self.path.iterdir()) if self.path.is_dir() else []
+        if is_file:
             raise TrainingError(f"{self.path} is a file: choose another --output-dir.")
-        content = list(self.path.iterdir()) if self.path.exists() else []
-        if content and not self.recipe.exists():
+        if content and not self.holds_run():
             raise TrainingError(
                 f"{self.path} holds other files ({content[0].name}, ...) and no run: choose another --output-dir."
             )
@@ -77,8 +82,35 @@ class RunFolder:
                 f"{self.path} already holds a run: pass --resume to go on with it, --overwrite to delete it, "
                 "or another --output-dir."
             )
-        if content and config.resume:
+        if config.resume and not content:
+            raise TrainingError(
+                f"{self.path} holds no run to resume: check --output-dir, or leave --resume out to start one there."
+            )
+        if config.resume:
             self._check_same(config)
+
+    def holds_run(self) -> bool:
+        """Whether the recipe there is one that `claim` wrote: somebody's own recipe.yaml makes no folder a run's."""
+        try:
+            lines = self.recipe.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return False
+        return {"resume: false", "overwrite: false"} <= set(lines)
+
+    def check_length(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        """Check that a resumed run does not become shorter.
+
+        Raises:
+            TrainingError: it does.
+        """
+        if not config.resume:
+            return
+        before = load_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        if config.total_steps(steps_per_epoch) < before:
+            raise TrainingError(
+                f"The run in {self.path} has {before} steps and cannot be resumed with "
+                f"{config.total_steps(steps_per_epoch)}: it may become longer, not shorter."
+            )
 
     def claim(self, config: TrainConfig) -> None:
         """Begin: with `overwrite` clear the old run away, and write the recipe.
@@ -106,9 +138,11 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> None:
         before = load_recipe(str(self.recipe), {})
         changed = [
-            f"{f.name} {getattr(config, f.name)!r} (was {getattr(before, f.name)!r})"
+            f"{f.name} {config.value(f.name)!r} (was {before.value(f.name)!r})"
             for f in dataclasses.fields(config)
-            if f.name not in MAY_CHANGE and getattr(config, f.name) != getattr(before, f.name)
+            if f.name not in MAY_CHANGE
+            and getattr(config, f.name) != getattr(before, f.name)  # a default and what it stands for are the same
+            and config.value(f.name) != before.value(f.name)
         ]
         if changed:
             raise TrainingError(

@@ -1,8 +1,13 @@
-"""`TrainConfig`, a training recipe: each field is a key of the YAML file and a flag of `llama-adapter train`."""
+"""`TrainConfig`, a training recipe: each field is a key of the YAML file and a flag of `llama-adapter train`.
 
+A default that may have to give way, to the data, the base, the adapter that a run goes on from or another setting, is
+None and stands for the value that the help shows: only so can it be told from the same value when somebody typed it.
+"""
+
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,13 +18,15 @@ from llama_adapter.core.config import AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import BUNDLED, Count, NotNegative, Place, Positive, Precision, Seed, Sound, check, parse
 
+log = logging.getLogger(__name__)
+
 BasePrecision = Literal["auto", "fp8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
-def setting(default: Any, text: str, group: str) -> Any:
-    """A `TrainConfig` field: its default, and the help text and heading under which the command line shows it."""
-    return field(default=default, metadata={"help": text, "group": group})
+def setting(default: Any, text: str, group: str, stands_for: Any = None) -> Any:
+    """A `TrainConfig` field: its default, the help text and heading of its flag, and what a default None stands for."""
+    return field(default=default, metadata={"help": text, "group": group, "stands_for": stands_for})
 
 
 @dataclass(frozen=True)
@@ -30,51 +37,63 @@ class TrainConfig:
         ConfigError: values break their rules; every one of them is named.
     """
 
-    model: Place = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
+    model: Place | None = setting(
+        None, "Base model: a folder, a hub name, or 'bundled'.", "Model and data", stands_for=BUNDLED
+    )
     data: tuple[Place, ...] = setting(
         ("bundled",),
         "Training data: files, folders, hub names, scienceqa:FOLDER, coco:FILE, '-' or 'bundled'; one or more.",
         "Model and data",
     )
     val_data: tuple[Place, ...] = setting((), "Validation data; else a part of --data is held out.", "Model and data")
-    val_size: NotNegative = setting(
-        0.02, "Validation part of --data: a fraction below 1, or a number of records.", "Model and data"
-    )
+    val_size: NotNegative | None = setting(
+        None, "Validation part of --data: a fraction below 1, or a number of records.", "Model and data",
+        stands_for=0.02,
+    )  # fmt: skip
     output_dir: Place = setting("runs/adapter", "Folder for adapter, checkpoints, metrics, plots.", "Model and data")
-    template: Template = setting("alpaca", "Prompt format; 'chat' is the tokenizer's own.", "Model and data")
+    template: Template | None = setting(
+        None, "Prompt format; 'chat' is the tokenizer's own.", "Model and data", stands_for="alpaca"
+    )
     scienceqa_style: str = setting(
         "paper", "How ScienceQA is written: paper, words, or QCM-A and its kin.", "Model and data"
     )
-    max_length: Annotated[int, Ge(8)] = setting(
-        512, "Longest example in tokens; longer ones are truncated.", "Model and data"
-    )
+    max_length: Annotated[int, Ge(8)] | None = setting(
+        None, "Longest example in tokens, at most the base's context; longer ones are truncated.", "Model and data",
+        stands_for=512,
+    )  # fmt: skip
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
-    adapter_len: Count = setting(10, "K, prompt vectors per adapted layer.", "Adapter")
+    init_from: Place | None = setting(
+        None, "Go on from the weights and settings of this adapter's folder or finished run.", "Adapter"
+    )
+    adapter_len: Count | None = setting(None, "K, prompt vectors per adapted layer.", "Adapter", stands_for=10)
     adapter_layers: Count | None = setting(None, "L, top layers adapted (default: all but the lowest two).", "Adapter")
-    gate_activation: GateActivation = setting("tanh", "Applied to the gates.", "Adapter")
+    gate_activation: GateActivation | None = setting(None, "Applied to the gates.", "Adapter", stands_for="tanh")
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
-    tower: Place = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
+    tower: Place | None = setting(
+        None, "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition", stands_for=BUNDLED
+    )
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
     condition_lr: Positive | None = setting(
         None, "Peak learning rate of the condition (default: as prompts).", "Condition"
     )
-    condition_width: Count = setting(64, "Width of the bottleneck.", "Condition")
-    condition_activation: Activation = setting("gelu", "Of the bottleneck.", "Condition")
-    absent: Absent = setting("zero", "Condition of an example without a picture.", "Condition")
-    visual_blocks: Count = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
-    visual_width: Count = setting(768, "Their width.", "Condition")
-    visual_heads: Count = setting(16, "Their heads.", "Condition")
+    condition_width: Count | None = setting(None, "Width of the bottleneck.", "Condition", stands_for=64)
+    condition_activation: Activation | None = setting(None, "Of the bottleneck.", "Condition", stands_for="gelu")
+    absent: Absent | None = setting(None, "Condition of an example without a picture.", "Condition", stands_for="zero")
+    visual_blocks: Count | None = setting(None, "Self-attention blocks of a visual prompt.", "Condition", stands_for=8)
+    visual_width: Count | None = setting(None, "Their width.", "Condition", stands_for=768)
+    visual_heads: Count | None = setting(None, "Their heads.", "Condition", stands_for=16)
     feature_cache: Place | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
     max_steps: Count | None = setting(None, "Stop after this many optimiser steps instead.", "Optimisation")
-    warmup_epochs: NotNegative = setting(
-        2.0, "Linear warm-up, in epochs; under --max-steps the same share of the run.", "Optimisation"
-    )
+    warmup_epochs: NotNegative | None = setting(
+        None, "Linear warm-up, in epochs, two fifths of a run below 5; under --max-steps the same share of the run.",
+        "Optimisation", stands_for=2.0,
+    )  # fmt: skip
     batch_size: Count = setting(64, "Examples per optimiser step, over all processes.", "Optimisation")
     micro_batch_size: Count = setting(8, "Examples per forward on one process.", "Optimisation")
     base_lr: Positive = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
@@ -100,9 +119,11 @@ class TrainConfig:
     eval_every: Count | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
     save_every: Count = setting(100, "Steps between checkpoints.", "Running")
     trackers: tuple[Tracker, ...] = setting(
-        ("tensorboard",), "Also log to: tensorboard, wandb, trackio. Repeatable; 'none' for none.", "Running"
+        (), "Also log to: tensorboard (the default), wandb, trackio. Repeatable; 'none' for none.", "Running"
     )
-    resume: bool = setting(False, "Continue the run in --output-dir.", "Running")
+    resume: bool = setting(
+        False, "Continue the run in --output-dir; with more --epochs or --max-steps also a finished one.", "Running"
+    )
     overwrite: bool = setting(False, "Delete the run in --output-dir first.", "Running")
 
     def __post_init__(self) -> None:
@@ -113,12 +134,30 @@ class TrainConfig:
             yield "data names no file: pass --data FILE"
         if sound("output_dir") and not self.output_dir:
             yield "output_dir is empty: pass --output-dir FOLDER"
-        if sound("warmup_epochs", "epochs") and self.warmup_epochs > self.epochs:
-            yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
+        if sound("val_size") and self.val_size is not None and self.val_size > 1 and self.val_size % 1:
+            yield f"val_size is {self.val_size}; it must be a fraction below 1 or a whole number of records"
+        if sound("warmup_epochs", "epochs") and self.value("warmup_epochs") > self.epochs:
+            yield (
+                f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run: "
+                "lower it, or leave it out"
+            )
+        if sound("min_lr", "lr", "base_lr", "batch_size") and self.min_lr > self.peak_lr:
+            yield f"min_lr is {self.min_lr}, above the peak learning rate {self.peak_lr:g}: lower it, or pass --lr"
+        if sound("trackers") and "none" in self.trackers and len(set(self.trackers)) > 1:
+            yield f"trackers are {', '.join(self.trackers)}: pass 'none' or the others"
+        if sound("condition", "data"):
+            yield from idle_settings(vars(self)).values()
         if self.base_precision == "fp8" and self.load_in_4bit is True:
             yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
         if self.resume is True and self.overwrite is True:
             yield "resume and overwrite exclude each other: pass one of them"
+
+    def value(self, name: str) -> Any:
+        """The setting of this name, or what it stands for where it is a default None."""
+        given = getattr(self, name)
+        if given is None and name == "warmup_epochs":
+            return min(STANDS_FOR[name], 0.4 * self.epochs)  # the paper's share, 2 of 5 epochs
+        return STANDS_FOR[name] if given is None else given
 
     @property
     def peak_lr(self) -> float:
@@ -132,37 +171,99 @@ class TrainConfig:
     def adapter_config(self) -> AdapterConfig:
         """The adapter that this recipe trains."""
         return AdapterConfig(
-            adapter_len=self.adapter_len,
+            adapter_len=self.value("adapter_len"),
             adapter_layers=self.adapter_layers,
-            gate_activation=self.gate_activation,
-            template=self.template,
-            base_model_name_or_path=self.model,
+            gate_activation=self.value("gate_activation"),
+            template=self.value("template"),
+            base_model_name_or_path=self.value("model"),
         )
+
+
+DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
+STANDS_FOR = {setting.name: setting.metadata["stands_for"] for setting in fields(TrainConfig)}
+BOTTLENECK = {"condition_width", "condition_activation"}
+VISUAL = {"visual_blocks", "visual_width", "visual_heads"}
+
+
+def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that somebody gave and that have no effect beside the others, each with the sentence that says so."""
+    kind, data = values.get("condition"), values.get("data")
+    given = [name for name, default in DEFAULTS.items() if values.get(name, default) not in (None, default, [])]
+    of_condition = {s.name for s in fields(TrainConfig) if s.metadata["group"] == "Condition"} - {"condition"}
+    sentences = {}
+    for name in given:
+        if kind is None and name in of_condition and not values.get("init_from"):
+            sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
+        elif kind is not None and name in (BOTTLENECK if kind == "visual_prompt" else VISUAL):
+            sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
+        elif name == "scienceqa_style" and isinstance(data, str | list | tuple) and "scienceqa:" not in str(data):
+            sentences[name] = f"{name} has no effect without --data scienceqa:FOLDER: leave it out"
+    return sentences
+
+
+EITHER_OR = (("lr", "base_lr"), ("val_data", "val_size"))
+"""Settings of which one takes the place of the other."""
+REPLACED_BY = {"lr": "base_lr", "max_steps": "epochs", "val_data": "val_size", "val_size": "val_data"}
+"""A recipe's setting that would silence the flag behind it, and so gives way to that."""
 
 
 def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """A YAML recipe with flags on top of it.
 
     Args:
-        path: the recipe's file, 'bundled' for the one that fits the bundled base, or None for the defaults alone.
+        path: the recipe's file, 'bundled' for the one that fits the bundled base, or None for the defaults alone; with
+            `resume` among the flags None is the recipe of the run in `output_dir`, where there is one.
         overrides: values that replace the recipe's.
 
     Raises:
-        ConfigError: the file is missing or is no YAML mapping, or a value breaks its rule.
+        ConfigError: the file is missing or is no YAML mapping, two flags exclude each other, or a value breaks its
+            rule.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        import yaml
+    for one, other in EITHER_OR:
+        if one in overrides and other in overrides:
+            raise ConfigError(f"flags: {one} and {other} exclude each other: pass one of them")
+    if "epochs" in overrides and "max_steps" in overrides:
+        log.warning("max_steps ends the run; epochs only scales its warm-up")
+    file, started = path, {}
+    if path is None and overrides.get("resume") in (True, "true"):
+        folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
+        if (Path(folder).expanduser() / "recipe.yaml").is_file():
+            file, started = str(Path(folder).expanduser() / "recipe.yaml"), {"output_dir": folder}
+    values = {} if file is None else {**_read(file), **started}
+    for name, flag in REPLACED_BY.items():
+        if flag in overrides and name not in overrides:
+            values.pop(name, None)
+    _shorten_warmup(values, overrides)
+    for name, sentence in idle_settings({**values, **overrides}).items():
+        # a finished run's recipe may name every setting, also at its default
+        if name not in overrides and values.pop(name) != STANDS_FOR[name]:
+            log.warning("%s: %s", file, sentence)
+    return parse(TrainConfig, {**values, **overrides}, "flags" if file is None else file, text=True)
 
-        file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path).expanduser()
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file.") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
-        if not isinstance(loaded, dict | None):
-            raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
-        values = loaded or {}
-    return parse(TrainConfig, {**values, **overrides}, "flags" if path is None else str(path), text=True)
+
+def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """A recipe's warm-up that is longer than the epochs of a flag gives way to the default."""
+    if "epochs" not in overrides or "warmup_epochs" in overrides or values.get("warmup_epochs") is None:
+        return
+    try:
+        too_long = float(values["warmup_epochs"]) > float(overrides["epochs"])
+    except (TypeError, ValueError, OverflowError):  # `parse` says what is wrong
+        return
+    if too_long:
+        log.warning("the recipe's warm-up of %s epochs gives way to two fifths of the run", values.pop("warmup_epochs"))
+
+
+def _read(path: str) -> dict[str, Any]:
+    import yaml
+
+    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path).expanduser()
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(loaded, dict | None):
+        raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
+    return loaded or {}

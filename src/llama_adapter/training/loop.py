@@ -8,13 +8,11 @@ accumulation and processes change nothing but rounding. Gradients are 1.2M numbe
 import logging
 import math
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -23,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.base import first_sentence, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
@@ -44,13 +42,23 @@ from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.plots import plot_gates, plot_loss
 from llama_adapter.training.prepare import Prepared, prepare
+from llama_adapter.training.start import (
+    adapter_of,
+    check_extras,
+    check_start,
+    check_written_alike,
+    chosen_trackers,
+    settle,
+)
+from llama_adapter.training.stop import stop_signals
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `base_val_loss` is the validation loss before the first step: the bare base's."""
+    """How a run ended. `base_val_loss` is the validation loss before the first step: the bare base's, or that of the
+    adapter in `init_from`."""
 
     output_dir: Path
     steps: int
@@ -68,7 +76,10 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    base = load_config(config.model)
+    config, start = settle(config)
+    check_extras(config)
+    base = load_config(config.value("model"))
+    check_start(start, config, base)
     resolve_layers(config.adapter_config(), base)
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
@@ -77,13 +88,16 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         folder.check(config)
     (now,) = broadcast_object_list([folder.now(config)])
-    data = prepare(config, load_tokenizer(config.model), Limits.of(base), now)
+    data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
+    check_written_alike(start, data.raw)
+    if accelerator.is_main_process:
+        folder.check_length(config, steps_per_epoch(len(data.train), config.batch_size))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)
     perception = None if condition is None else look(condition, config, data, accelerator)
 
-    model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
+    model = load_base(config.value("model"), accelerator.device, config.precision, config.load_in_4bit)
     if config.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
     if config.gradient_checkpointing:
@@ -91,8 +105,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.compile:
         compile_layers(model)
     torch.manual_seed(config.seed)
-    adapter_config = replace(config.adapter_config(), condition=condition)
-    adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
+    adapter_config = adapter_of(config, start, condition, data.raw)
+    adapter = add_adapter(model, adapter_config, state_dict=None if start is None else start.tensors)
     optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
         folder.claim(config)
@@ -122,14 +136,14 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
         )
     return condition_config(
         config.condition,
-        config.tower,
+        config.value("tower"),
         config.tower_depths,
-        width=config.condition_width,
-        activation=config.condition_activation,
-        absent=config.absent,
-        blocks=config.visual_blocks,
-        block_width=config.visual_width,
-        block_heads=config.visual_heads,
+        width=config.value("condition_width"),
+        activation=config.value("condition_activation"),
+        absent=config.value("absent"),
+        blocks=config.value("visual_blocks"),
+        block_width=config.value("visual_width"),
+        block_heads=config.value("visual_heads"),
     )
 
 
@@ -153,7 +167,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
     """
-    trackers = [name for name in config.trackers if name != "none"]
+    trackers = chosen_trackers(config)
     try:
         accelerator = Accelerator(
             # accelerate takes processes on the CPU for strangers to each other unless it is told
@@ -227,6 +241,8 @@ class Run:
             f"{self.adapter.num_parameters:,}", self.total, config.batch_size, config.peak_lr,
             self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
         )  # fmt: skip
+        if start >= self.total:
+            log.info("nothing was left to do: the run has all its steps; more --epochs or --max-steps would go on")
         bar = progress_bar(self.total, "step", initial=start, disable=not self.is_main)
         with stop_signals() as stop, bar:
             if start == 0:
@@ -339,8 +355,16 @@ class Run:
             self.accelerator.log(values, step=step)
 
     def _start_trackers(self, start: int) -> None:
-        if self.accelerator.log_with:
+        if not self.accelerator.log_with:
+            return
+        try:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
+        except Exception as error:  # each tracker has its own kinds, for no login as for no network
+            names = ", ".join(str(getattr(name, "value", name)) for name in self.accelerator.log_with)
+            raise TrainingError(
+                f"The trackers ({names}) cannot start: {first_sentence(error)} Set them up, or go on with "
+                f"--resume --output-dir {self.folder.path} --trackers none."
+            ) from None
 
     def finish(self) -> TrainResult:
         """Write the pictures and sum the run up."""
@@ -362,32 +386,3 @@ class Run:
             best_val_loss=min(val_losses, default=None),
             best_step=self.progress.best_step,
         )
-
-
-@dataclass
-class Stop:
-    """Whether somebody asked the run to stop."""
-
-    requested: bool = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Within the block Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C stops at once."""
-    stop = Stop()
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

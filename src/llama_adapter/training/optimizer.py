@@ -24,7 +24,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     The warm-up takes the share warmup_epochs / epochs of the run (2 of 5 epochs in the paper's recipe). The cosine is
     at `min_lr` one step after the end: every step trains, the last one and an only one too.
     """
-    warmup = total * config.warmup_epochs / config.epochs
+    warmup = total * config.value("warmup_epochs") / config.epochs
     if step + 1 < warmup:
         return config.peak_lr * (step + 1) / warmup
     done = (step + 1 - warmup) / (total + 1 - warmup)

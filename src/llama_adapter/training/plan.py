@@ -10,9 +10,11 @@ from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.limits import Limits
 from llama_adapter.formats.native import tensor_shapes
+from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import condition_of
 from llama_adapter.training.prepare import prepare
+from llama_adapter.training.start import adapter_of, check_extras, check_start, check_written_alike, settle
 
 
 def plan_run(config: TrainConfig) -> dict[str, Any]:
@@ -21,15 +23,24 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         LlamaAdapterError: whatever `train` would stop at before it loads the base.
     """
-    base = load_config(config.model)
+    config, start = settle(config)
+    check_extras(config)
+    model = config.value("model")
+    base = load_config(model)
+    check_start(start, config, base)
     layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
-    data = prepare(config, load_tokenizer(config.model), Limits.of(base))
+    folder = RunFolder(config.output_dir)
+    if config.resume:
+        folder.check(config)
+    data = prepare(config, load_tokenizer(model), Limits.of(base))
+    check_written_alike(start, data.raw)
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
-    condition = condition_of(config, data)
-    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition)
+    folder.check_length(config, per_epoch)
+    adapter = adapter_of(config, start, condition_of(config, data), data.raw)
+    adapter = replace(adapter, adapter_layers=layers, base_shape=shape)
     parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
     return {
-        "model": config.model,
+        "model": model,
         "family": shape["model_type"],
         **data.report(),
         "steps_per_epoch": per_epoch,

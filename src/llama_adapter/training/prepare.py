@@ -14,11 +14,10 @@ from llama_adapter.data.examples import Media
 from llama_adapter.data.limits import Limits
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
 from llama_adapter.errors import ConfigError
-from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.config import STANDS_FOR, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +82,12 @@ def prepare(
         ConfigError: an example is longer than the base takes, or validation would leave nothing to train on.
     """
     now = now or datetime.now()
+    max_length = _max_length(config, limits)
     skipped: list[str] = []
-    loaded, train = _encoded(config, config.data, tokenizer, now, skipped)
+    loaded, train = _encoded(config, config.data, max_length, tokenizer, now, skipped)
     notes = loaded.notes
     if config.val_data:
-        held_out, val = _encoded(config, config.val_data, tokenizer, now, skipped)
+        held_out, val = _encoded(config, config.val_data, max_length, tokenizer, now, skipped)
         notes += [f"validation: {note}" for note in held_out.notes]
     else:
         train, val = _split(train, config.val_size, config.seed)
@@ -100,29 +100,51 @@ def prepare(
         now=now,
         notes=notes,
     )
-    report = result.report()
+    _check(result, config, max_length, limits, tokenizer)
+    log_findings(skipped, notes)
+    return result
+
+
+def _check(
+    data: Prepared, config: TrainConfig, max_length: int, limits: Limits | None, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Raise for what the base cannot take; say what is lost or has no effect."""
+    report = data.report()
     if limits is not None:
         if limits.positions is not None and report["longest_tokens"] > limits.positions:
             raise ConfigError(
                 f"The longest example has {report['longest_tokens']} tokens and the base takes {limits.positions}: "
                 f"pass --max-length {limits.positions}, which truncates it."
             )
-        limits.check_ids((text.input_ids for text in (*result.train, *result.val)), tokenizer)
+        limits.check_ids((text.input_ids for text in (*data.train, *data.val)), tokenizer)
+        if report["truncated_examples"] and max_length < config.value("max_length"):
+            log.warning(
+                "the base takes %d tokens: %d examples lose what is beyond", max_length, report["truncated_examples"]
+            )
         if warning := limits.warning(tokenizer):
             log.warning(warning)
     if merged := report["merged_examples"]:
         log.warning(
             "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
             "can: begin answers without a blank, or pass another --template",
-            merged, len(result.train) + len(result.val),
+            merged, len(data.train) + len(data.val),
         )  # fmt: skip
-    log_findings(skipped, notes)
-    return result
+    if data.raw and config.template is not None:
+        log.warning("prompt-completion records take no template: %s has no effect", config.template)
+
+
+def _max_length(config: TrainConfig, limits: Limits | None) -> int:
+    """In tokens; a default that nobody typed is not above the base's context."""
+    length: int = config.value("max_length")
+    if config.max_length is None and limits is not None and limits.positions is not None:
+        return min(length, limits.positions)
+    return length
 
 
 def _encoded(
     config: TrainConfig,
     sources: Sequence[str],
+    max_length: int,
     tokenizer: "PreTrainedTokenizerBase",
     now: datetime,
     skipped: list[str],
@@ -132,17 +154,21 @@ def _encoded(
     kinds = () if config.condition is None else (config.condition,)
     loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
-    records = encode_records(loaded.examples, config.template, tokenizer, config.max_length, now, rejected)
+    records = encode_records(loaded.examples, config.value("template"), tokenizer, max_length, now, rejected)
     check_some_left(records, loaded.skipped)
     skipped += loaded.skipped
     return loaded, records
 
 
 def _split(
-    examples: list[list[Encoded]], val_size: float, seed: int
+    examples: list[list[Encoded]], given: float | None, seed: int
 ) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
     import torch
 
+    if given is None and len(examples) == 1:
+        log.warning("the only record is trained on: there is no validation")
+        return examples, []
+    val_size = STANDS_FOR["val_size"] if given is None else given
     count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
     if 0 < val_size < 1:
         count = max(count, 1)
