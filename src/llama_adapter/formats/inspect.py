@@ -54,6 +54,6 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
     for key, tensor in tensors.items():
         kind, last = key.partition(".")[0], key.rpartition(".")[2]
-        kind = {"layers": f"{last}s", "linears": last}.get(kind, kind)
+        kind = {"layers": f"{last}s", "linears": {"scale": "scales"}.get(last, "biases")}.get(kind, kind)
         found[kind] = found.get(kind, 0) + tensor.numel()
     return found

@@ -284,30 +284,24 @@ def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str,
     Raises:
         ConfigError: none at all for something that the configuration asks for.
     """
-    names = {
-        "scale": config.linear_scale,
-        "bias": config.linear_bias,
-        "A": config.lora_targets,
-        "B": config.lora_targets,
-    }
-    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some} | (
-        {"norms"} if config.norms else set()
-    )
+    names = {"scale": config.linear_scale, "bias": config.linear_bias}
+    names |= dict.fromkeys("AB", config.lora_targets)
+    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some}
+    missing |= {"norms"} if config.norms else set()
     wanted: dict[str, tuple[int, ...]] = {}
     for key, tensor in found.items():
-        kind, _, path = key.partition(".")
-        path, _, parameter = path.rpartition(".")
-        name, shape = path.rpartition(".")[2], tuple(tensor.get_shape())
+        kind, parameter, shape = key.partition(".")[0], key.rpartition(".")[2], tuple(tensor.get_shape())
+        name = key.split(".")[-2] if key.count(".") > 1 else ""
         if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
             missing.discard("norms")
             wanted[key] = shape
-        elif kind == {"A": "lora", "B": "lora"}.get(parameter, "linears") and name in names.get(parameter, ()):
+        elif kind == "linears" and parameter in ("scale", "bias") and name in names[parameter] and len(shape) == 1:
             missing.discard(f"{parameter} of {name}")
-            wanted[key] = shape[:1]
-            if kind == "lora":
-                size = shape[-1] if parameter == "A" else shape[0]
-                wanted[key] = (config.lora_rank, size) if parameter == "A" else (size, config.lora_rank)
-                wanted.setdefault(key[:-1] + ("B" if parameter == "A" else "A"), ())
+            wanted[key] = shape
+        elif kind == "lora" and parameter in ("A", "B") and name in config.lora_targets and len(shape) == 2:
+            missing.discard(f"{parameter} of {name}")
+            wanted[key] = (config.lora_rank, shape[1]) if parameter == "A" else (shape[0], config.lora_rank)
+            wanted.setdefault(key[:-1] + "AB".replace(parameter, ""), ())  # both, or a key that is not there
     if missing:
         raise ConfigError(f"there is no tensor for {', '.join(sorted(missing)[:3])}")
     return wanted
