@@ -16,7 +16,6 @@ from llama_adapter.core.config import V2_FIELDS
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.formats.inspect import describe_adapter
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
-from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Row
 from llama_adapter.inference.session import load_session
 from llama_adapter.training.checkpoint import RunFolder
@@ -196,7 +195,6 @@ def test_a_run_trains_resumes_and_answers(config, base, data, tmp_path):
     expected = model.generate(ids, adapter_names="v2", max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     rows = [Row(ids[0].tolist(), name, max_new_tokens=4) for name in ("v2", None)]
     assert session.engine.generate(rows)[0] == expected.tolist()
-    assert len(session.answer(["Repeat 1", "Repeat 2"], ["v2", None], GenerateConfig(max_new_tokens=2))) == 2
 
 
 def test_a_recipe_says_the_same_in_yaml(base, tmp_path):
