@@ -29,7 +29,12 @@ def write(tmp_path, text):
     [
         ("adapter_len", 0, "adapter_len is 0; it must be at least 1"),
         ("adapter_len", -3, "adapter_len is -3; it must be at least 1"),
-        ("adapter_layers", 0, "adapter_layers is 0; it must be at least 1"),
+        ("adapter_layers", -1, "adapter_layers is -1; it must be at least 0"),
+        (
+            "adapter_layers",
+            0,
+            "adapter_layers is 0; it must be at least 1 without norms, linear_scale, linear_bias and lora_rank",
+        ),
         ("gate_activation", "relu", "gate_activation is 'relu'; it must be one of tanh, identity"),
         ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat, raw"),
     ],
@@ -439,6 +444,11 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),
         "gate_activation": ("identity", "identity"),
+        "linear_scale": ("q_proj", ("q_proj",)),
+        "linear_bias": ("o_proj", ("o_proj",)),
+        "lora_rank": ("4", 4),
+        "lora_alpha": ("8", 8.0),
+        "lora_targets": ("up_proj", ("up_proj",)),
         "epochs": ("9", 9.0),
         "max_steps": ("11", 11),
         "warmup_epochs": ("0.25", 0.25),
@@ -456,15 +466,20 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "save_every": ("6", 6),
         "trackers": ("wandb", ("wandb",)),
     }
-    parser, default = build_parser(), TrainConfig()
+    parser = build_parser()
     for field in dataclasses.fields(TrainConfig):
+        lora = {"lora_rank": 1, "lora_targets": ("v_proj",)} if field.name.startswith("lora_") else {}
+        beside = ["--lora-rank", "1", "--lora-targets", "v_proj"] if lora else []
+        default = TrainConfig(**lora)
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
             arguments, value = [f"--no{flag[1:]}" if field.default else flag], not field.default
         else:
             text, value = examples[field.name]
             arguments = [flag, text]
-        got = recipe_from(parser.parse_args(["train", *arguments]))
+        if flag in beside:
+            del beside[beside.index(flag) : beside.index(flag) + 2]
+        got = recipe_from(parser.parse_args(["train", *beside, *arguments]))
         assert got == dataclasses.replace(default, **{field.name: value}), field.name
         assert got != default, field.name
 

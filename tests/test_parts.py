@@ -519,6 +519,26 @@ def test_a_lora_of_peft_lives_beside_ours():
     torch.testing.assert_close(of(after, "v2"), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_offloaded_base_lends_its_norms(kind, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    names = ("c_attn",) if kind == "gpt2" else SEVEN
+    parts = {"norms": True, "linear_scale": names, "linear_bias": names, "lora_rank": 2, "lora_targets": names}
+    plain = tiny_model(kind)
+    add(plain, "v2", **parts)
+    for offload in (cpu_offload, lambda model, device: disk_offload(model, tmp_path, device)):
+        model = tiny_model(kind)
+        offload(model, torch.device("cpu"))
+        adapter = add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2, **parts), "v2")
+        fresh = {key: tensor.clone() for key, tensor in adapter.state_dict().items() if key.startswith("norms.")}
+        assert all(
+            torch.equal(tensor, torch.full_like(tensor, not key.endswith("bias"))) for key, tensor in fresh.items()
+        )
+        adapter.load_state_dict(get_adapter(plain, "v2").state_dict())
+        torch.testing.assert_close(of(model, "v2"), of(plain, "v2"))
+
+
 # --- merging
 
 

@@ -140,7 +140,7 @@ def test_edited_configurations_are_refused(saved, values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"adapter_layers": 0}, "nothing else to train"),
+        ({"adapter_layers": 0}, "at least 1 without norms"),
         ({"lora_rank": 4}, "belong together"),
         ({"lora_alpha": 4.0}, "without lora_rank"),
     ],

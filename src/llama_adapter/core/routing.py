@@ -37,7 +37,7 @@ class Adapter:
     config: Any
     layers: Mapping[int, ZeroInitAdapter]
     condition: nn.Module | None = None
-    modules: Mapping[str, Any] = field(default_factory=dict)
+    modules: Mapping[str, Any] = field(default_factory=dict, repr=False)
     homes: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     removed: bool = False
 

@@ -37,8 +37,10 @@ class OwnNorm(Part):
 
     def __init__(self, home: nn.Module) -> None:
         super().__init__()
+        offloaded = getattr(getattr(home, "_hf_hook", None), "weights_map", None) or {}  # accelerate's, of what is away
         for name, parameter in home.named_parameters(recurse=False):
-            self.register_parameter(name, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
+            weight = offloaded[name] if parameter.is_meta and name in offloaded else parameter.detach()
+            self.register_parameter(name, nn.Parameter(weight.to(torch.float32, copy=True)))
 
 
 class ScaleBias(Part):
@@ -88,7 +90,7 @@ def with_low_rank(y: Tensor, x: Tensor, parts: Sequence[LowRank | None], rows: T
         return y
     if rows is None:
         a, b = (matrix.to(x.device, x.dtype) for matrix in (present[0].A, present[0].B * present[0].factor))
-        return y + linear(linear(x, a), b).to(y.dtype)
+        return y + linear(linear(x, a), b).to(y)
     longest = max(len(part.A) for part in present)
     none_a, none_b = (
         present[0].A.new_zeros(longest, present[0].A.shape[1]),
@@ -99,7 +101,7 @@ def with_low_rank(y: Tensor, x: Tensor, parts: Sequence[LowRank | None], rows: T
     rows = rows.to(x.device)
     a, b = (every.to(x.device, x.dtype)[rows] for every in (every_a, every_b))  # [B, r, in], [B, out, r]
     by_row = x.reshape(len(rows), -1, x.shape[-1])
-    return y + (by_row @ a.mT @ b.mT).reshape(y.shape).to(y.dtype)
+    return y + (by_row @ a.mT @ b.mT).reshape(y.shape).to(y)
 
 
 def normed(home: nn.Module, x: Tensor, y: Tensor, parts: Sequence[OwnNorm | None], rows: Tensor | None) -> Tensor:
@@ -108,9 +110,9 @@ def normed(home: nn.Module, x: Tensor, y: Tensor, parts: Sequence[OwnNorm | None
         if part is None:
             continue
         if rows is None:
-            return _with_weights(home, x, part).to(y.dtype)
+            return _with_weights(home, x, part).to(y)
         chosen = (spread(rows, x) == number).nonzero()[:, 0]
-        y = y.index_copy(0, chosen, _with_weights(home, x[chosen], part).to(y.dtype))
+        y = y.index_copy(0, chosen.to(y.device), _with_weights(home, x[chosen], part).to(y))
     return y
 
 
