@@ -33,7 +33,7 @@ def write(tmp_path, text):
         (
             "adapter_layers",
             0,
-            "adapter_layers is 0; it must be at least 1 without norms, linear_scale, linear_bias and lora_rank",
+            "adapter_layers is 0; it must be at least 1 without norms, linear_bias and lora_rank",
         ),
         ("gate_activation", "relu", "gate_activation is 'relu'; it must be one of tanh, identity"),
         ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat, raw"),

@@ -87,7 +87,7 @@ class AdapterConfig:
             yield "lora_alpha is given without lora_rank: give both or neither"
         if self.adapter_layers == 0:
             if not self.has_parts:
-                yield "adapter_layers is 0; it must be at least 1 without norms, linear_scale, linear_bias and lora_rank"
+                yield "adapter_layers is 0; it must be at least 1 without norms, linear_bias and lora_rank"
             if self.condition is not None or self.gate_scale:
                 yield "adapter_layers is 0, and a condition and gate_scale need prompts: give at least 1"
 
