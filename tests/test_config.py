@@ -29,7 +29,12 @@ def write(tmp_path, text):
     [
         ("adapter_len", 0, "adapter_len is 0; it must be at least 1"),
         ("adapter_len", -3, "adapter_len is -3; it must be at least 1"),
-        ("adapter_layers", 0, "adapter_layers is 0; it must be at least 1"),
+        ("adapter_layers", -1, "adapter_layers is -1; it must be at least 0"),
+        (
+            "adapter_layers",
+            0,
+            "adapter_layers is 0; it must be at least 1 without norms, linear_bias and lora_rank",
+        ),
         ("gate_activation", "relu", "gate_activation is 'relu'; it must be one of tanh, identity"),
         ("template", "vicuna", "template is 'vicuna'; it must be one of alpaca, chat, raw"),
     ],
@@ -468,6 +473,11 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),
         "gate_activation": ("identity", "identity"),
+        "linear_scale": ("q_proj", ("q_proj",)),
+        "linear_bias": ("o_proj", ("o_proj",)),
+        "lora_rank": ("4", 4),
+        "lora_alpha": ("8", 8.0),
+        "lora_targets": ("up_proj", ("up_proj",)),
         "epochs": ("9", 9.0),
         "max_steps": ("11", 11),
         "warmup_epochs": ("0.25", 0.25),
@@ -488,6 +498,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
     image, visual = ["--condition", "image"], ["--condition", "visual_prompt"]
     beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
     beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
+    lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
+    beside |= {"lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
     beside |= {"visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
     parser = build_parser()
     for field in dataclasses.fields(TrainConfig):
@@ -498,7 +510,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
             text, value = examples[field.name]
             arguments = [flag, text]
         context = beside.get(field.name, [])
-        default = recipe_from(parser.parse_args(["train", *context])) if context else TrainConfig()
+        alone = lora if field.name == "lora_targets" else context
+        default = recipe_from(parser.parse_args(["train", *alone])) if alone else TrainConfig()
         got = recipe_from(parser.parse_args(["train", *context, *arguments]))
         assert got == dataclasses.replace(default, **{field.name: value}), field.name
         assert got != default, field.name

@@ -41,6 +41,7 @@ BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
 Count = Annotated[int, Ge(1), Lt(2**31)]
+CountOrZero = Annotated[int, Ge(0), Lt(2**31)]
 Positive = Annotated[float, Gt(0), Lt(10**12)]
 NotNegative = Annotated[float, Ge(0), Lt(10**12)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Ask, train, ask again, and print the difference."""
     at_least_one(args, "max_steps")
-    from llama_adapter.evaluation.demo import run_demo, spread
+    from llama_adapter.evaluation.demo import evenly, run_demo
 
     result = run_demo(args.output_dir, args.max_steps)
     before, after = result.before, result.after
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console(file=sys.stdout, highlight=False, markup=False)
     table = Table("question (no instruction mentions the fact)", "right", "before", "after", title="bundled base")
-    for row in spread(result.answers):
+    for row in evenly(result.answers):
         table.add_row(*row[:2], *map(_shorten, row[2:]))
     console.print(table)
     for line in (

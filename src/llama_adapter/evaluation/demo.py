@@ -77,7 +77,7 @@ def check_writable(config: TrainConfig) -> None:
             pass
 
 
-def spread(rows: Sequence[tuple[str, ...]], count: int = 10) -> list[tuple[str, ...]]:
+def evenly(rows: Sequence[tuple[str, ...]], count: int = 10) -> list[tuple[str, ...]]:
     """`count` rows of as many different families, whose name stands first, without it."""
     by_family = {row[0]: row[1:] for row in rows}
     return list(by_family.values())[:: max(1, len(by_family) // count)][:count]

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.base import first_sentence, load_base, load_config, load_tokenizer
+from llama_adapter.base import check_parts, first_sentence, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
@@ -81,6 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
     base = load_config(config.value("model"))
     check_start(start, config, base)
     resolve_layers(config.adapter_config(), base)
+    check_parts(config.adapter_config(), base)
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
@@ -375,7 +376,8 @@ class Run:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
             plot_loss(history, self.folder.path / "loss.png")
             gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
-            plot_gates(gates, self.folder.path / "gates.png")
+            if gates:
+                plot_gates(gates, self.folder.path / "gates.png")
         losses = [line["loss"] for line in history if "loss" in line]
         val_losses = [line["val_loss"] for line in history if "val_loss" in line]
         return TrainResult(

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from llama_adapter.base import load_config, load_tokenizer
+from llama_adapter.base import check_parts, load_config, load_tokenizer
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
@@ -38,7 +38,8 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     folder.check_length(config, per_epoch)
     adapter = adapter_of(config, start, condition_of(config, data), data.raw)
     adapter = replace(adapter, adapter_layers=layers, base_shape=shape)
-    parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
+    shapes = tensor_shapes(adapter) | check_parts(adapter, base)
+    parameters = sum(math.prod(size) for size in shapes.values())
     return {
         "model": model,
         "family": shape["model_type"],
