@@ -29,8 +29,9 @@ from llama_adapter.data import (
 )
 from llama_adapter.errors import AdapterError, ConfigError, DataError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
+from llama_adapter.inference.choice import Row, fresh_generator
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.engine import Engine, Row, fresh_generator
+from llama_adapter.inference.engine import Engine
 from llama_adapter.settings import Precision, unknown_name
 
 log = logging.getLogger(__name__)
