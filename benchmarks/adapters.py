@@ -15,8 +15,8 @@ from benchmarks import harness, shapes
 from benchmarks.decode import TOLERANCE, generate
 from benchmarks.harness import BenchmarkError, Contender, Setting
 from benchmarks.lengths import random_prompts
-from llama_adapter import AdapterConfig, add_adapter, get_adapter, use_adapter
-from llama_adapter.core.routing import Routing
+from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.inference.choice import Row
 from llama_adapter.inference.engine import Engine
 
 CHANGING = "another batch every step"
@@ -70,15 +70,16 @@ def check_parity(model: Any, ids: Tensor, distinct: int, dtype: torch.dtype) -> 
 @torch.no_grad()
 def changing_batch(engine: Engine, prompts: Tensor, names: Sequence[str | None], new_tokens: int) -> None:
     """Decode while every step has another batch, as in continuous batching: each row under another adapter."""
-    slots = [engine.slots.admit(get_adapter(engine.model, name)) for name in names]
-    routing = Routing((), prompts=engine.slots.rows(slots), ready=True)
-    step = engine.stepper(len(prompts), prompts.shape[1] + new_tokens, routing, False)
-    ids, positions = prompts, torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
-    for _ in range(new_tokens):
-        logits = step(ids, positions, None)
-        ids, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
-        slots = slots[1:] + slots[:1]
-        routing.prompts = engine.slots.rows(slots)
+    rows = [Row(prompt, name, max_new_tokens=new_tokens) for prompt, name in zip(prompts.tolist(), names, strict=True)]
+    with engine.batch() as batch:
+        batch.join(batch.admit(rows))
+        for _ in range(new_tokens - 1):
+            batch.choose()
+            slots = [member.slot for member in batch.members]
+            for member, slot in zip(batch.members, slots[1:] + slots[:1], strict=True):
+                member.slot = slot
+            batch.route()
+            batch.advance()
 
 
 def title_of(distinct: int) -> str:

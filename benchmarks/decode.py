@@ -17,7 +17,8 @@ from benchmarks.lengths import random_prompts
 from llama_adapter import list_adapters
 from llama_adapter.core.model import active_adapter
 from llama_adapter.inference.cache import GrowingCache
-from llama_adapter.inference.engine import Engine, Row
+from llama_adapter.inference.choice import Row
+from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.steps import why_no_quick_steps
 
 BASE, OURS, PEFT, LORA = "bare base", "ours", "PEFT adaption prompt", "LoRA"

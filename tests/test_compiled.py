@@ -14,8 +14,9 @@ from llama_adapter.compiler import compile_layers
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate
 from llama_adapter.errors import ModelError
+from llama_adapter.inference.choice import Row
 from llama_adapter.inference.compiled import ROUND, CompiledSteps
-from llama_adapter.inference.engine import Engine, Row
+from llama_adapter.inference.engine import Engine
 from llama_adapter.training.loss import packed_loss, response_losses
 from llama_adapter.training.packing import pack
 

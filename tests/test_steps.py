@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from llama_adapter import list_adapters, remove_adapter, use_adapter
 from llama_adapter.errors import AdapterError, ConfigError, DataError, LlamaAdapterError
 from llama_adapter.inference.cache import ROOM, GrowingCache
-from llama_adapter.inference.engine import Engine, Row
+from llama_adapter.inference.choice import Choice, Row, drawn
+from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.joined import Joined, as_slices
 from llama_adapter.inference.steps import SHAPED, QuickSteps, why_no_quick_steps
 
@@ -53,14 +54,14 @@ def stepped(monkeypatch):
     """(engine, rows) -> logits [B, STEPS, vocabulary] of each step."""
     seen = []
 
-    def choose(logits, rows):
+    def choose(logits, rows, answers):
         seen.append(logits.clone())
-        return SCRIPT[: len(rows), len(seen) - 1]
+        return [Choice(int(token)) for token in SCRIPT[: len(rows), len(seen) - 1]]
 
     def run(engine, rows):
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setattr("llama_adapter.inference.engine.choose", choose)
+            patch.setattr("llama_adapter.inference.batch.choose", choose)
             written = engine.generate(rows)
         assert written == SCRIPT[: len(rows)].tolist()
         return torch.stack(seen, 1)
@@ -295,7 +296,7 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it():
 
     def drawing(number):
         generator = torch.Generator().manual_seed(number)
-        return Row(ids[number].tolist(), None, None, 12, 1.5, 0.9, frozenset(), generator)
+        return Row(ids[number].tolist(), max_new_tokens=12, temperature=1.5, top_p=0.9, generator=generator)
 
     together = engine.generate([drawing(number) for number in range(3)])
     assert together == [engine.generate([drawing(number)])[0] for number in range(3)]
@@ -303,14 +304,12 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it():
 
 
 def test_top_p_draws_from_the_likeliest_tokens_of_that_probability():
-    from llama_adapter.inference.engine import choose
-
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for top_p, allowed in ((1e-9, {0}), (0.5, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
         row = Row([1], temperature=1.0, top_p=top_p, generator=torch.Generator().manual_seed(0))
-        drawn = [int(choose(logits, [row])) for _ in range(400)]
-        assert set(drawn) == allowed
-    shares = torch.bincount(torch.tensor(drawn)) / 400
+        draws = [int(drawn(logits, [row])) for _ in range(400)]
+        assert set(draws) == allowed
+    shares = torch.bincount(torch.tensor(draws)) / 400
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.06, rtol=0)
 
 
@@ -430,9 +429,34 @@ def test_a_growing_cache_that_was_changed_goes_on_from_there(change):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 
 
-def test_windows_stay_transformers_own():
-    kinds = [type(layer).__name__ for layer in GrowingCache(tiny_config("gemma2")).layers]
-    assert kinds == ["DynamicSlidingWindowLayer", "GrowingLayer", "DynamicSlidingWindowLayer"]
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mistral", "llama", "gpt2"])
+def test_rows_that_join_and_leave_a_running_batch_get_what_they_get_alone(kind):
+    config = tiny_config(kind)
+    if kind == "mistral":
+        config.sliding_window = 4
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, length in (("a", 3), ("b", 5)):
+        adapted(model, name, seed=length, adapter_len=length, adapter_layers=2)
+    asked = [
+        Row(tokens(1, length, seed=number)[0].tolist(), name, max_new_tokens=new)
+        for number, (length, name, new) in enumerate(
+            [(7, "a", 12), (2, "b", 3), (9, None, 6), (4, "b", 9), (1, "a", 2), (11, "b", 5)]
+        )
+    ]
+    engine = Engine(model)
+    alone = [engine.generate([row])[0] for row in asked]
+    waiting, members = list(asked), {}
+    with engine.batch() as batch:
+        while waiting or batch.members:
+            joined = batch.admit([waiting.pop(0)]) if waiting else []
+            batch.join(joined)
+            members |= {id(member.row): member for member in joined}
+            batch.drop([member for member, _ in batch.choose() if member.ended])
+            batch.advance()
+    assert [members[id(row)].answer for row in asked] == alone
+    assert len({tuple(answer[:2]) for answer in alone}) > 3
 
 
 # what a batch must not do to its rows, or a caller to an engine
@@ -521,13 +545,11 @@ def test_rows_that_ask_nothing_are_refused():
 
 
 def test_every_row_draws_for_itself_and_at_any_temperature():
-    from llama_adapter.inference.engine import choose
-
     engine = Engine(model_of("llama"))
-    drawn = engine.generate([Row([5, 6], temperature=3.0, max_new_tokens=12) for _ in range(3)])
-    assert len({tuple(answer) for answer in drawn}) == 3
+    answers = engine.generate([Row([5, 6], temperature=3.0, max_new_tokens=12) for _ in range(3)])
+    assert len({tuple(answer) for answer in answers}) == 3
     logits = torch.tensor([[0.1, 30.0, -2.0]])
-    assert int(choose(logits, [Row([1], temperature=1e-39)])) == 1
+    assert int(drawn(logits, [Row([1], temperature=1e-39)])) == 1
 
 
 @torch.no_grad()

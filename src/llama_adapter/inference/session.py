@@ -17,14 +17,16 @@ from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
-from llama_adapter.core.model import check_name, get_adapter, list_adapters, use_adapter
+from llama_adapter.core.model import check_name, get_adapter, list_adapters, remove_adapter, use_adapter
+from llama_adapter.core.registry import device_of
 from llama_adapter.data import Example, Media, Message, encode_all
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
+from llama_adapter.inference.choice import Row, fresh_generator
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.defaults import base_defaults
-from llama_adapter.inference.engine import Engine, Row, fresh_generator
+from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.writing import Prompt, Writer
 from llama_adapter.settings import Precision
 
@@ -62,9 +64,9 @@ class Session:
 
     model: PreTrainedModel
     tokenizer: Tokenizer
-    adapters: tuple[str, ...]
-    templates: Mapping[str | None, WrittenAs]
-    perceptions: Mapping[str, Perception] = field(default_factory=dict)
+    adapters: list[str]
+    templates: dict[str | None, WrittenAs]
+    perceptions: dict[str, Perception] = field(default_factory=dict)
     writer: Writer = field(init=False)
     engine: Engine = field(init=False)
     generator: torch.Generator = field(init=False)
@@ -101,7 +103,7 @@ class Session:
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
             raise AdapterError(f"Got {len(names)} adapters for {len(prompts)} prompts: give one, or one for each.")
-        rows = self._rows(prompts, names, config)
+        rows = self.rows(prompts, names, config)
         streamer = None if on_text is None else _Callback(self.tokenizer, on_text)
 
         def stream(number: int, token: int) -> None:
@@ -115,8 +117,17 @@ class Session:
         seconds = time.perf_counter() - began
         return [self._read(ids, row, seconds) for ids, row in zip(answers, rows, strict=True)]
 
-    def _rows(self, prompts: Sequence[Prompt], names: Sequence[str | None], config: GenerateConfig) -> list[Row]:
-        """What the engine is asked; files and stop tokens are looked up once for all rows of an adapter."""
+    def rows(self, prompts: Sequence[Prompt], names: Sequence[str | None], config: GenerateConfig) -> list[Row]:
+        """What the engine is asked; files and stop tokens are looked up once for all rows of an adapter.
+
+        Args:
+            prompts: one per row.
+            names: an adapter's name or None, the bare base, per row.
+            config: how to decode.
+
+        Raises:
+            DataError, AdapterError: as `answer`.
+        """
         draws = self.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (len(prompts),), generator=draws).tolist()
         rows: dict[int, Row] = {}
@@ -137,6 +148,32 @@ class Session:
                     generator=torch.Generator().manual_seed(seeds[i]),
                 )
         return [rows[i] for i in range(len(prompts))]
+
+    def add(self, name: str, folder: str) -> None:
+        """Load one more adapter; not while the engine decodes.
+
+        Raises:
+            AdapterError: the name is taken, or the folder is damaged or made for another base.
+        """
+        config = read_config(folder)
+        check_base(config, shape_of(self.model.config), folder)
+        if isinstance(config.condition, ConditionConfig):
+            device = device_of(self.model.get_input_embeddings())
+            self.perceptions[name] = Perception(config.condition, device)
+        load_adapter(self.model, folder, name, activate=False)
+        self.templates[name] = config.template or ("chat" if self.tokenizer.chat_template else "alpaca")
+        self.adapters.append(name)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off; not while the engine decodes.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        remove_adapter(self.model, name)
+        self.adapters.remove(name)
+        del self.templates[name]
+        self.perceptions.pop(name, None)
 
     @torch.no_grad()
     def condition(self, adapter: str | None, media: Sequence[Sequence[Media]]) -> torch.Tensor | None:
@@ -219,7 +256,7 @@ class SessionPlan:
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
         for name, folder in self.folders.items():
             load_adapter(base, folder, name)
-        return Session(base, self.writer.tokenizer, tuple(self.folders), self.writer.templates, perceptions)
+        return Session(base, self.writer.tokenizer, list(self.folders), dict(self.writer.templates), perceptions)
 
 
 def load_session(

@@ -1,0 +1,108 @@
+"""`llama-adapter serve`."""
+
+import argparse
+import os
+import sys
+from typing import Any, get_args
+
+from llama_adapter.cli import options
+from llama_adapter.cli.parser import add_command
+from llama_adapter.core.config import WrittenAs
+from llama_adapter.errors import ConfigError, MissingExtraError
+from llama_adapter.serving.config import ServeConfig
+from llama_adapter.settings import Precision
+
+EXAMPLES = """
+llama-adapter serve --adapter runs/first                            # then open http://127.0.0.1:8000
+llama-adapter serve --model ./Llama-2-7b-hf --adapter poet=runs/poet --adapter clerk=runs/clerk
+llama-adapter serve --model ./Llama-2-7b-hf --adapter-dir experts/ --host 0.0.0.0 --api-key-file key.txt
+llama-adapter serve --model ./Llama-2-7b-hf --adapter-dir experts/ --backend vllm
+"""
+BACKENDS = ("embedded", "vllm")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    description = "Serve a base and its adapters over OpenAI's HTTP interface; adapters are model names."
+    parser = add_command(commands, "serve", run, description, EXAMPLES)
+    base = parser.add_argument_group("base and adapters")
+    base.add_argument(
+        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
+    )
+    base.add_argument("--adapter-dir", metavar="DIR", help="folder of adapters, each loaded when it is first asked for")
+    base.add_argument(
+        "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
+    )
+    base.add_argument("--served-model-name", metavar="NAME", help="what the bare base is called (default: as --model)")
+    base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
+    base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
+    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
+    where = parser.add_argument_group("server")
+    where.add_argument("--backend", choices=BACKENDS, default="embedded", help="what decodes (default: embedded)")
+    where.add_argument(
+        "--host", default=ServeConfig.host, metavar="H", help="address to listen on (default: %(default)s)"
+    )
+    where.add_argument(
+        "--port", type=int, default=ServeConfig.port, metavar="N", help="port; 0: any (default: %(default)s)"
+    )
+    where.add_argument("--api-key-file", metavar="FILE", help="keys that open the server, one a line")
+    where.add_argument("--admin-key-file", metavar="FILE", help="key that opens loading and unloading of adapters")
+    limits = parser.add_argument_group("limits")
+    for flag, field, text in (
+        ("--max-rows", "max_rows", "answers written side by side"),
+        ("--max-waiting", "max_waiting", "answers in line; more are refused with 429"),
+        ("--max-tokens", "max_tokens", "longest answer"),
+        ("--deadline", "deadline", "seconds that a request may take"),
+    ):
+        default = getattr(ServeConfig, field)
+        limits.add_argument(
+            flag, type=type(default), default=default, metavar="N", help=f"{text} (default: {default:g})"
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    config = ServeConfig(
+        host=args.host, port=args.port, adapter_dir=args.adapter_dir, max_rows=args.max_rows,
+        max_waiting=args.max_waiting, max_tokens=args.max_tokens, deadline=args.deadline,
+        api_keys=_keys(args.api_key_file, "LLAMA_ADAPTER_API_KEY"),
+        admin_key=next(iter(_keys(args.admin_key_file, "LLAMA_ADAPTER_ADMIN_KEY")), None),
+    )  # fmt: skip
+    if args.adapter_dir is not None and not os.path.isdir(args.adapter_dir):
+        raise ConfigError(f"--adapter-dir {args.adapter_dir} is no folder: give one whose subfolders are adapters.")
+    adapters = options.name_adapters(args.adapter)
+    if args.backend == "vllm":
+        raise ConfigError("--backend vllm is not there yet: leave it out.")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), "serve", "serve") from None
+    from llama_adapter.serving.run import bind, serve
+
+    listening = bind(config)  # before the base is read: a port in use is said at once
+    planned = options.plan(args)
+    session = options.load(planned, args)
+    base = args.served_model_name or planned.model
+    serve(session, config, listening, base, adapters, lambda url: print(f"listening on {url}", file=sys.stderr))
+
+
+def _keys(file: str | None, variable: str) -> tuple[str, ...]:
+    """The keys of a file, or of an environment variable: never of a flag, which every user of the machine can read.
+
+    Raises:
+        ConfigError: the file cannot be read or has no key.
+    """
+    if file is None:
+        key = os.environ.get(variable, "").strip()
+        return (key,) if key else ()
+    try:
+        with open(os.path.expanduser(file), encoding="utf-8") as opened:
+            keys = tuple(line.strip() for line in opened if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"Key file {file} cannot be read ({reason}): write one key a line.") from None
+    if not keys:
+        raise ConfigError(f"Key file {file} is empty: write one key a line.")
+    return keys

@@ -1,0 +1,104 @@
+"""What stands before the routes: keys, sizes, headers."""
+
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from llama_adapter.serving.protocol import error_body
+
+OPEN = ("/", "/health", "/ready")
+"""Paths that need no key: the page asks for one itself."""
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class Guard:
+    """ASGI middleware: who may ask, how much, and safe headers on every reply.
+
+    Args:
+        app: what is guarded.
+        api_keys: one of them opens everything but administration; empty asks for none.
+        admin_key: opens administration, and the rest; None closes administration.
+        max_body: largest request, in bytes.
+        hosts: values of the `Host` header that are answered, port aside; empty takes any. Keeps web pages from reaching
+            a server on this machine under a name of theirs.
+    """
+
+    def __init__(
+        self, app: Any, api_keys: Sequence[str], admin_key: str | None, max_body: int, hosts: Sequence[str] = ()
+    ) -> None:
+        self.app, self.max_body, self.hosts = app, max_body, tuple(hosts)
+        self._too_large = f"The request has more than {max_body} bytes."
+        self.keys, self.admin = [key.encode() for key in api_keys], admin_key and admin_key.encode()
+
+    async def __call__(
+        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """One connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def reply(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                present = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in HEADERS if pair[0] not in present)]
+            await send(message)
+
+        refusal = self.refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, reply)
+            return
+        seen = 0
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        await self.app(scope, counted, reply)
+
+    def refusal(self, scope: Any) -> JSONResponse | None:
+        """The answer to a request that is not let in."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] or "-"
+        if self.hosts and host not in self.hosts:
+            return refused(403, f"This server does not answer for host '{host[:100]}'.", "invalid_request_error")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.max_body:
+            return refused(413, self._too_large, "invalid_request_error")
+        path = scope["path"]
+        admin = path in ADMIN
+        if admin and self.admin is None:
+            return refused(
+                404, "Loading adapters is switched off: start the server with an admin key.", "not_found_error"
+            )
+        if path in OPEN or not (self.keys or admin):
+            return None
+        word, _, shown = headers.get(b"authorization", b"").partition(b" ")
+        allowed = [*(() if admin else self.keys), *([self.admin] if self.admin else [])]
+        matches = [hmac.compare_digest(shown.strip(), key) for key in allowed]  # all of them: no early way out
+        if word.lower() == b"bearer" and any(matches):
+            return None
+        reply = refused(
+            401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
+        )
+        reply.headers["www-authenticate"] = "Bearer"
+        return reply
+
+
+def refused(status: int, message: str, kind: str, code: str | None = None) -> JSONResponse:
+    """A reply in OpenAI's error shape."""
+    safe = message.encode("utf-8", "replace").decode()
+    return JSONResponse(error_body(safe, kind, code=code), status)

@@ -1,0 +1,60 @@
+"""Listening: a socket before the base is read, a server until SIGTERM."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from llama_adapter.errors import ConfigError
+from llama_adapter.inference.session import Session
+from llama_adapter.serving.app import create_app
+from llama_adapter.serving.config import ServeConfig
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Take the address.
+
+    Raises:
+        ConfigError: it is in use, or not this machine's.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be listened on ({error.strerror or error}): choose another --port, or "
+            "--host."
+        ) from None
+    return listening
+
+
+def serve(
+    session: Session,
+    config: ServeConfig,
+    listening: socket.socket,
+    base: str,
+    folders: dict[str, str],
+    on_start: Callable[[str], Any],
+) -> None:
+    """Serve on a socket until SIGTERM or Ctrl-C; running requests then have `config.drain` seconds.
+
+    Args:
+        session: answers.
+        config: what is let in.
+        listening: from `bind`.
+        base: what the bare base is called.
+        folders: of the session's adapters, by name.
+        on_start: told the address.
+    """
+    app = create_app(session, config, base, folders)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
+        timeout_graceful_shutdown=int(config.drain) + 1,
+    )  # fmt: skip
+    host, port = listening.getsockname()[:2]
+    on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    uvicorn.Server(settings).run(sockets=[listening])

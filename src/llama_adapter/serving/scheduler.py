@@ -1,0 +1,252 @@
+"""Who is answered when: requests wait in line, join the running batch between two steps, and leave it when they end."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.inference.batch import Batch, Member
+from llama_adapter.inference.choice import Choice, Row
+from llama_adapter.inference.engine import Engine
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PREFILL = 4096
+"""Prompt tokens, padding included, that join at once; one long prompt may have more."""
+
+LATE = "The request took longer than the server allows: ask for less, or later."
+
+
+class BusyError(LlamaAdapterError):
+    """The line is full."""
+
+
+class ClosingError(LlamaAdapterError):
+    """The server is shutting down."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in line or in the batch.
+
+    Attributes:
+        rows: its answers, written side by side.
+        on_token: called in the decoding thread with a row's number and its next token; returns whether that row has
+            enough, such as after a stop string.
+        on_end: called there once, with None where every row has ended and else with what went wrong.
+        deadline: when it ends, done or not, by `time.monotonic`.
+    """
+
+    rows: Sequence[Row]
+    on_token: Callable[[int, Choice], bool]
+    on_end: Callable[[Exception | None], None]
+    deadline: float
+    cancelled: bool = False
+    members: list[Member] = field(default_factory=list)
+    open: set[int] = field(default_factory=set)
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+
+class Scheduler:
+    """Drives an engine from a thread of its own.
+
+    Args:
+        engine: decodes; nobody else may for as long as a batch runs.
+        max_rows: answers side by side.
+        max_waiting: answers in line.
+    """
+
+    def __init__(self, engine: Engine, max_rows: int, max_waiting: int) -> None:
+        self.engine, self.max_rows, self.max_waiting = engine, max_rows, max_waiting
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Answers in the batch."""
+        return sum(len(ticket.open) for ticket in tuple(self._running))
+
+    @property
+    def waiting(self) -> int:
+        """Answers in line."""
+        return sum(len(ticket.rows) for ticket in tuple(self._waiting))
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken and answered."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, ticket: Ticket) -> None:
+        """Put a request in line.
+
+        Raises:
+            BusyError: the line is full, or the request has more rows than the batch.
+            ClosingError: the server is shutting down.
+        """
+        with self._news:
+            if self._closing or not self._thread.is_alive():
+                raise ClosingError("The server is shutting down: ask another one.")
+            if self._waiting and self.waiting + len(ticket.rows) > self.max_waiting:
+                raise BusyError(f"{self.waiting} answers are waiting, and no more than {self.max_waiting} may.")
+            self._waiting.append(ticket)
+            self._news.notify()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Let a request go that nobody waits for any more; its `on_end` is not called."""
+        with self._news:
+            ticket.cancelled = True
+            self._news.notify()
+
+    def close(self, seconds: float) -> None:
+        """Take no more requests, give those there are some time to end, and stop."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        until = time.monotonic() + seconds
+        for ticket in (*self._waiting, *self._running):
+            ticket.deadline = min(ticket.deadline, until)
+        self._thread.join(seconds + 10)
+
+    def between_steps(self, work: Callable[[], T]) -> "Future[T]":
+        """Do something to the model while no step runs, such as loading an adapter; in the decoding thread."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._news:
+            if self._closing:
+                raise ClosingError("The server is shutting down: ask another one.")
+            self._jobs.append(job)
+            self._news.notify()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not self._waiting and not self._jobs:
+                    if self._closing:
+                        return
+                    self._news.wait()
+            self._do_jobs()
+            try:
+                with self.engine.batch() as batch:
+                    self._answer(batch)
+            except Exception as error:  # a fault of the batch is one of all its requests, and the server goes on
+                log.exception("the running batch failed")
+                failed, self._running = self._running, []
+                for ticket in failed:
+                    ticket.open.clear()
+                    tell(ticket, error)
+
+    def _do_jobs(self) -> None:
+        while self._jobs:
+            self._jobs.popleft()()
+
+    def _answer(self, batch: Batch) -> None:
+        while True:
+            self._do_jobs()
+            self._let_in(batch)
+            if not batch.members:
+                return
+            places = {id(member): (t, i) for t in self._running for i, member in enumerate(t.members)}
+            ended: list[Member] = []
+            for member, choice in batch.choose():
+                ticket, number = places[id(member)]
+                if enough(ticket, number, member, choice):
+                    ticket.open.discard(number)
+                    ended.append(member)
+            done = [ticket for ticket in self._running if not ticket.open or ticket.cancelled or ticket.late]
+            for ticket in done:
+                self._running.remove(ticket)
+                ended += [ticket.members[number] for number in ticket.open]
+            batch.drop(ended)  # before anybody is told: then nothing of theirs is in use any more
+            for ticket in done:
+                tell(ticket, TimeoutError(LATE) if ticket.open else None)
+                ticket.open.clear()
+            batch.advance()
+
+    def _let_in(self, batch: Batch) -> None:
+        """Let waiting requests join while there is room, in their order."""
+        new: list[Ticket] = []
+        gone: list[Ticket] = []
+        with self._news:
+            rows, longest = len(batch.members), 0
+            while self._waiting:
+                ticket = self._waiting[0]
+                if ticket.cancelled or ticket.late:
+                    gone.append(self._waiting.popleft())
+                    continue
+                longest = max(longest, *(len(row.tokens) for row in ticket.rows))
+                joining = sum(len(other.rows) for other in new) + len(ticket.rows)
+                full = rows + joining > self.max_rows and (rows or new)
+                if full or (new and joining * longest > PREFILL):
+                    break
+                new.append(self._waiting.popleft())
+        for ticket in gone:
+            tell(ticket, TimeoutError(LATE))
+        self._join(batch, new)
+
+    def _join(self, batch: Batch, new: Sequence[Ticket]) -> None:
+        """Admit requests and read their prompts together; where that fails, one by one, to find whose fault it is."""
+        if not new:
+            return
+        members: list[Member] = []
+        try:
+            members = batch.admit([row for ticket in new for row in ticket.rows])
+            batch.join(members)
+        except Exception as error:
+            for member in members:
+                member.release()
+            if len(new) > 1:
+                for ticket in new:
+                    self._join(batch, [ticket])
+                return
+            log.debug("a request could not join the batch", exc_info=True)
+            tell(new[0], error)
+            return
+        for ticket in new:
+            ticket.members, members = members[: len(ticket.rows)], members[len(ticket.rows) :]
+            ticket.open = set(range(len(ticket.rows)))
+            self._running.append(ticket)
+
+
+def enough(ticket: Ticket, number: int, member: Member, choice: Choice) -> bool:
+    """Hand a token over; whether the row has ended. A fault of the one who takes it ends that request alone."""
+    if ticket.cancelled:
+        return False  # it leaves with all of its rows
+    try:
+        return ticket.on_token(number, choice) or member.ended
+    except Exception as error:
+        log.exception("a request failed")
+        tell(ticket, error)
+        ticket.cancelled = True
+        return False
+
+
+def tell(ticket: Ticket, error: Exception | None) -> None:
+    """Say that a request has ended, unless nobody waits for it."""
+    if ticket.cancelled:
+        return
+    try:
+        ticket.on_end(error)
+    except Exception:  # whoever asked is gone
+        log.debug("nobody heard that a request ended", exc_info=True)

@@ -1,0 +1,95 @@
+"""From tokens to text as they come: whole characters, no stop string, not even its beginning."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_adapter.inference.choice import Choice
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for bytes that are no character yet."""
+
+
+@dataclass(eq=False)
+class Written:
+    """The text of one answer.
+
+    Attributes:
+        decode: token ids -> text.
+        ends: tokens that end the answer and are not part of it.
+        stops: strings that end it likewise.
+        strip: whether white space at both ends is left out, as a chat's answer is shown.
+        text: what has been written so far; it never changes but at its end.
+        tokens: how many were written, an end token among them.
+        reason: "stop" where it ended by itself, "length" until then.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+    ends: frozenset[int] = frozenset()
+    stops: tuple[str, ...] = ()
+    strip: bool = True
+    text: str = ""
+    tokens: int = 0
+    reason: str = "length"
+    _ids: list[int] = field(default_factory=list)
+    _from: int = 0
+    _known: str = ""
+    _held: str = ""
+
+    def add(self, choice: Choice) -> bool:
+        """Read one more token; returns whether the answer has come to its end."""
+        self.tokens += 1
+        if choice.token in self.ends:
+            self.reason = "stop"
+            return True
+        self._ids.append(choice.token)
+        self._held += self._new_text()
+        cut = min((at for stop in self.stops if (at := self._held.find(stop)) >= 0), default=None)
+        if cut is not None:
+            self._held, self.reason = self._held[:cut], "stop"
+            self._from, self._known = len(self._ids), ""
+            return True
+        self._release(self._held[: len(self._held) - self._might_go_on()])
+        return False
+
+    def finish(self) -> str:
+        """The whole text: nothing more comes."""
+        self._held += self._new_text(last=True)
+        self._release(self._held)
+        if self.strip:
+            self._held = ""
+        return self.text
+
+    def _release(self, sure: str) -> None:
+        """Write what is sure; white space waits for what follows it where the ends are stripped."""
+        self._held = self._held[len(sure) :]
+        if self.strip:
+            sure = sure if self.text else sure.lstrip()
+            kept = sure.rstrip()
+            self._held = sure[len(kept) :] + self._held
+            sure = kept
+        self.text += sure
+
+    def _new_text(self, last: bool = False) -> str:
+        """What the newest tokens add; decoded with the few before them, as some tokenizers join words."""
+        whole = self.decode(self._ids[self._from :])
+        if whole.endswith(INCOMPLETE) and not last:
+            return ""
+        new = whole[len(self._known) :]
+        if new:
+            start = len(self._ids) - 1
+            self._known, self._from = self.decode(self._ids[start:]), start
+        return new
+
+    def _might_go_on(self) -> int:
+        """How many of the last characters may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self.stops):
+                return length
+        return 0
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """One token as text, special ones by their name."""
+    return str(tokenizer.decode([token], skip_special_tokens=False))

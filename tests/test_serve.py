@@ -1,0 +1,485 @@
+"""The embedded server: OpenAI's own client against it, many clients at once, what is refused, what never happens."""
+
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+from runs import write_base
+from servers import ADMIN, serving, write_experts
+
+from llama_adapter.inference.choice import Choice
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import Prompt
+from llama_adapter.serving.text import Written
+
+HELLO = [{"role": "user", "content": "Name the sun"}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    write_experts(base, folder, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base, folder):
+    adapters = {f"expert-{n}": str(folder / f"expert-{n}") for n in range(2)}
+    with serving(base, adapters, adapter_dir=str(folder), admin_key="admin", max_tokens=64) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return server.client
+
+
+def alone(server, text, name, new=12):
+    """What a session answers to one prompt by itself."""
+    key = None if name == "base" else server.app.state.server.experts._experts[name].key
+    return server.session.answer([Prompt.of(text)], key, GenerateConfig(new, 0.0))[0].text
+
+
+# what OpenAI's client gets
+
+
+def test_models_are_the_base_and_every_adapter(client, folder):
+    found = {model.id: model for model in client.models.list()}
+    assert sorted(found) == ["base", *(f"expert-{n}" for n in range(6))]
+    assert found["expert-3"].parent == "base"
+    assert found["base"].parent is None
+    assert found["expert-3"].root == str(folder / "expert-3")
+    assert client.models.retrieve("expert-3").id == "expert-3"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("expert-9")
+
+
+@pytest.mark.parametrize("name", ["base", "expert-0", "expert-1", "expert-4"])
+def test_a_chat_is_what_a_session_answers(server, client, name):
+    reply = client.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=12)
+    assert reply.choices[0].message.content == alone(server, "Name the sun", name)
+    assert reply.model == name
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    parts = list(
+        client.chat.completions.create(
+            model=name, messages=HELLO, temperature=0, max_tokens=12, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert streamed == reply.choices[0].message.content
+    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == reply.choices[0].finish_reason
+    assert parts[-1].usage == reply.usage
+
+
+def test_log_probabilities_are_the_models_own(server, client):
+    reply = client.chat.completions.create(
+        model="expert-0", messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
+    )
+    content = reply.choices[0].logprobs.content
+    assert len(content) == 6
+    rows = server.session.rows([Prompt.of("Name the sun")], ["expert-0"], GenerateConfig(1, 0.0))
+    with torch.no_grad():
+        logits = server.session.model(torch.tensor([rows[0].tokens]), adapter_names="expert-0").logits[0, -1]
+    expected = logits.log_softmax(-1).topk(3).values.tolist()
+    assert [top.logprob for top in content[0].top_logprobs] == pytest.approx(expected, abs=1e-4)
+    assert content[0].logprob == pytest.approx(expected[0], abs=1e-4)
+    parts = client.chat.completions.create(
+        model="expert-0", messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3, stream=True
+    )
+    streamed = [token for p in parts if p.choices[0].logprobs for token in p.choices[0].logprobs.content]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in content], abs=1e-4)
+
+
+def test_completions_go_on_with_the_text_as_it_is(server, client):
+    reply = client.completions.create(
+        model="expert-1", prompt=["sun ", "moon"], temperature=0, max_tokens=8, logprobs=2
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    one = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=8)
+    assert reply.choices[1].text == one.choices[0].text
+    assert len(reply.choices[0].logprobs.tokens) == len(reply.choices[0].logprobs.token_logprobs) == 8
+    streamed = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=8, stream=True)
+    assert "".join(part.choices[0].text for part in streamed) == one.choices[0].text
+
+
+def test_responses_are_text_in_text_out(server, client):
+    reply = client.responses.create(model="expert-0", input="Name the sun", temperature=0, max_output_tokens=12)
+    assert reply.output_text == alone(server, "Name the sun", "expert-0")
+    events = list(
+        client.responses.create(model="expert-0", input=HELLO, temperature=0, max_output_tokens=12, stream=True)
+    )
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == reply.output_text
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == reply.output_text
+
+
+def test_seeds_repeat_and_choices_differ(client):
+    def ask(seed, n=3):
+        reply = client.chat.completions.create(
+            model="expert-0", messages=HELLO, temperature=1.5, max_tokens=12, n=n, seed=seed
+        )
+        return [choice.message.content for choice in reply.choices]
+
+    first = ask(7)
+    assert ask(7) == first
+    assert ask(7, 1) == first[:1]
+    assert len(set(first)) == 3
+    assert ask(8) != first
+
+
+def test_a_stop_string_ends_the_answer_before_it(client):
+    whole = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=16).choices[0].text
+    stop = whole[6:9]
+    reply = client.completions.create(
+        model="expert-1", prompt="moon", temperature=0, max_tokens=16, stop=[stop, "never"]
+    )
+    assert reply.choices[0].text == whole[: whole.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_penalties_keep_an_answer_from_repeating_itself(client):
+    def tokens(**penalty):
+        reply = client.completions.create(
+            model="base", prompt="sun", temperature=0, max_tokens=24, logprobs=0, **penalty
+        )
+        return reply.choices[0].logprobs.tokens
+
+    assert len(set(tokens())) < 24
+    assert len(set(tokens(presence_penalty=2, frequency_penalty=2))) > len(set(tokens()))
+
+
+# many at once
+
+
+def test_every_answer_of_a_crowd_is_what_it_is_alone(server):
+    names = ["base", *(f"expert-{n}" for n in range(6))]
+    rng = random.Random(0)
+    words = ["sun", "moon", "cat"]
+    asked = [
+        (" ".join(rng.choices(words, k=rng.randint(1, 20))), rng.choice(names), rng.randint(1, 20)) for _ in range(60)
+    ]
+    client = server.client
+
+    def ask(one):
+        text, name, new = one
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=new)
+
+    with ThreadPoolExecutor(32) as pool:
+        got = [reply.choices[0].message.content for reply in pool.map(ask, asked)]
+    server.settle()
+    assert got == [alone(server, *one) for one in asked]
+    assert len(set(got)) > 20
+
+
+def test_who_leaves_takes_the_work_along(server):
+    with server.http.stream(
+        "POST", "/v1/chat/completions",
+        json={"model": "expert-0", "messages": HELLO, "max_tokens": 64, "stream": True, "temperature": 0, "n": 4},
+    ) as reply:  # fmt: skip
+        next(reply.iter_lines())
+    server.settle()
+    experts = server.app.state.server.experts
+    until = time.monotonic() + 10
+    while any(expert.users for expert in experts._experts.values()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(expert.users for expert in experts._experts.values())
+
+
+def test_reloading_under_one_name_changes_answers_at_once_and_disturbs_nobody(base, tmp_path):
+    folders = write_experts(base, tmp_path, 2)
+    with serving(base, {}, adapter_dir=str(tmp_path), admin_key="admin", max_tokens=64) as server:
+        client, seen, wrong, stop = server.client, set(), [], threading.Event()
+
+        def load(path, inplace=True):
+            body = {"lora_name": "poet", "lora_path": path, "load_inplace": inplace}
+            reply = server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+            assert reply.status_code == 200, reply.text
+
+        load("expert-0", False)
+        right = {}
+        for name in folders:
+            reply = client.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=12)
+            right[name] = reply.choices[0].message.content
+        assert right["expert-0"] != right["expert-1"]
+
+        def ask():
+            while not stop.is_set():
+                reply = client.chat.completions.create(model="poet", messages=HELLO, temperature=0, max_tokens=12)
+                text = reply.choices[0].message.content
+                seen.add(text)
+                if text not in right.values():
+                    wrong.append(text)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for turn in range(10):
+            load(f"expert-{1 - turn % 2}")
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert seen == set(right.values())
+        server.settle()
+        reply = server.http.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}, headers=ADMIN)
+        assert reply.status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="poet", messages=HELLO)
+        server.scheduler.between_steps(lambda: None).result(5)
+        assert len(server.session.adapters) == 2
+
+
+def test_a_full_line_is_refused_and_a_late_request_ended(base, folder):
+    with serving(base, {}, adapter_dir=str(folder), max_rows=1, max_waiting=1, max_tokens=512) as server:
+        client = server.client
+
+        def ask(_):
+            try:
+                return client.chat.completions.create(model="base", messages=HELLO, max_tokens=512, seed=1)
+            except openai.APIStatusError as error:
+                return error
+
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(ask, range(8)))
+        refused = [reply for reply in replies if isinstance(reply, openai.RateLimitError)]
+        assert refused
+        assert refused[0].response.headers["retry-after"]
+        assert any(not isinstance(reply, Exception) for reply in replies)
+    with serving(base, {}, deadline=0.05, max_tokens=880) as server, pytest.raises(openai.APIStatusError) as caught:
+        server.client.chat.completions.create(model="base", messages=HELLO, max_tokens=880)
+    assert caught.value.status_code == 504
+
+
+def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
+    session, rows = server.session, server.session.rows
+    broken = torch.full((1, 7), 0.5)  # a condition of no width that fits
+
+    def sabotaged(prompts, names, config):
+        found = rows(prompts, names, config)
+        if "tree" in prompts[0].messages[0].content:
+            object.__setattr__(found[0], "condition", broken)
+        return found
+
+    monkeypatch.setattr(session, "rows", sabotaged)
+    client = server.client
+
+    def ask(text):
+        try:
+            messages = [{"role": "user", "content": text}]
+            return client.chat.completions.create(model="expert-0", messages=messages, temperature=0, max_tokens=12)
+        except openai.InternalServerError as error:
+            return error
+
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(ask, ["sun", "tree", "moon"] * 4))
+    monkeypatch.undo()
+    for text, reply in zip(["sun", "tree", "moon"] * 4, replies, strict=True):
+        if text == "tree":
+            assert isinstance(reply, openai.InternalServerError)
+            assert "its log says" in str(reply)
+        else:
+            assert reply.choices[0].message.content == alone(server, text, "expert-0")
+    assert server.http.get("/health").status_code == 200
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "poet"}, "no model 'poet'"),
+        ({"model": "../expert-0"}, "no model"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "a user's must come first"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 65}, "at most 64"),
+        ({"max_tokens": 10**400}, "max_tokens"),
+        ({"n": 9}, "at most 8"),
+        ({"n": 2.5}, "n"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 5}, "'top_k' is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "needs logprobs"),
+        ({"stream_options": {"include_usage": True}}, "needs stream"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"store": True}, "store"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
+        ({"model": "\ud800"}, ""),
+        ({"\ud800": 1}, ""),
+        ({"messages": [{"role": "user", "content": "sun " * 2000}]}, "tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_openais_shape(server, change, says):
+    body = {"model": "expert-0", "messages": HELLO, **change}
+    headers = {"content-type": "application/json"}
+    reply = server.http.post("/v1/chat/completions", content=json.dumps(body).encode(), headers=headers)
+    assert reply.status_code in (400, 404), reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert says in error["message"]
+    assert len(error["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/a.png", "file:///etc/passwd", "data:image/png;base64,@@", "data:,x"]
+)
+def test_nothing_is_fetched(server, url):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    body = {"model": "expert-0", "messages": [{"role": "user", "content": [part]}]}
+    assert server.http.post("/v1/chat/completions", json=body).status_code == 400
+
+
+def test_a_text_adapter_does_not_look_at_pictures(server):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    body = {"model": "expert-0", "messages": [{"role": "user", "content": [part]}]}
+    reply = server.http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert "trained on text alone" in reply.json()["error"]["message"]
+
+
+def test_bodies_that_are_no_json_or_too_large(base):
+    headers = {"content-type": "application/json"}
+    with serving(base, {}, max_body=1000) as server:
+        for body in (b"", b"{", b"[1,2", b'"a"', b"null", b"[" * 900, b"\xff\xfe", b'{"model": NaN}', b"9" * 900):
+            reply = server.http.post("/v1/chat/completions", content=body, headers=headers)
+            assert reply.status_code == 400, body
+            assert reply.json()["error"]["type"] == "invalid_request_error"
+        assert server.http.post("/v1/completions", content=b"x" * 1001, headers=headers).status_code == 413
+
+        def pieces():
+            for _ in range(100):
+                yield b" " * 100
+
+        assert server.http.post("/v1/completions", content=pieces(), headers=headers).status_code == 413
+
+
+def test_keys(base):
+    with serving(base, {}, api_keys=("one", "two"), admin_key="admin") as server:
+
+        def status(path, key=None, method="GET"):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            return server.http.request(method, path, headers=headers, json={} if method == "POST" else None).status_code
+
+        assert status("/health") == status("/ready") == status("/") == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            assert [status(path), status(path, "three"), status(path, "on")] == [401, 401, 401]
+            assert [status(path, "one"), status(path, "two"), status(path, "admin")] == [200, 200, 200]
+        load = "/v1/load_lora_adapter"
+        assert [status(load, key, "POST") for key in (None, "one", "admin")] == [401, 401, 400]
+    with serving(base, {}) as server:
+        assert server.http.post("/v1/load_lora_adapter", json={}, headers=ADMIN).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["..", ".", "", "/etc", "../../x", "expert-0/..", "a\0b", "link"])
+def test_adapters_come_from_inside_the_directory(base, tmp_path, path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    write_experts(base, inside, 1)
+    write_experts(base, outside, 1)
+    (inside / "link").symlink_to(outside / "expert-0")
+    with serving(base, {}, adapter_dir=str(inside), admin_key="admin") as server:
+        body = {"lora_name": "poet", "lora_path": path}
+        reply = server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+        assert reply.status_code == 400
+        body = {"lora_name": path, "lora_path": "expert-0"}
+        if path != "link":
+            assert server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN).status_code == 400
+        assert server.http.post("/v1/chat/completions", json={"model": "link", "messages": HELLO}).status_code == 404
+
+
+def test_other_hosts_names_are_not_answered(server):
+    assert server.http.get("/health", headers={"host": "evil.example"}).status_code == 403
+    assert server.http.get("/health", headers={"host": "localhost:1234"}).status_code == 200
+
+
+def test_metrics_count_by_adapter(server):
+    server.client.chat.completions.create(model="expert-1", messages=HELLO, max_tokens=3, temperature=0)
+    text = server.http.get("/metrics").text
+    assert 'llama_adapter_requests_total{model="expert-1",outcome="done"}' in text
+    assert "llama_adapter_running_rows 0.0" in text
+
+
+# text as it comes
+
+
+class Letters:
+    """One letter a token; 200 and up are the bytes of an accented one."""
+
+    def __call__(self, tokens):
+        return bytes(t if t < 128 else (0xC3, 0xA9)[t - 200] for t in tokens).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "strip", "expected", "reason"),
+    [
+        ("hello", (), True, "hello", "length"),
+        ("  hi  ", (), True, "hi", "length"),
+        ("  hi  ", (), False, "  hi  ", "length"),
+        ("a b\n\nc", ("\n\n",), True, "a b", "stop"),
+        ("a STO", ("STOP",), True, "a STO", "length"),
+        ("a STOP", ("STOP",), True, "a", "stop"),
+        ("a SSTOPx", ("STOP",), False, "a S", "stop"),
+        ("xyz", ("yz", "xyz"), False, "", "stop"),
+    ],
+)
+def test_text_never_takes_back_what_it_gave(tokens, stops, strip, expected, reason):
+    written, before = Written(Letters(), stops=stops, strip=strip), ""
+    for letter in tokens:
+        ended = written.add(Choice(ord(letter)))
+        assert written.text.startswith(before)
+        before = written.text
+        if ended:
+            break
+    assert (written.finish(), written.reason) == (expected, reason)
+
+
+def test_half_a_letter_waits_for_the_other_half():
+    written = Written(Letters())
+    seen = [(written.add(Choice(token)), written.text)[1] for token in (97, 200, 201, 98)]
+    assert seen == ["a", "a", "aé", "aéb"]
+    torn = Written(Letters())
+    torn.add(Choice(200))
+    assert torn.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_draining_ends_what_runs_and_takes_no_more(base):
+    with serving(base, {}, max_tokens=512) as server:
+        replies = []
+        ask = threading.Thread(
+            target=lambda: replies.append(
+                server.client.completions.create(model="base", prompt="sun", max_tokens=200, temperature=0)
+            )
+        )
+        ask.start()
+        until = time.monotonic() + 20
+        while not server.scheduler.running and time.monotonic() < until:
+            time.sleep(0.005)
+        closing = threading.Thread(target=server.scheduler.close, args=(20.0,))
+        closing.start()
+        while server.scheduler.alive:
+            time.sleep(0.001)
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        late = server.http.post("/v1/completions", json={"model": "base", "prompt": "sun"})
+        assert late.status_code == 503
+        ask.join()
+        closing.join()
+        assert replies[0].usage.completion_tokens == 200
