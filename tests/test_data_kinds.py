@@ -88,7 +88,9 @@ def test_parquet(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     source = write(tmp_path / "a.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"needs 'pyarrow': pip install 'llama-adapter\[datasets\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"needs 'pyarrow', which is not installed: pip install 'llama-adapter\[datasets\]'"
+    ):
         read_records(source)
 
 
@@ -144,7 +146,9 @@ def test_zstd(tmp_path):
 def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     source = write(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd")
-    with pytest.raises(MissingExtraError, match=r"needs 'zstandard': pip install 'llama-adapter\[zstd\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"needs 'zstandard', which is not installed: pip install 'llama-adapter\[zstd\]'"
+    ):
         read_records(source)
 
 

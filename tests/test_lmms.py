@@ -306,5 +306,7 @@ def test_without_the_package_its_install_command_is_told(monkeypatch):
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    with pytest.raises(MissingExtraError, match=r"needs 'lmms-eval': pip install 'llama-adapter\[lmms-eval\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"needs 'lmms-eval', which is not installed: pip install 'llama-adapter\[lmms-eval\]'"
+    ):
         importlib.import_module(NAME)

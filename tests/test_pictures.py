@@ -336,7 +336,9 @@ def test_a_recording_written_into_a_pipe(tmp_path):
 @pytest.mark.parametrize("package", ["soundfile", "soxr"])
 def test_recordings_need_an_extra(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"needs '{package}': pip install 'llama-adapter\[audio\]'"):
+    with pytest.raises(
+        MissingExtraError, match=rf"needs '{package}', which is not installed: pip install 'llama-adapter\[audio\]'"
+    ):
         read_audio(wav(tmp_path / "a.wav", tone(440, SAMPLE_RATE)))
 
 

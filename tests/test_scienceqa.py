@@ -318,7 +318,10 @@ def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeyp
     (tmp_path / "test-00000-of-00001.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = error_of(read_scienceqa, tmp_path, "test", error=MissingExtraError)
-    assert message == "reading ScienceQA's parquet files needs 'pyarrow': pip install 'llama-adapter[datasets]'."
+    assert (
+        message
+        == "reading ScienceQA's parquet files needs 'pyarrow', which is not installed: pip install 'llama-adapter[datasets]'."
+    )
 
 
 # Texts
@@ -477,7 +480,7 @@ def test_predictions_are_read_from_every_form(tmp_path, name, content, recorded)
         ("a.json", '{"outputs": {"5": "x"}, "results": {"5": "0"}}', "a.json: 'results' has no index for question 5"),
         ("a.jsonl", '{"pid": "5"}', "a.jsonl, line 1 must be an object with a 'pid' and a 'text'"),
         ("a.jsonl", '\n{"pid": 1.5, "text": "x"}', "a.jsonl, line 2 must be an object with a 'pid' and a 'text'"),
-        ("a.jsonl", "[]", "a.jsonl, line 1 must be an object with a 'pid' and a 'text'"),
+        ("a.jsonl", "[]", "a.jsonl holds no records"),
         ("a.jsonl", '{"pid": 5, "text": "x"}\n{"pid": "5", "text": "x"}', "a.jsonl, line 2 answers question 5 again"),
         ("a.jsonl", "{", "a.jsonl is not JSON (line 1"),
     ],

@@ -98,7 +98,7 @@ def check_encodable(value: Any, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         if "\udc80" <= error.object[error.start] <= "\udcff":  # how Python hands on bytes that it cannot read
-            raise DataError(f"{name} is not UTF-8 text (at character {error.start + 1})") from error
+            raise DataError(f"{name} is not UTF-8 text (at character {error.start + 1}): write it in UTF-8") from error
         raise DataError(f"{name} has half a surrogate pair at character {error.start}") from error
     except RecursionError:
         raise DataError(f"{name} is nested too deeply") from None
