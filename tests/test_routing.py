@@ -533,9 +533,10 @@ def test_a_first_adapter_that_cannot_be_built_leaves_the_model_alone(monkeypatch
 
     model = tiny_model()
     before = list(model.state_dict())
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
-        patch.setattr(torch, "randn", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
-        add_adapter(model, AdapterConfig(adapter_layers=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            add_adapter(model, AdapterConfig(adapter_layers=1))
     assert list(model.state_dict()) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.model._forward_pre_hooks

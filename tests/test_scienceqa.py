@@ -318,10 +318,8 @@ def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeyp
     (tmp_path / "test-00000-of-00001.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = error_of(read_scienceqa, tmp_path, "test", error=MissingExtraError)
-    assert (
-        message
-        == "reading ScienceQA's parquet files needs 'pyarrow', which is not installed: pip install 'llama-adapter[datasets]'."
-    )
+    assert message.startswith("reading ScienceQA's parquet files needs 'pyarrow', which is not installed: pip install")
+    assert message.endswith(" 'llama-adapter[datasets]'.")
 
 
 # Texts
