@@ -25,6 +25,9 @@ class ConditionSettings(Protocol):
     def build(self, hidden_size: int, adapter_len: int) -> "nn.Module":
         """The learnable module, which gives [B, hidden] or [B, K, hidden] to add to the prompts."""
 
+    def shapes(self, hidden_size: int, adapter_len: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters that `build` would make."""
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
 

@@ -11,7 +11,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,14 +269,8 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    condition = config.condition
-    if condition is not None:
-        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
-        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
-        with torch.device("meta"):
-            module = one.build(hidden, config.adapter_len)
-        for key, parameter in module.named_parameters():
-            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
-            for i in range(blocks):
-                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
+    if config.condition is not None:
+        wanted |= {
+            f"condition.{key}": size for key, size in config.condition.shapes(hidden, config.adapter_len).items()
+        }
     return wanted
