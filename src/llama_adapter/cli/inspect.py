@@ -20,7 +20,9 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
-    parser.add_argument("folder", metavar="FOLDER", help="adapter folder")
+    parser.add_argument(
+        "folder", metavar="ADAPTER", help="adapter folder, or an adapter of the authors, PEFT or LitGPT"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write the layer-by-head picture of the gates there")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
 
@@ -49,10 +51,15 @@ def _print(found: dict[str, Any]) -> None:
     config = found["config"]
     console.print(found["folder"], style="bold", soft_wrap=True)
     console.print(
-        f"base        {config['base_model_name_or_path']} ({config['base_shape']['model_type']})", soft_wrap=True
+        f"base        {config['base_model_name_or_path']} ({config['base_shape'].get('model_type', 'unknown')})",
+        soft_wrap=True,
     )
     console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
     console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    if found["format"] != "llama-adapter":
+        console.print(f"format      {found['format']}")
+    for note in found["notes"]:
+        console.print(f"note        {note}", soft_wrap=True)
     console.print(f"parameters  {found['parameters']:,}")
     console.print(f"bytes       {found['bytes']:,}")
     table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads")

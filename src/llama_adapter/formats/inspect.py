@@ -1,25 +1,28 @@
-"""What an adapter folder holds, as plain values."""
+"""What an adapter of any format holds, as plain values."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
-from llama_adapter.formats.native import WEIGHTS_FILE, read_config, read_tensors
+from llama_adapter.formats.native import WEIGHTS_FILE, read_adapter
 
 
 def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Configuration, size, and the gates and prompts of every layer; the base is not needed.
 
+    A PEFT folder is the exception: how many heads share a gate only its base's configuration says.
+
     Returns:
-        folder, config, parameters, bytes (of the weights file), and `layers`: for each adapted layer its index,
-        act(g) per head, their mean and largest magnitude, and the root mean square of its prompts.
+        folder, format, notes (what the files leave open), config, parameters, bytes (of the weights file), and
+        `layers`: for each adapted layer its index, act(g) per head, their mean and largest magnitude, and the root
+        mean square of its prompts.
 
     Raises:
         AdapterError: the folder holds no sound adapter.
     """
-    config = read_config(folder)
-    tensors = read_tensors(folder, config)
+    found = read_adapter(folder)
+    config, tensors = found.config, found.tensors
     activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
     for key in sorted((key for key in tensors if key.endswith(".gate")), key=lambda key: int(key.split(".")[1])):
@@ -36,8 +39,17 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     return {
         "folder": str(folder),
+        "format": found.kind,
+        "notes": found.notes,
         "config": config.to_dict(),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes": (Path(folder) / WEIGHTS_FILE).stat().st_size,
+        "bytes": _bytes(Path(folder)),
         "layers": layers,
     }
+
+
+def _bytes(path: Path) -> int:
+    """Of the weights: of the one file, or of those in the folder."""
+    files = [path] if path.is_file() else [path / WEIGHTS_FILE]
+    files = files if files[0].is_file() else [*path.glob("adapter_model.bin"), *path.glob("*.pth*")]
+    return sum(file.stat().st_size for file in files)

@@ -7,6 +7,7 @@ replaced atomically: a reader or a crash sees the old file or the new one.
 """
 
 import json
+import logging
 import os
 import re
 import stat
@@ -22,16 +23,22 @@ from transformers import PreTrainedModel
 
 from llama_adapter.base import first_sentence
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
+from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig, GateActivation
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
+from llama_adapter.formats.foreign import read_foreign
+from llama_adapter.formats.stored import Hints, Reading
 from llama_adapter.settings import parse, shown
 
+log = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"]
+FACTS = "source"
+"""Key of the weights' metadata under which a converted adapter keeps what its source had beside."""
 LARGEST_CONFIG, LARGEST_HEADER = 2**16, 2**20
 """Bytes of a configuration and of the header of the weights; ours have some hundreds and some thousands."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -46,14 +53,30 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         AdapterError: there is no such adapter, or the folder cannot be written to (the old files are kept then).
     """
     adapter = get_adapter(model, name)
-    folder = Path(folder)
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter.state_dict().items()}
-    config = json.dumps(adapter.config.to_dict(), indent=2) + "\n"
+    write_files(Path(folder), native_files(adapter.config, tensors))
+    return Path(folder)
+
+
+def native_files(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """The two files of an adapter; `facts` are what a converted one had beside it, for the way back."""
+    metadata = {"format": "pt", **({FACTS: json.dumps(facts)} if facts else {})}
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    return {WEIGHTS_FILE: save(dict(tensors), metadata=metadata), CONFIG_FILE: text.encode()}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder, which is created where needed.
+
+    Raises:
+        AdapterError: the folder cannot be written to.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        write_atomically(folder / CONFIG_FILE, config.encode())
-    return folder
+        for name, content in files.items():
+            write_atomically(folder / name, content)
 
 
 def load_adapter(
@@ -65,17 +88,20 @@ def load_adapter(
     replace: bool = False,
     trainable: bool = False,
     revision: str | None = None,
+    gate_activation: GateActivation | None = None,
 ) -> Adapter:
     """Read an adapter onto `model`.
 
     Args:
         model: a base of the shape the adapter was made for.
-        source: a folder that `save_adapter` wrote, or where there is none, a hub repository "owner/name".
+        source: a folder that `save_adapter` wrote, another program's adapter (see `read_adapter`), or where there is
+            neither, a hub repository "owner/name".
         name: what the adapter is called on this model.
         activate: whether it becomes the active one; it does in any case where none is active.
         replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
         trainable: whether its parameters take gradients.
         revision: branch, tag or commit of a hub repository.
+        gate_activation: how the gates of an authors' V1 file are meant, which it does not say; see `read_adapter`.
 
     Raises:
         AdapterError: no adapter there, damaged or foreign files, one made for a base of another shape, or a name
@@ -83,15 +109,44 @@ def load_adapter(
         UnsupportedModelError: the family cannot be adapted.
     """
     folder = find_adapter(source, revision)
-    config = read_config(folder)
-    check_base(config, shape_of(model.config), folder)
-    tensors = read_tensors(folder, config)
-    adapter = add_adapter(
-        model, config, name, activate=activate or active_adapter(model) is None, replace=replace, state_dict=tensors
-    )
+    found = read_adapter(folder, Hints(shape_of(model.config), gate_activation=gate_activation))
+    for note in found.notes:
+        log.warning("%s: %s", source, note)
+    activate = activate or active_adapter(model) is None
+    adapter = add_adapter(model, found.config, name, activate=activate, replace=replace, state_dict=found.tensors)
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable)
     return adapter
+
+
+def read_adapter(source: str | os.PathLike[str], hints: Hints = Hints()) -> Reading:  # noqa: B008
+    """An adapter of any format: ours, the authors' (V1, V2, chat65b, ImageBind), PEFT's or LitGPT's, told by content.
+
+    Args:
+        source: a folder or a file.
+        hints: what a source may leave open, and the base that it has to fit.
+
+    Raises:
+        AdapterError: no adapter there, damaged or foreign files, one for a base of another shape, or one that leaves
+            open what `hints` do not say either.
+        ModelError: it is a base in Meta's layout.
+    """
+    found = read_foreign(source, hints)
+    if found is None:
+        config = read_config(source)
+        if hints.base_shape is not None:  # before the tensors are read
+            check_base(config, hints.base_shape, source)
+        facts: dict[str, Any] = {}
+        tensors = read_tensors(source, config, facts)
+        found = Reading("llama-adapter", config, tensors, len(tensors), facts=facts)
+    elif hints.base_shape is not None:
+        check_base(found.config, hints.base_shape, source)
+    if hints.gate_activation not in (None, found.config.gate_activation):
+        raise AdapterError(
+            f"The gates in {source} ({found.kind}) are used with {found.config.gate_activation}, not with "
+            f"{hints.gate_activation}: leave the gate activation out."
+        )
+    return found
 
 
 def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -106,7 +161,7 @@ def find_adapter(source: str | os.PathLike[str], revision: str | None = None) ->
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
@@ -194,7 +249,7 @@ def _size(path: Path, missing: str) -> int:
     return status.st_size
 
 
-def check_base(config: AdapterConfig, shape: dict[str, int | str], source: object) -> None:
+def check_base(config: AdapterConfig, shape: Mapping[str, int | str], source: object) -> None:
     """Refuse an adapter that was made for a base of another shape.
 
     Raises:
@@ -214,8 +269,12 @@ def check_base(config: AdapterConfig, shape: dict[str, int | str], source: objec
         )
 
 
-def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[str, Tensor]:
+def read_tensors(
+    folder: str | os.PathLike[str], config: AdapterConfig, facts: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     """The tensors of an adapter in fp32, checked against its configuration before any of them is read.
+
+    Where `facts` is given, what a converted adapter's source had beside goes there.
 
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
@@ -232,12 +291,22 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
         with safe_open(path, "pt") as file:
             _check_header({key: file.get_slice(key) for key in file.keys()}, config, path)  # noqa: SIM118
             tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
+            if facts is not None:
+                facts.update(_facts(file.metadata() or {}))
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than the address space allows
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"{path}: {key} holds NaN, infinity or more than fp32 can; take an earlier checkpoint.")
     return tensors
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        values = json.loads(metadata.get(FACTS, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -> None:

@@ -28,7 +28,8 @@ from llama_adapter.data import (
     with_found_media,
 )
 from llama_adapter.errors import AdapterError, ConfigError, DataError
-from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
+from llama_adapter.formats.native import check_base, load_adapter, read_adapter
+from llama_adapter.formats.stored import Hints
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine, Row, fresh_generator
 from llama_adapter.settings import Precision, unknown_name
@@ -210,7 +211,7 @@ def load_session(
 
     Args:
         model: folder, hub name or 'bundled'; None takes the base that the first adapter was made for.
-        adapters: name -> folder.
+        adapters: name -> folder, or another program's adapter.
         device: where the base goes.
         precision: of the base.
         load_in_4bit: quantise the base with bitsandbytes.
@@ -221,15 +222,16 @@ def load_session(
     """
     for name in adapters:
         check_name(name)
-    configs = {name: read_config(folder) for name, folder in adapters.items()}
+    shape = None if model is None else shape_of(load_config(model))
+    found = {name: read_adapter(folder, Hints(shape)) for name, folder in adapters.items()}
+    configs = {name: reading.config for name, reading in found.items()}
     if model is None:
         model = next((config.base_model_name_or_path for config in configs.values()), "bundled")
     if model is None:
         raise AdapterError("The adapter does not say which base it was made for: pass --model.")
-    shape = shape_of(load_config(model))
+    shape = shape or shape_of(load_config(model))
     for name, folder in adapters.items():
         check_base(configs[name], shape, folder)
-        read_tensors(folder, configs[name])
     perceptions = {
         name: Perception(config.condition, device)
         for name, config in configs.items()

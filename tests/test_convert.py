@@ -1,0 +1,317 @@
+"""Adapters of the authors, PEFT and LitGPT: read, run, written back, and refused where they cannot be right."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from official_files import adapter_of, base_of, read_fixture, same_file
+from tiny import HIDDEN, adapted, tiny_llama, tokens
+
+from llama_adapter import LlamaAdapterError, add_adapter, get_adapter, load_adapter, save_adapter
+from llama_adapter.formats.convert import convert, digest
+from llama_adapter.formats.native import read_adapter
+from llama_adapter.formats.stored import Hints
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+TANH = Hints(gate_activation="tanh")
+
+
+@pytest.fixture(scope="module")
+def v1():
+    shape, tensors = read_fixture("v1")
+    return base_of(shape, tensors), tensors
+
+
+@pytest.fixture
+def release(v1, tmp_path):
+    """The fixture's adapter as the authors' release file."""
+    torch.save(adapter_of(v1[1]), tmp_path / "release.pth")
+    return tmp_path / "release.pth"
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@torch.no_grad()
+def decoded(model, ids):
+    """Logits of the same tokens one at a time, from the cache."""
+    cache, steps = None, []
+    for token in ids.split(1, dim=1):
+        out = model(token, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    return torch.cat(steps, 1)
+
+
+def fresh(model):
+    """The same weights without adapters."""
+    other = type(model)(model.config).eval()
+    other.load_state_dict({key: value for key, value in model.state_dict().items() if "zero_init" not in key})
+    return other
+
+
+# the authors' V1
+
+
+def test_the_release_computes_what_the_authors_code_does_also_from_the_cache(v1, release, tmp_path):
+    model, tensors = fresh(v1[0]), v1[1]
+    account = convert(release, tmp_path / "ours", hints=TANH)
+    load_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(model, tensors["tokens"]), tensors["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded(model, tensors["tokens"]), tensors["logits"], atol=1e-4, rtol=0)
+    assert (account["read"], account["mapped"]) == (4, 6)
+    assert account["parameters"] == 3 * (5 * 64 + 4)
+    assert account["left_over"] == ["layers.0.attention.gate"]
+    assert "15 rows are taken as K=5 in L=3 layers" in account["notes"][0]
+
+
+def test_the_release_is_read_without_converting_and_its_gates_are_raw_unless_somebody_says_tanh(v1, release, caplog):
+    one, other = fresh(v1[0]), fresh(v1[0])
+    load_adapter(one, release)
+    assert get_adapter(one).config.gate_activation == "identity"
+    assert "The file does not say the gates' activation: identity" in caplog.text
+    load_adapter(other, release, gate_activation="tanh")
+    torch.testing.assert_close(logits(other, v1[1]["tokens"]), v1[1]["logits"], atol=1e-4, rtol=0)
+    assert (logits(one, v1[1]["tokens"]) - v1[1]["logits"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("args", [argparse.Namespace(adapter_len=5, adapter_layer=3, lr=0.1, output_dir="out"), None])
+def test_a_training_checkpoint_gives_its_adapter_and_the_base_is_listed_as_left_over(v1, tmp_path, args):
+    tensors = v1[1]
+    base = {key.removeprefix("base."): value.half() for key, value in tensors.items() if key.startswith("base.")}
+    whole = {"model": {**base, **adapter_of(tensors)}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 4,
+             "scaler": {"scale": 2.0}}  # fmt: skip
+    torch.save(whole | ({"args": args} if args else {}), tmp_path / "checkpoint-4.pth")
+    found = read_adapter(tmp_path / "checkpoint-4.pth", Hints() if args else TANH)
+    assert (found.config.adapter_len, found.config.adapter_layers, found.config.gate_activation) == (5, 3, "tanh")
+    assert {"optimizer", "epoch", "scaler", "tok_embeddings.weight", "layers.3.attention.wq.weight"} <= {
+        *found.left_over
+    }
+    assert len(found.left_over) == len(base) + 1 + 3  # the gate of the layer without prompts, and what is no tensor
+    model = fresh(v1[0])
+    add_adapter(model, found.config, state_dict=found.tensors)
+    torch.testing.assert_close(logits(model, tensors["tokens"]), tensors["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_v1_goes_back_to_the_authors_byte_for_byte(v1, tmp_path, half):
+    """A file that the authors' script extracted has the unused gates in half precision."""
+    theirs = adapter_of(v1[1])
+    if half:
+        theirs["layers.0.attention.gate"] = theirs["layers.0.attention.gate"].half()
+    torch.save(theirs, tmp_path / "theirs.pth")
+    convert(tmp_path / "theirs.pth", tmp_path / "ours", hints=Hints() if half else TANH)
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["gate_activation"] == "tanh"
+    account = convert(tmp_path / "ours", tmp_path / "back", to="official", verify=True, hints=Hints(adapter_len=5))
+    assert account["verified"] == {"tensors": 0.0}
+    same_file(torch.load(tmp_path / "back" / account["files"][0], weights_only=True), theirs)
+
+
+def test_an_adapter_that_was_never_theirs_gets_closed_gates_below(tmp_path):
+    model = tiny_llama(num_key_value_heads=4)
+    adapted(model)
+    save_adapter(model, tmp_path / "ours")
+    account = convert(tmp_path / "ours", tmp_path / "theirs", to="official")
+    content = torch.load(tmp_path / "theirs" / "llama_adapter_len4_layer2_release.pth", weights_only=True)
+    assert sorted(content) == ["adapter_query.weight", *(f"layers.{i}.attention.gate" for i in range(3))]
+    assert not content["layers.0.attention.gate"].any()
+    assert account["notes"] == ["The authors' layout does not say the gates' activation: it is tanh."]
+
+
+@pytest.mark.parametrize(
+    ("hints", "said"),
+    [
+        (Hints(adapter_len=15), (15, 1)),
+        (Hints(adapter_len=5), (5, 3)),
+    ],
+)
+def test_the_length_of_the_prompts_is_what_the_user_says(release, hints, said):
+    config = read_adapter(release, hints).config
+    assert (config.adapter_len, config.adapter_layers) == said
+
+
+def test_the_release_s_own_size_is_ten_prompts_in_thirty_layers(tmp_path):
+    gates = {f"layers.{i}.attention.gate": torch.zeros(1, 4, 1, 1) for i in range(32)}
+    torch.save({"adapter_query.weight": torch.zeros(300, 8), **gates}, tmp_path / "r.pth")
+    config = read_adapter(tmp_path / "r.pth").config
+    assert (config.adapter_len, config.adapter_layers) == (10, 30)
+    assert config.base_shape == {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 32,
+                                 "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 2}  # fmt: skip
+
+
+def test_one_gate_for_all_heads_of_the_first_release_needs_the_base_s_heads(tmp_path):
+    theirs = {"adapter_query.weight": torch.randn(6, 8), **{f"layers.{i}.attention.gate": torch.full((1,), 0.5 + i)
+              for i in range(3)}}  # fmt: skip
+    torch.save(theirs, tmp_path / "r.pth")
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+        read_adapter(tmp_path / "r.pth")
+    shape = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 2}  # fmt: skip
+    found = read_adapter(tmp_path / "r.pth", Hints(shape, adapter_len=3))
+    assert torch.equal(found.tensors["layers.2.gate"], torch.full((4,), 2.5))
+    from llama_adapter.formats.official import write_official
+
+    same_file(write_official(found)[1], theirs)
+
+
+# PEFT
+
+
+def peft_folder(tmp_path, safe=True, **overrides):
+    """A PEFT adaption prompt with open gates on a tiny base on disk; the base's folder, and PEFT's model."""
+    import peft
+
+    base = tiny_llama(**overrides)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    torch.manual_seed(3)
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("adaption_gate"):
+                parameter.fill_(0.7 if ".1." in name else -1.3)
+    model.save_pretrained(tmp_path / "peft", safe_serialization=safe)
+    return tmp_path / "base", model
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("safe", [True, False])
+def test_peft_to_ours_to_peft(tmp_path, kv_heads, safe):
+    import peft
+
+    base, theirs = peft_folder(tmp_path, safe, num_key_value_heads=kv_heads)
+    expected = logits(theirs, tokens())
+    ours = tiny_llama(num_key_value_heads=kv_heads)
+    bare = logits(ours, tokens())
+    assert (expected - bare).abs().max() > 1e-2
+    account = convert(tmp_path / "peft", tmp_path / "ours", verify=True)
+    assert (account["read"], account["mapped"], account["left_over"]) == (4, 4, [])
+    load_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(ours, tokens()), expected, atol=1e-5, rtol=0)
+    direct = tiny_llama(num_key_value_heads=kv_heads)
+    load_adapter(direct, tmp_path / "peft")
+    assert torch.equal(logits(direct, tokens()), logits(ours, tokens()))
+    convert(tmp_path / "ours", tmp_path / "back", to="peft", verify=True, base=str(base))
+    again = peft.PeftModel.from_pretrained(tiny_llama(num_key_value_heads=kv_heads), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(again, tokens()), expected, atol=1e-6, rtol=0)
+
+
+def test_equal_tanh_gates_are_peft_s_as_their_tanh(tmp_path):
+    import peft
+
+    model = tiny_llama()
+    adapter = adapted(model)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.gate.fill_(0.9)
+    save_adapter(model, tmp_path / "ours")
+    account = convert(tmp_path / "ours", tmp_path / "peft", to="peft", verify=True)
+    assert account["verified"] == {"tensors": 0.0}
+    assert account["notes"] == ["The gates are written as tanh(g), which the target uses as they are."]
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, tokens()), logits(model, tokens()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change", "reason"),
+    [
+        ({}, {}, "it has one gate for all heads of a layer, and those of layers.1.gate differ"),
+        ({"head_dim": 16}, {}, "its code takes heads x head_dim to be the hidden size"),
+    ],
+)
+def test_what_peft_cannot_say_is_refused_by_name_and_nothing_is_written(tmp_path, overrides, change, reason):
+    model = tiny_llama(**overrides)
+    adapter = adapted(model, **change)
+    if overrides:
+        for layer in adapter.layers.values():
+            torch.nn.init.ones_(layer.gate)
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(LlamaAdapterError, match=f"This adapter cannot be PEFT's: {reason}"):
+        convert(tmp_path / "ours", tmp_path / "peft", to="peft")
+    assert not (tmp_path / "peft").exists()
+
+
+# LitGPT
+
+
+def litgpt_logits(base, content, ids):
+    """LitGPT's formula, y + g * softmax(q (W_k P)') (W_v P), over a transformers Llama, in plain matrices.
+
+    Written out here because LitGPT is no dependency; with one key-value head its own forward gives the same, see
+    docs/formats.md.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    hidden = base.model.embed_tokens(ids)
+    cos, sin = base.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
+    for i, layer in enumerate(base.model.layers):
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+
+        def cut(states, attention=attention):
+            return states.unflatten(-1, (-1, attention.head_dim)).transpose(-2, -3)
+
+        query, key = apply_rotary_pos_emb(cut(attention.q_proj(x)), cut(attention.k_proj(x)), cos, sin)
+        groups, scale = attention.num_key_value_groups, attention.head_dim**-0.5
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, cut(attention.v_proj(x))))
+        y = (query @ key.transpose(-1, -2) * scale + mask).softmax(-1) @ value
+        if f"transformer.h.{i}.attn.adapter_wte.weight" in content:
+            prompt = content[f"transformer.h.{i}.attn.adapter_wte.weight"][None]
+            key, value = (cut(p(prompt)).repeat_interleave(groups, 1) for p in (attention.k_proj, attention.v_proj))
+            gate = content[f"transformer.h.{i}.attn.gating_factor"]  # [1, 1, heads, 1]
+            extra = (query @ key.transpose(-1, -2) * scale).softmax(-1) @ value
+            y = y + gate.transpose(1, 2) * extra
+        hidden = hidden + attention.o_proj(y.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return base.lm_head(base.model.norm(hidden))
+
+
+def litgpt_content(heads=4, hidden=HIDDEN, shape=(1, 1, 4, 1)):
+    torch.manual_seed(5)
+    return {
+        key: tensor
+        for i in (1, 2)
+        for key, tensor in {
+            f"transformer.h.{i}.attn.gating_factor": torch.randn(heads).reshape(shape),
+            f"transformer.h.{i}.attn.adapter_wte.weight": torch.randn(4, hidden),
+        }.items()
+    }
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_litgpt_to_ours_to_litgpt(tmp_path, kv_heads):
+    content = litgpt_content()
+    torch.save({"model": content}, tmp_path / "lit_model.pth.adapter")
+    account = convert(tmp_path / "lit_model.pth.adapter", tmp_path / "ours")
+    assert "LitGPT 0.5 itself reads" in str(account["notes"])
+    model = tiny_llama(num_key_value_heads=kv_heads)
+    expected = litgpt_logits(model, content, tokens())
+    torch.testing.assert_close(litgpt_logits(model, {}, tokens()), logits(model, tokens()), atol=1e-5, rtol=0)
+    load_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(model, tokens()), expected, atol=1e-5, rtol=0)
+    assert (logits(tiny_llama(num_key_value_heads=kv_heads), tokens()) - expected).abs().max() > 1e-2
+    convert(tmp_path / "ours", tmp_path / "back", to="litgpt", verify=True)
+    same_file(torch.load(tmp_path / "back" / "lit_model.pth.adapter", weights_only=True)["model"], content)
+
+
+def test_litgpt_s_older_gates(tmp_path):
+    torch.save({"model": litgpt_content(shape=(1, 4, 1, 1))}, tmp_path / "lit_model.pth.adapter")
+    newer = {key: t.reshape(1, 1, 4, 1) if "gating" in key else t for key, t in litgpt_content().items()}
+    torch.save({"model": newer}, tmp_path / "new")
+    assert digest(read_adapter(tmp_path).tensors) == digest(read_adapter(tmp_path / "new").tensors)
+
+
+def test_tanh_gates_that_differ_by_head_are_litgpt_s_as_their_tanh(tmp_path):
+    model = tiny_llama()
+    adapted(model)
+    save_adapter(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "lit", to="litgpt", verify=True)
+    content = torch.load(tmp_path / "lit" / "lit_model.pth.adapter", weights_only=True)["model"]
+    with torch.no_grad():
+        expected = litgpt_logits(tiny_llama(), content, tokens())
+    torch.testing.assert_close(logits(model, tokens()), expected, atol=1e-5, rtol=0)
