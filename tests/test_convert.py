@@ -8,9 +8,9 @@ import torch
 from official_files import adapter_of, base_of, read_fixture, same_file
 from tiny import HIDDEN, adapted, tiny_llama, tokens
 
-from llama_adapter import LlamaAdapterError, add_adapter, get_adapter, load_adapter, save_adapter
+from llama_adapter import LlamaAdapterError, add_adapter, get_adapter, load_adapter, save_adapter, use_adapter
 from llama_adapter.formats.convert import convert, digest
-from llama_adapter.formats.native import read_adapter
+from llama_adapter.formats.load import read_adapter
 from llama_adapter.formats.stored import Hints
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -315,3 +315,41 @@ def test_tanh_gates_that_differ_by_head_are_litgpt_s_as_their_tanh(tmp_path):
     with torch.no_grad():
         expected = litgpt_logits(tiny_llama(), content, tokens())
     torch.testing.assert_close(logits(model, tokens()), expected, atol=1e-5, rtol=0)
+
+
+# the authors' V2
+
+
+def v2_file(tmp_path, name, tensors, shape):
+    path = tmp_path / f"{name}.pth"
+    torch.save({"model": adapter_of(tensors), "config": shape["config"]}, path)
+    return path
+
+
+@torch.no_grad()
+def seeing(model, tensors, forward):
+    """Logits with the picture's features going through the loaded projector."""
+    condition = get_adapter(model).condition(tensors["clip_features"])
+    torch.testing.assert_close(condition, tensors["visual_query"], atol=1e-4, rtol=0)
+    with use_adapter(model, get_adapter(model).name, condition):
+        return forward(model, tensors["tokens"])
+
+
+@pytest.mark.parametrize("name", ["v2_bias", "v2_lora"])
+def test_v2_computes_what_the_authors_code_does_and_goes_back_byte_for_byte(tmp_path, name):
+    shape, tensors = read_fixture(name)
+    path = v2_file(tmp_path, name, tensors, shape)
+    hints = Hints(block_heads=shape["v_num_heads"])
+    account = convert(path, tmp_path / "ours", hints=hints, verify=True)
+    assert account["left_over"] == [key for key in sorted(adapter_of(tensors)) if "layers.0.attention." in key
+                                    and "gate" in key]  # fmt: skip
+    for source, options in ((tmp_path / "ours", {}), (path, {"block_heads": shape["v_num_heads"]})):
+        model = base_of(shape, tensors)
+        load_adapter(model, source, **options)
+        torch.testing.assert_close(seeing(model, tensors, logits), tensors["logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(seeing(model, tensors, decoded), tensors["logits"], atol=1e-4, rtol=0)
+        assert (logits(model, tensors["tokens"]) - tensors["logits"]).abs().max() > 1e-2
+    written = convert(tmp_path / "ours", tmp_path / "back", to="official", verify=True)
+    content = torch.load(tmp_path / "back" / written["files"][0], weights_only=True)
+    same_file(content["model"], adapter_of(tensors))
+    assert content["config"] == shape["config"]

@@ -89,7 +89,7 @@ def _looks(args: argparse.Namespace) -> bool:
     """Whether pictures are needed: a bare base, and an adapter trained on text alone, see none."""
     from llama_adapter.base import load_config
     from llama_adapter.core.families import shape_of
-    from llama_adapter.formats.native import read_adapter
+    from llama_adapter.formats.load import read_adapter
     from llama_adapter.formats.stored import Hints
 
     folders = options.name_adapters(args.adapter).values()

@@ -16,10 +16,11 @@ from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import add_adapter, get_adapter, remove_adapter, use_adapter
 from llama_adapter.errors import AdapterError
 from llama_adapter.formats.litgpt import CUT_WRONGLY, write_litgpt
-from llama_adapter.formats.native import find_adapter, native_files, read_adapter, write_files
+from llama_adapter.formats.load import find_adapter, read_adapter
+from llama_adapter.formats.native import native_files, write_files
 from llama_adapter.formats.official import write_official
 from llama_adapter.formats.peft import write_peft
-from llama_adapter.formats.stored import Hints, Reading
+from llama_adapter.formats.stored import NOTHING_SAID, Hints, Reading
 
 Target = Literal["peft", "official", "litgpt"]
 PROBE = 12
@@ -32,7 +33,7 @@ def convert(
     *,
     to: Target | None = None,
     base: str | None = None,
-    hints: Hints = Hints(),  # noqa: B008
+    hints: Hints = NOTHING_SAID,
     verify: bool = False,
 ) -> dict[str, Any]:
     """Write the adapter in `source` to the folder `output`.

@@ -1,17 +1,17 @@
 """An adapter on disk: a folder with `adapter_model.safetensors` and `adapter_config.json`.
 
 The tensors are fp32: `layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads], i the layer's index in the base,
-and `condition.*` where it has a condition, whose tower is only named in the configuration.
+`norms.*`, `linears.*` and `lora.*` (see `core/parts.py`) where it has any, and `condition.*` where it has a condition,
+whose tower is only named in the configuration.
 Everything is checked before the model is touched, and what the files claim before any tensor is read; files are
 replaced atomically: a reader or a crash sees the old file or the new one.
 """
 
 import json
-import logging
 import os
-import re
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,15 @@ from transformers import PreTrainedModel
 
 from llama_adapter.base import first_sentence
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig, GateActivation
-from llama_adapter.core.families import shape_of
-from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
-from llama_adapter.core.routing import Adapter
+from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
+from llama_adapter.core.model import get_adapter
+from llama_adapter.core.parts import part_shapes
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
-from llama_adapter.formats.foreign import read_foreign
-from llama_adapter.formats.stored import Hints, Reading
 from llama_adapter.settings import parse, shown
 
-log = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"]
 FACTS = "source"
 """Key of the weights' metadata under which a converted adapter keeps what its source had beside."""
 LARGEST_CONFIG, LARGEST_HEADER = 2**16, 2**20
@@ -77,95 +72,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomically(folder / name, content)
-
-
-def load_adapter(
-    model: PreTrainedModel,
-    source: str | os.PathLike[str],
-    name: str = "default",
-    *,
-    activate: bool = False,
-    replace: bool = False,
-    trainable: bool = False,
-    revision: str | None = None,
-    gate_activation: GateActivation | None = None,
-) -> Adapter:
-    """Read an adapter onto `model`.
-
-    Args:
-        model: a base of the shape the adapter was made for.
-        source: a folder that `save_adapter` wrote, another program's adapter (see `read_adapter`), or where there is
-            neither, a hub repository "owner/name".
-        name: what the adapter is called on this model.
-        activate: whether it becomes the active one; it does in any case where none is active.
-        replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
-        trainable: whether its parameters take gradients.
-        revision: branch, tag or commit of a hub repository.
-        gate_activation: how the gates of an authors' V1 file are meant, which it does not say; see `read_adapter`.
-
-    Raises:
-        AdapterError: no adapter there, damaged or foreign files, one made for a base of another shape, or a name
-            that is taken.
-        UnsupportedModelError: the family cannot be adapted.
-    """
-    folder = find_adapter(source, revision)
-    found = read_adapter(folder, Hints(shape_of(model.config), gate_activation=gate_activation))
-    for note in found.notes:
-        log.warning("%s: %s", source, note)
-    activate = activate or active_adapter(model) is None
-    adapter = add_adapter(model, found.config, name, activate=activate, replace=replace, state_dict=found.tensors)
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(trainable)
-    return adapter
-
-
-def read_adapter(source: str | os.PathLike[str], hints: Hints = Hints()) -> Reading:  # noqa: B008
-    """An adapter of any format: ours, the authors' (V1, V2, chat65b, ImageBind), PEFT's or LitGPT's, told by content.
-
-    Args:
-        source: a folder or a file.
-        hints: what a source may leave open, and the base that it has to fit.
-
-    Raises:
-        AdapterError: no adapter there, damaged or foreign files, one for a base of another shape, or one that leaves
-            open what `hints` do not say either.
-        ModelError: it is a base in Meta's layout.
-    """
-    found = read_foreign(source, hints)
-    if found is None:
-        config = read_config(source)
-        if hints.base_shape is not None:  # before the tensors are read
-            check_base(config, hints.base_shape, source)
-        facts: dict[str, Any] = {}
-        tensors = read_tensors(source, config, facts)
-        found = Reading("llama-adapter", config, tensors, len(tensors), facts=facts)
-    elif hints.base_shape is not None:
-        check_base(found.config, hints.base_shape, source)
-    if hints.gate_activation not in (None, found.config.gate_activation):
-        raise AdapterError(
-            f"The gates in {source} ({found.kind}) are used with {found.config.gate_activation}, not with "
-            f"{hints.gate_activation}: leave the gate activation out."
-        )
-    return found
-
-
-def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of an adapter; where `source` is no path here but "owner/name", its files come from the hub.
-
-    Raises:
-        AdapterError: the hub has no such repository or cannot be reached.
-    """
-    folder = Path(source)
-    if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
-        ) from None
 
 
 def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -270,11 +176,15 @@ def check_base(config: AdapterConfig, shape: Mapping[str, int | str], source: ob
 
 
 def read_tensors(
-    folder: str | os.PathLike[str], config: AdapterConfig, facts: dict[str, Any] | None = None
+    folder: str | os.PathLike[str], config: AdapterConfig, model: PreTrainedModel | None = None
 ) -> dict[str, Tensor]:
     """The tensors of an adapter in fp32, checked against its configuration before any of them is read.
 
-    Where `facts` is given, what a converted adapter's source had beside goes there.
+    Args:
+        folder: the adapter's.
+        config: what `read_config` gave.
+        model: its base, with weights or without: which norms and linears there are, and how large. Without it what the
+            adapter has for those is held against its configuration alone.
 
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
@@ -289,10 +199,8 @@ def read_tensors(
         if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
             raise SafetensorError(f"a header of {header:,} bytes")
         with safe_open(path, "pt") as file:
-            _check_header({key: file.get_slice(key) for key in file.keys()}, config, path)  # noqa: SIM118
+            _check_header({key: file.get_slice(key) for key in file.keys()}, config, path, model)  # noqa: SIM118
             tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
-            if facts is not None:
-                facts.update(_facts(file.metadata() or {}))
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than the address space allows
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
     for key, tensor in tensors.items():
@@ -301,15 +209,17 @@ def read_tensors(
     return tensors
 
 
-def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a converted adapter's source had beside it; the weights have been read before."""
     try:
-        values = json.loads(metadata.get(FACTS, "{}"))
+        with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
+            values = json.loads((file.metadata() or {}).get(FACTS, "{}"))
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -> None:
+def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path, model: PreTrainedModel | None) -> None:
     """Names, shapes and dtypes that the header claims, against those that follow from the configuration."""
     condition = config.condition
     blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
@@ -318,6 +228,10 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -
         raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
     try:
         wanted = tensor_shapes(config)
+        try:
+            wanted |= _claimed_parts(found, config) if model is None else part_shapes(config, model)
+        except ConfigError as error:
+            raise AdapterError(f"{path}: {error}") from None
     except (RuntimeError, TypeError) as error:  # numbers that PyTorch does not count up to
         raise AdapterError(f"{path}: no weights fit its {CONFIG_FILE} ({first_sentence(error)[:80]})") from None
     if wanted.keys() != found.keys():
@@ -332,14 +246,60 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -
             raise AdapterError(f"{path}: {key} is {kind} {shape}, not float {shown([*size])}.")
 
 
+def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors beside prompts that a configuration allows, in the sizes that the header claims for its base.
+
+    Raises:
+        ConfigError: none at all for something that the configuration asks for.
+    """
+    names = {
+        "scale": config.linear_scale,
+        "bias": config.linear_bias,
+        "A": config.lora_targets,
+        "B": config.lora_targets,
+    }
+    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some} | (
+        {"norms"} if config.norms else set()
+    )
+    wanted: dict[str, tuple[int, ...]] = {}
+    for key, tensor in found.items():
+        kind, _, path = key.partition(".")
+        path, _, parameter = path.rpartition(".")
+        name, shape = path.rpartition(".")[2], tuple(tensor.get_shape())
+        if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
+            missing.discard("norms")
+            wanted[key] = shape
+        elif kind == {"A": "lora", "B": "lora"}.get(parameter, "linears") and name in names.get(parameter, ()):
+            missing.discard(f"{parameter} of {name}")
+            wanted[key] = shape[:1]
+            if kind == "lora":
+                size = shape[-1] if parameter == "A" else shape[0]
+                wanted[key] = (config.lora_rank, size) if parameter == "A" else (size, config.lora_rank)
+                wanted.setdefault(key[:-1] + ("B" if parameter == "A" else "A"), ())
+    if missing:
+        raise ConfigError(f"there is no tensor for {', '.join(sorted(missing)[:3])}")
+    return wanted
+
+
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an adapter whose `adapter_layers` and `base_shape` are known."""
+    """Names and shapes of the prompts, gates and condition of an adapter with known `adapter_layers` and `base_shape`.
+
+    Those of its other parts depend on the base's modules: `core.parts.part_shapes` has them.
+    """
     shape: Mapping[str, Any] = config.base_shape or {}
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
+    if config.gate_scale:
+        sizes["gate_scale"] = (1,)
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    if config.condition is not None:
-        wanted |= {
-            f"condition.{key}": size for key, size in config.condition.shapes(hidden, config.adapter_len).items()
-        }
+    condition = config.condition
+    if condition is not None:
+        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
+        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
+        with torch.device("meta"):
+            module = one.build(hidden, config.adapter_len)
+        for key, parameter in module.named_parameters():
+            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
+            for i in range(blocks):
+                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
     return wanted

@@ -47,6 +47,9 @@ class Hints:
     block_heads: int | None = None
 
 
+NOTHING_SAID = Hints()
+
+
 @dataclass
 class Reading:
     """An adapter as it was found in a file or folder of any format.

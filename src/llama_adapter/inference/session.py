@@ -28,7 +28,8 @@ from llama_adapter.data import (
     with_found_media,
 )
 from llama_adapter.errors import AdapterError, ConfigError, DataError
-from llama_adapter.formats.native import check_base, load_adapter, read_adapter
+from llama_adapter.formats.load import load_adapter, read_adapter
+from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine, Row, fresh_generator
