@@ -9,6 +9,9 @@ from official_files import adapter_of, base_of, read_fixture, same_file
 from tiny import HIDDEN, adapted, tiny_llama, tokens
 
 from llama_adapter import LlamaAdapterError, add_adapter, get_adapter, load_adapter, save_adapter, use_adapter
+from llama_adapter.cli import main
+from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.core.families import shape_of
 from llama_adapter.formats.convert import convert, digest
 from llama_adapter.formats.load import read_adapter
 from llama_adapter.formats.stored import Hints
@@ -353,3 +356,160 @@ def test_v2_computes_what_the_authors_code_does_and_goes_back_byte_for_byte(tmp_
     content = torch.load(tmp_path / "back" / written["files"][0], weights_only=True)
     same_file(content["model"], adapter_of(tensors))
     assert content["config"] == shape["config"]
+
+
+def meta_forward(tensors, shape, chat):
+    """Logits of the authors' dialog model, y = W(s x) + b in every linear, in Meta's layout and rotation."""
+
+    def linear(name, x):
+        return (x * chat[f"{name}_scale"]) @ tensors[f"base.{name}.weight"].T + chat[f"{name}_bias"]
+
+    def norm(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + shape["norm_eps"]).rsqrt() * chat[f"{name}.weight"]
+
+    def turn(x):  # [B, T, H, D], pairs of neighbours
+        angles = torch.outer(torch.arange(x.shape[1]), 1e4 ** (-torch.arange(0, x.shape[3], 2) / x.shape[3]))
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
+        return torch.view_as_real(turned).flatten(3)
+
+    hidden = tensors["base.tok_embeddings.weight"][tensors["tokens"]]
+    mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)
+    for i in range(shape["n_layers"]):
+        name = f"layers.{i}."
+        x = norm(hidden, f"{name}attention_norm")
+        q, k, v = (linear(f"{name}attention.w{kind}", x).unflatten(-1, (shape["n_heads"], -1)) for kind in "qkv")
+        q, k, v = (t.transpose(1, 2) for t in (turn(q), turn(k), v))
+        y = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1) @ v
+        hidden = hidden + linear(f"{name}attention.wo", y.transpose(1, 2).flatten(2))
+        x = norm(hidden, f"{name}ffn_norm")
+        wide = torch.nn.functional.silu(linear(f"{name}feed_forward.w1", x)) * linear(f"{name}feed_forward.w3", x)
+        hidden = hidden + linear(f"{name}feed_forward.w2", wide)
+    return norm(hidden, "norm") @ tensors["base.output.weight"].T
+
+
+def chat_tensors(shape, prefix=""):
+    """A dialog checkpoint's tensors for the fixture's base, none of them at its start."""
+    torch.manual_seed(7)
+    sizes = {f"attention.w{kind}": (64, 64) for kind in "qkvo"}
+    sizes |= {"feed_forward.w1": (64, 192), "feed_forward.w3": (64, 192), "feed_forward.w2": (192, 64)}
+    chat = {f"{prefix}norm.weight": 1 + 0.3 * torch.randn(64)}
+    for i in range(shape["n_layers"]):
+        for name, (into, out) in sizes.items():
+            chat[f"{prefix}layers.{i}.{name}_scale"] = 1 + 0.3 * torch.randn(into)
+            chat[f"{prefix}layers.{i}.{name}_bias"] = 0.2 * torch.randn(out)
+        for name in ("attention_norm", "ffn_norm"):
+            chat[f"{prefix}layers.{i}.{name}.weight"] = 1 + 0.3 * torch.randn(64)
+    return chat
+
+
+def test_the_dialog_checkpoint_scales_inputs_and_adds_biases_and_goes_back(v1, tmp_path):
+    shape, tensors = read_fixture("v1")
+    chat = chat_tensors(shape)
+    torch.save({"model": chat}, tmp_path / "chat65b.pth")
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+        read_adapter(tmp_path / "chat65b.pth")
+    v1[0].save_pretrained(tmp_path / "base")
+    account = convert(tmp_path / "chat65b.pth", tmp_path / "ours", base=str(tmp_path / "base"), verify=True)
+    assert (account["read"], account["mapped"], account["left_over"]) == (len(chat), len(chat), [])
+    assert account["config"]["adapter_layers"] == 0
+    assert account["verified"] == {"tensors": 0.0, "logits": 0.0}
+    model = fresh(v1[0])
+    load_adapter(model, tmp_path / "chat65b.pth")
+    torch.testing.assert_close(logits(model, tensors["tokens"]), meta_forward(tensors, shape, chat), atol=1e-4, rtol=0)
+    written = convert(tmp_path / "ours", tmp_path / "back", to="official")
+    same_file(torch.load(tmp_path / "back" / written["files"][0], weights_only=True)["model"], chat)
+
+
+def test_image_bind_s_checkpoint(tmp_path):
+    shape, tensors = read_fixture("v2_lora")
+    theirs = {key: t for key, t in adapter_of(tensors).items() if key.startswith("llama.")}
+    theirs = {key.replace("llama.", "llma."): t for key, t in theirs.items()}
+    torch.manual_seed(8)
+    theirs["prefix_query.weight"] = torch.randn(shape["n_layers"], 64)
+    config = ConditionConfig(kind="image_bind", tower="imagebind_huge", tower_width=24)
+    theirs |= {key: 0.1 * torch.randn(size) for key, size in config.shapes(64, 1).items()}
+    torch.save({"model": theirs}, tmp_path / "imagebind.pth")
+    found = read_adapter(tmp_path / "imagebind.pth")
+    assert found.kind == "the authors' ImageBind-LLM checkpoint"
+    assert (found.config.adapter_len, found.config.adapter_layers, found.config.gate_scale) == (
+        1,
+        shape["n_layers"],
+        False,
+    )
+    assert found.left_over == [f"llma.layers.{i}.attention.new_gate" for i in range(shape["n_layers"])]
+    model = base_of(shape, tensors)
+    adapter = load_adapter(model, tmp_path / "imagebind.pth")
+    assert torch.equal(adapter.layers[2].prompt[0], theirs["prefix_query.weight"][2])
+    features = torch.randn(len(tensors["tokens"]), 24)
+    with torch.no_grad(), use_adapter(model, "default", adapter.condition(features)):
+        seen = logits(model, tensors["tokens"])
+    assert (seen - logits(model, tensors["tokens"])).abs().max() > 1e-3
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(LlamaAdapterError, match="a condition of kind 'image_bind' has no place in it"):
+        convert(tmp_path / "ours", tmp_path / "back", to="official")
+
+
+# LitGPT's second version
+
+
+def litgpt_v2_content(scale=1.0):
+    """Prompts, norms and biases of LitGPT's second version for a tiny Llama with two key-value heads."""
+    content = litgpt_content() | {"transformer.ln_f.weight": 1 + 0.3 * torch.randn(HIDDEN)}
+    sizes = {"attn.qkv": 64, "attn.proj": 32, "mlp.fc_1": 48, "mlp.fc_2": 48, "mlp.proj": 32}
+    for i in range(3):
+        for name in ("norm_1", "norm_2"):
+            content[f"transformer.h.{i}.{name}.weight"] = 1 + 0.3 * torch.randn(HIDDEN)
+        for name, size in sizes.items():
+            bias = 0.2 * torch.randn(size)
+            if name == "attn.qkv":
+                bias[48:] = 0
+            content[f"transformer.h.{i}.{name}.adapter_bias"] = bias
+            content[f"transformer.h.{i}.{name}.adapter_scale"] = torch.full((size,), scale)
+    content["lm_head.adapter_bias"], content["lm_head.adapter_scale"] = torch.zeros(97), torch.ones(97)
+    return content
+
+
+@torch.no_grad()
+def test_litgpt_s_second_version_where_its_scales_are_one(tmp_path):
+    content = litgpt_v2_content()
+    torch.save({"model": content}, tmp_path / "lit_model.pth.adapter_v2")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    convert(tmp_path / "lit_model.pth.adapter_v2", tmp_path / "ours", base=str(tmp_path / "base"), verify=True)
+    by_hand = tiny_llama(attention_bias=True, mlp_bias=True)
+    state = {key: torch.zeros_like(value) for key, value in by_hand.state_dict().items()} | tiny_llama().state_dict()
+    for key, value in content.items():
+        name = key.replace("transformer.h.", "model.layers.").replace("adapter_bias", "bias")
+        name = name.replace("norm_1", "input_layernorm").replace("norm_2", "post_attention_layernorm")
+        name = name.replace("attn.proj", "self_attn.o_proj").replace("fc_1", "gate_proj").replace("fc_2", "up_proj")
+        name = name.replace("mlp.proj", "mlp.down_proj").replace("transformer.ln_f", "model.norm")
+        if name in state:
+            state[name] = value
+        elif name.endswith("qkv.bias"):
+            for part, kind in zip(value.split([32, 16, 16]), "qkv", strict=True):
+                state[name.replace("attn.qkv", f"self_attn.{kind}_proj")] = part
+    by_hand.load_state_dict(state)
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(model, tokens()), litgpt_logits(by_hand, content, tokens()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda c: c["transformer.h.1.mlp.fc_1.adapter_scale"].fill_(1.1),
+            r"mlp.fc_1.adapter_scale is not 1. LitGPT scales",
+        ),
+        (lambda c: c["transformer.h.2.attn.qkv.adapter_bias"].fill_(1.0), "has a bias on values"),
+        (lambda c: c["lm_head.adapter_bias"].fill_(1.0), "has a bias on lm_head"),
+        (lambda c: c.pop("transformer.h.0.norm_2.weight"), "has no tensor transformer.h.0.norm_2.weight"),
+        (lambda c: c.update({"transformer.h.0.attn.more": torch.ones(2)}), "1 tensors that would be lost"),
+    ],
+)
+def test_what_of_litgpt_s_second_version_cannot_be_said_is_refused(tmp_path, change, reason):
+    content = litgpt_v2_content()
+    change(content)
+    torch.save({"model": content}, tmp_path / "lit_model.pth.adapter_v2")
+    shape = shape_of(tiny_llama().config)
+    with pytest.raises(LlamaAdapterError, match=reason):
+        read_adapter(tmp_path / "lit_model.pth.adapter_v2", Hints(shape))

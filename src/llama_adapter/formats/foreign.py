@@ -25,9 +25,10 @@ def read_foreign(source: str | os.PathLike[str], hints: Hints) -> Reading | None
         ModelError: it is a base in Meta's layout.
     """
     path = Path(source)
-    if path.is_dir():
-        if (found := read_json(path / "adapter_config.json")) or (path / "adapter_config.json").exists():
-            return read_peft(path, hints) if found.get("peft_type") == PEFT_TYPE else None
+    if os.path.isdir(path):  # os.path's answers are False for impossible names, which our own reader explains
+        if os.path.lexists(path / "adapter_config.json"):
+            config = read_json(path / "adapter_config.json")
+            return read_peft(path, hints) if config.get("peft_type") == PEFT_TYPE else None
         if any(path.glob("consolidated.*.pth")):
             raise ModelError(META_BASE.format(path))
         files = sorted([*path.glob("lit_model.pth.adapter*"), *path.glob("*.pth")])
@@ -36,7 +37,7 @@ def read_foreign(source: str | os.PathLike[str], hints: Hints) -> Reading | None
         if len(files) > 1:
             raise AdapterError(f"{path} has several files, {shown([file.name for file in files])}: give one of them.")
         path = files[0]
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         return None
     stored = open_stored(path)
     if any(key.endswith((".adapter_wte.weight", ".gating_factor")) for key in stored.tensors):

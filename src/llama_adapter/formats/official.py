@@ -1,6 +1,6 @@
 """The authors' files: V1 (prompts and gates), V2 multi-modal, V2's dialog model (chat65b) and ImageBind's.
 
-One table, `entries`, pairs their names with ours; the readers and the writers go over it. Their rotation turns pairs of
+One table, `pairs`, pairs their names with ours; the readers and the writers go over it. Their rotation turns pairs of
 neighbours, transformers' turns halves, so what comes out of wq and wk has its rows in another order (`to_halves`).
 """
 
@@ -37,7 +37,7 @@ LARGEST_GATE = 1024
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Entry(NamedTuple):
+class Pair(NamedTuple):
     """One tensor: its names, its shape in their file and in ours, and the heads whose rows change their order."""
 
     theirs: str
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Dimensions of the base that the entries need; `wide` is that of the MLP."""
+    """Dimensions of the base that the pairs need; `wide` is that of the MLP."""
 
     layers: int
     hidden: int
@@ -77,7 +77,7 @@ def to_pairs(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def entries(config: AdapterConfig, sizes: Sizes, prefix: str) -> Iterator[Entry]:
+def pairs(config: AdapterConfig, sizes: Sizes, prefix: str) -> Iterator[Pair]:
     """All tensors of an adapter but the prompts, which the authors keep in one matrix.
 
     Args:
@@ -87,33 +87,33 @@ def entries(config: AdapterConfig, sizes: Sizes, prefix: str) -> Iterator[Entry]
     """
     for i in range(sizes.layers - (config.adapter_layers or 0), sizes.layers):
         theirs = f"{prefix}layers.{i}.attention."
-        yield Entry(f"{theirs}gate", f"layers.{i}.gate", (1, sizes.heads, 1, 1), (sizes.heads,))
+        yield Pair(f"{theirs}gate", f"layers.{i}.gate", (1, sizes.heads, 1, 1), (sizes.heads,))
         if config.gate_scale:
-            yield Entry(f"{theirs}new_gate", f"layers.{i}.gate_scale", (1, 1, 1, 1), (1,))
+            yield Pair(f"{theirs}new_gate", f"layers.{i}.gate_scale", (1, 1, 1, 1), (1,))
     if config.norms:
-        yield Entry(f"{prefix}norm.weight", "norms.norm.weight", (sizes.hidden,), (sizes.hidden,))
+        yield Pair(f"{prefix}norm.weight", "norms.norm.weight", (sizes.hidden,), (sizes.hidden,))
     for i in range(sizes.layers if config.has_parts else 0):
         layer = f"{prefix}layers.{i}."
         for ours, theirs in NORMS.items() if config.norms else ():
             shape = (sizes.hidden,)
-            yield Entry(f"{layer}{theirs}.weight", f"norms.layers.{i}.{ours}.weight", shape, shape)
+            yield Pair(f"{layer}{theirs}.weight", f"norms.layers.{i}.{ours}.weight", shape, shape)
         for name, theirs in LINEARS.items():
             yield from _of_linear(config, sizes, name, layer + theirs, f"layers.{i}.{_path(name)}")
 
 
-def _of_linear(config: AdapterConfig, sizes: Sizes, name: str, theirs: str, path: str) -> Iterator[Entry]:
+def _of_linear(config: AdapterConfig, sizes: Sizes, name: str, theirs: str, path: str) -> Iterator[Pair]:
     into, out = sizes.of(name)
     turned = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name, 0)
     if name in config.linear_scale:
-        yield Entry(f"{theirs}_scale", f"linears.{path}.scale", (into,), (into,))
+        yield Pair(f"{theirs}_scale", f"linears.{path}.scale", (into,), (into,))
     if name in config.linear_bias:
         bias = f"{theirs}_bias" if config.linear_scale else f"{theirs}.bias"
-        yield Entry(bias, f"linears.{path}.bias", (out,), (out,), turned)
+        yield Pair(bias, f"linears.{path}.bias", (out,), (out,), turned)
     if name in config.lora_targets:
         lora = re.sub(r"\.(w.)$", r".lora_\1", theirs)
         rank = config.lora_rank
-        yield Entry(f"{lora}_l1.weight", f"lora.{path}.A", (rank, into), (rank, into))
-        yield Entry(f"{lora}_l2.weight", f"lora.{path}.B", (out, rank), (out, rank), turned)
+        yield Pair(f"{lora}_l1.weight", f"lora.{path}.A", (rank, into), (rank, into))
+        yield Pair(f"{lora}_l2.weight", f"lora.{path}.B", (out, rank), (out, rank), turned)
 
 
 def _path(linear: str) -> str:
@@ -167,11 +167,11 @@ def read_official(stored: Stored, hints: Hints) -> Reading:
         matrix = stored.take(prompts, layers * adapter_len, sizes.hidden)
         for i, prompt in zip(range(sizes.layers - layers, sizes.layers), matrix.split(adapter_len), strict=True):
             tensors[f"layers.{i}.prompt"] = prompt.clone()
-    for entry in entries(config, sizes, prefix):
-        gate = entry.theirs.endswith(".gate")
-        tensor = stored.take(entry.theirs, *(gate_shape if gate else entry.their_shape))
-        tensor = tensor.flatten().expand(sizes.heads).contiguous() if gate else tensor.reshape(entry.our_shape)
-        tensors[entry.ours] = to_halves(tensor, entry.heads) if entry.heads else tensor
+    for pair in pairs(config, sizes, prefix):
+        gate = pair.theirs.endswith(".gate")
+        tensor = stored.take(pair.theirs, *(gate_shape if gate else pair.their_shape))
+        tensor = tensor.flatten().expand(sizes.heads).contiguous() if gate else tensor.reshape(pair.our_shape)
+        tensors[pair.ours] = to_halves(tensor, pair.heads) if pair.heads else tensor
     for key in condition_keys(stored.tensors):
         tensors[f"condition.{key}"] = stored.take(key, *stored.tensors[key].shape)
     kind = {True: "V1", False: "V2"}[version1]
@@ -311,10 +311,10 @@ def write_official(reading: Reading) -> tuple[str, dict[str, Any]]:
     if config.adapter_layers:
         order = range(layers - config.adapter_layers, layers)
         content[QUERY] = torch.cat([reading.tensors[f"layers.{i}.prompt"] for i in order])
-    for entry in entries(config, sizes, prefix):
-        tensor = reading.tensors[entry.ours]
-        tensor = to_pairs(tensor, entry.heads) if entry.heads else tensor
-        content[entry.theirs] = tensor.reshape(entry.their_shape) if entry.ours.startswith("layers.") else tensor
+    for pair in pairs(config, sizes, prefix):
+        tensor = reading.tensors[pair.ours]
+        tensor = to_pairs(tensor, pair.heads) if pair.heads else tensor
+        content[pair.theirs] = tensor.reshape(pair.their_shape) if pair.ours.startswith("layers.") else tensor
     for key, tensor in reading.tensors.items():
         if key.startswith("condition."):
             content[key.removeprefix("condition.")] = tensor

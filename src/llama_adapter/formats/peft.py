@@ -33,7 +33,8 @@ def read_peft(folder: Path, hints: Hints) -> Reading:
     base = hints.base or values.get("base_model_name_or_path")
     if type(adapter_len) is not int or type(layers) is not int or not (base is None or isinstance(base, str)):
         raise AdapterError(
-            f"{folder}: its adapter_config.json does not say adapter_len and adapter_layers: restore it."
+            f"{folder}: its adapter_config.json is PEFT's ('{PEFT_TYPE}'), and does not say adapter_len and "
+            "adapter_layers: restore the file."
         )
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     stored = open_stored(next((file for file in files if file.exists()), files[0]))

@@ -151,6 +151,10 @@ def open_stored(path: Path) -> Stored:
 def _unpickled(path: Path) -> Any:
     """What torch.save wrote, its tensors still on disk. Nothing but tensors and plain values is made."""
     with _reading(path):
+        if not zipfile.is_zipfile(path):
+            raise AdapterError(
+                f"{path} is not an adapter: it is no folder, and no whole file of torch.save or safetensors. Copy it again."
+            )
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 limit = LARGEST_PICKLE if entry.filename.endswith(".pkl") else path.stat().st_size
@@ -182,13 +186,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration; `{}` where there is none or it is not a JSON object.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
+    """A configuration; `{}` where there is none that can be read."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+        if path.stat().st_size > LARGEST_JSON:
             return {}
         values = json.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError):
