@@ -2,17 +2,32 @@
 
 import argparse
 import json
+import os
+import re
+import shutil
+import zipfile
 
 import pytest
 import torch
 from official_files import adapter_of, base_of, read_fixture, same_file
+from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, adapted, tiny_llama, tokens
 
-from llama_adapter import LlamaAdapterError, add_adapter, get_adapter, load_adapter, save_adapter, use_adapter
+from llama_adapter import (
+    LlamaAdapterError,
+    add_adapter,
+    get_adapter,
+    load_adapter,
+    load_session,
+    save_adapter,
+    use_adapter,
+)
+from llama_adapter.base import resolve_model
 from llama_adapter.cli import main
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.families import shape_of
 from llama_adapter.formats.convert import convert, digest
+from llama_adapter.formats.inspect import describe_adapter
 from llama_adapter.formats.load import read_adapter
 from llama_adapter.formats.stored import Hints
 
@@ -513,3 +528,198 @@ def test_what_of_litgpt_s_second_version_cannot_be_said_is_refused(tmp_path, cha
     shape = shape_of(tiny_llama().config)
     with pytest.raises(LlamaAdapterError, match=reason):
         read_adapter(tmp_path / "lit_model.pth.adapter_v2", Hints(shape))
+
+
+# bad input
+
+
+QUERY, PEFT_LAYER = "adapter_query.weight", "base_model.model.model.layers.2.self_attn."
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo ran > ran.txt",)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def changed(change):
+    """Rewrite a .pth after `change` on its dictionary."""
+
+    def rewrite(path):
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return rewrite
+
+
+def packed(path):
+    """The same archive, but deflated: a small file may claim any size then."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+BAD = {
+    "truncated": (truncated, "is not an adapter: it is no folder, and no whole file of torch.save or safetensors"),
+    "empty": (lambda p: p.write_bytes(b""), "is not an adapter"),
+    "packed": (packed, "is packed"),
+    "not there": (lambda p: p.unlink(), "is not an adapter: it is no folder"),
+    "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+    "code": (lambda p: torch.save({"a": Evil()}, p), r"holds code \(posix.system\), which is never run"),
+    "a class": (lambda p: torch.save({"a": Hints()}, p), r"holds code \(llama_adapter.formats.stored.Hints\)"),
+    "a list": (lambda p: torch.save([1], p), "holds list, not tensors by name"),
+    "a number": (changed(lambda c: c.update(x=1)), "'x' is no tensor"),
+    "numbered": (changed(lambda c: c.update({1: torch.ones(1)})), "1 is no tensor"),
+    "missing gate": (changed(lambda c: c.pop("layers.2.attention.gate")), "has no tensor layers.2.attention.gate"),
+    "missing gates": (changed(lambda c: [c.pop(k) for k in list(c) if "gate" in k]), "has no gates"),
+    "extra": (changed(lambda c: c.update(more=torch.ones(2))), r"has 1 tensors that .* such as \['more'\]"),
+    "other gate": (changed(lambda c: c.update({"layers.2.attention.gate": torch.ones(1, 2, 1, 1)})),
+                   r"layers.2.attention.gate is float32 \[1, 2, 1, 1\], not float \[1, 4, 1, 1\]"),
+    "wrong width": (changed(lambda c: c.update({"adapter_query.weight": torch.ones(15, 62)})), "do not fit prompts of"),
+    "whole numbers": (changed(lambda c: c.update({QUERY: torch.ones(15, 64).int()})), "is int32"),
+    "NaN": (changed(lambda c: c["adapter_query.weight"].fill_(float("nan"))), "holds NaN or infinity"),
+    "claims more than it has": (changed(lambda c: c.update({QUERY: torch.ones(1).expand(15 << 30, 64)})),
+                                "cannot be|not float"),
+    "many prompts": (changed(lambda c: c.update({"adapter_query.weight": torch.ones(17, 64)})), None),
+    "a base": (lambda p: torch.save({"tok_embeddings.weight": torch.ones(2)}, p), "convert_llama_weights_to_hf"),
+    "another model": (lambda p: torch.save({"encoder.weight": torch.ones(2)}, p), "is no adapter of the authors"),
+    "PEFT's weights": (lambda p: torch.save({"a.adaption_prompt": torch.ones(1)}, p), "give its folder"),
+}  # fmt: skip
+
+
+def fail(capsys, *args):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_one_sentence_and_nothing_is_written(release, tmp_path, capsys, kind, monkeypatch):
+    break_it, message = BAD[kind]
+    monkeypatch.chdir(tmp_path)
+    break_it(release)
+    if message is None:  # 17 prompts of one layer: unusual, but said
+        convert(release, tmp_path / "out")
+        return
+    assert re.search(message, fail(capsys, "convert", release, "--output", tmp_path / "out", "--adapter-len", 5))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran.txt").exists()
+
+
+def test_a_folder_of_meta_s_base_names_the_command(tmp_path, capsys):
+    (tmp_path / "consolidated.00.pth").touch()
+    assert "convert_llama_weights_to_hf --input_dir" in fail(capsys, "convert", tmp_path, "--output", tmp_path / "out")
+
+
+def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
+    import peft
+
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "lora")
+    for command in (("convert", tmp_path / "lora", "--output", tmp_path / "out"), ("inspect", tmp_path / "lora")):
+        assert "is PEFT's ('LORA')" in fail(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, t: c.pop("adapter_len"), "does not say adapter_len"),
+        (lambda c, t: c.update(adapter_layers=10**9), "does not hold prompts and gates of the top 1000000000 layers"),
+        (lambda c, t: c.update(adapter_len=7), r"adaption_prompt is float32 \[1, 4, 32\], not float \[1, 7, 32\]"),
+        (lambda c, t: c.update(base_model_name_or_path=None), "does not name its base, which says how many heads"),
+        (lambda c, t: c.update(base_model_name_or_path="./nowhere"), "'./nowhere' does not exist"),
+        (lambda c, t: t.pop(f"{PEFT_LAYER}adaption_gate"), "has no tensor layers.2.self_attn.adaption_gate"),
+        (lambda c, t: t.update(more=torch.ones(1)), "such as 'more'"),
+    ],
+)  # fmt: skip
+def test_a_broken_peft_folder_is_one_sentence(tmp_path, capsys, change, message):
+    peft_folder(tmp_path)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    change(config, tensors)
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    assert re.search(message, fail(capsys, "convert", tmp_path / "peft", "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_does_not_fit_or_is_not_there(release, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    out = ("--output", tmp_path / "out", "--base")
+    error = fail(capsys, "convert", release, *out, tmp_path / "base")
+    assert "hidden_size 64 against 32" in error
+    assert "does not exist" in fail(capsys, "convert", release, *out, tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_v2_on_a_base_with_another_mlp_is_refused_before_anything_is_written(tmp_path, capsys):
+    shape, tensors = read_fixture("v2_bias")
+    path = v2_file(tmp_path, "v2", tensors, shape)
+    tiny_llama(hidden_size=64, num_hidden_layers=4, num_key_value_heads=4, intermediate_size=160).save_pretrained(
+        tmp_path / "base")  # fmt: skip
+    error = fail(capsys, "convert", path, "--output", tmp_path / "out", "--base", tmp_path / "base")
+    assert "mlp.gate_proj.bias is (192,), and should be (160,)" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(release, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert "exists and is not empty" in fail(capsys, "convert", release, "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_gates_of_a_format_that_says_how_they_are_used_are_not_to_be_changed(tmp_path, capsys):
+    peft_folder(tmp_path)
+    out = ("--output", tmp_path / "out", "--gate-activation", "tanh")
+    assert "are used with identity, not with tanh" in fail(capsys, "convert", tmp_path / "peft", *out)
+
+
+# the command line
+
+
+def test_the_command_accounts_for_every_tensor(release, v1, tmp_path, capsys):
+    v1[0].save_pretrained(tmp_path / "base")
+    options = ("--gate-activation", "tanh", "--adapter-len", "5", "--base", str(tmp_path / "base"), "--verify")
+    main(["convert", str(release), "--output", str(tmp_path / "one"), *options])
+    out = capsys.readouterr().out
+    for line in ("read        4 tensors", "mapped      6 tensors of ours", "left over   1: layers.0.attention.gate",
+                 "parameters  972", "verified    tensors differ by 0, logits differ by 0"):  # fmt: skip
+        assert line in out
+    main(["convert", str(release), "--output", str(tmp_path / "two"), *options, "--json"])
+    account = json.loads(capsys.readouterr().out)
+    assert account["digest"] == digest(read_adapter(tmp_path / "one").tensors)
+    assert account["digest"] in out
+    assert account["left_over"] == ["layers.0.attention.gate"]
+    assert account["config"]["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_other_programs_adapters_are_inspected_and_generate(tmp_path, capsys):
+    peft_folder(tmp_path, num_key_value_heads=2)
+    found = describe_adapter(tmp_path / "peft")
+    assert (found["format"], found["parameters"]) == ("PEFT adaption prompt", 2 * (4 * HIDDEN + 4))
+    assert found["bytes"] == (tmp_path / "peft" / "adapter_model.safetensors").stat().st_size
+    main(["inspect", str(tmp_path / "peft")])
+    assert "format      PEFT adaption prompt" in capsys.readouterr().out
+
+
+def test_a_session_takes_them_directly(tmp_path):
+    base, theirs = peft_folder(tmp_path)
+    shutil.copy(resolve_model("bundled") + "/tokenizer.json", base)
+    shutil.copy(resolve_model("bundled") + "/tokenizer_config.json", base)
+    for model in (None, str(base)):
+        session = load_session(model, {"peft": str(tmp_path / "peft")}, torch.device("cpu"), "fp32")
+        torch.testing.assert_close(logits(session.model, tokens()), logits(theirs, tokens()), atol=1e-5, rtol=0)

@@ -153,7 +153,8 @@ def _unpickled(path: Path) -> Any:
     with _reading(path):
         if not zipfile.is_zipfile(path):
             raise AdapterError(
-                f"{path} is not an adapter: it is no folder, and no whole file of torch.save or safetensors. Copy it again."
+                f"{path} is not an adapter: it is no folder, and no whole file of torch.save or safetensors. "
+                "Copy it again."
             )
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
