@@ -127,29 +127,54 @@ def read_official(stored: Stored, hints: Hints) -> Reading:
         AdapterError: the file is incomplete, holds what no such file has, or leaves open what `hints` do not say.
     """
     prefix = next((p for p in ("llama.", "llma.") if any(key.startswith(f"{p}layers.") for key in stored.tensors)), "")
-    parts = _parts(stored, prefix)
-    args = vars(stored.beside["args"]) if isinstance(stored.beside.get("args"), argparse.Namespace) else {}
-    prompts = next((name for name in (PREFIX, QUERY) if name in stored), None)
     found = {int(match[1]) for key in stored.tensors if (match := re.match(rf"{prefix}layers\.(\d{{1,4}})\.", key))}
-    notes: list[str] = []
     if not found:
         raise AdapterError(f"{stored.path} has no gates (layers.N.attention.gate): it is incomplete, copy it again.")
+    args = vars(stored.beside["args"]) if isinstance(stored.beside.get("args"), argparse.Namespace) else {}
+    prompts = next((name for name in (PREFIX, QUERY) if name in stored), None)
+    parts = _parts(stored, prefix)
     sizes, gate_shape = _sizes(stored, prefix, 1 + max(found), prompts, parts, hints)
-    condition = official_condition(
-        {key: tuple(t.shape) for key, t in stored.tensors.items()}, None, hints.block_heads or 16
-    )
-    if condition is not None and condition.kind == "visual_prompt" and hints.block_heads is None:
+    notes: list[str] = []
+    config = _config(stored, hints, sizes, prefix, prompts, parts, args, notes)
+    tensors = {}
+    if prompts is not None:
+        layers = config.adapter_layers or 0
+        matrix = stored.take(prompts, layers * config.adapter_len, sizes.hidden)
+        for i, prompt in zip(range(sizes.layers - layers, sizes.layers), matrix.split(config.adapter_len), strict=True):
+            tensors[f"layers.{i}.prompt"] = prompt.clone()
+    for pair in pairs(config, sizes, prefix):
+        gate = pair.theirs.endswith(".gate")
+        tensor = stored.take(pair.theirs, *(gate_shape if gate else pair.their_shape))
+        tensor = tensor.flatten().expand(sizes.heads).contiguous() if gate else tensor.reshape(pair.our_shape)
+        tensors[pair.ours] = to_halves(tensor, pair.heads) if pair.heads else tensor
+    for key in condition_keys(stored.tensors):
+        tensors[f"condition.{key}"] = stored.take(key, *stored.tensors[key].shape)
+    kind = "V2" if prefix or config.condition or parts else "V1"
+    kind = "ImageBind-LLM" if prompts == PREFIX else "V2 dialog (scale and bias)" if prompts is None else kind
+    kind = f"the authors' {kind}{' training' if args else ''} checkpoint"
+    return _finished(stored, kind, config, tensors, notes, prefix, gate_shape)
+
+
+def _config(
+    stored: Stored, hints: Hints, sizes: Sizes, prefix: str, prompts: str | None, parts: Mapping[str, Any],
+    args: Mapping[str, Any], notes: list[str],
+) -> AdapterConfig:  # fmt: skip
+    """The configuration; what was taken as usual goes to `notes`."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in stored.tensors.items()}
+    condition = official_condition(shapes, None, hints.block_heads or 16)
+    visual = condition is not None and condition.kind == "visual_prompt"
+    if condition is not None and visual and hints.block_heads is None:
         notes.append(
-            f"The file does not say the projector's attention heads: {condition.block_heads}, as the authors'."
+            f"The file does not say the attention heads of its projector: {condition.block_heads}, as the authors'; "
+            "--block-heads says otherwise."
         )
     adapter_len, layers = 10, 0
     if prompts is not None:
-        rows = stored.shape(prompts, 2)[0]
-        known = 1 if prompts == PREFIX else stored.shape("visual_query.weight", 2)[0] if condition else None
+        known = 1 if prompts == PREFIX else stored.shape("visual_query.weight", 2)[0] if visual else None
         known = hints.adapter_len or known or args.get("adapter_len")
-        adapter_len, layers = _lengths(stored, rows, sizes.layers, known, notes)
+        adapter_len, layers = _lengths(stored, stored.shape(prompts, 2)[0], sizes.layers, known, notes)
     version1 = not (prefix or condition or parts)
-    config = AdapterConfig(
+    return AdapterConfig(
         adapter_len=adapter_len,
         adapter_layers=layers,
         gate_activation=_activation(stored, args, hints, notes) if version1 else "tanh",
@@ -162,22 +187,6 @@ def read_official(stored: Stored, hints: Hints) -> Reading:
         gate_scale=prompts == QUERY and f"{prefix}layers.{sizes.layers - 1}.attention.new_gate" in stored,
         **parts,
     )  # fmt: skip
-    tensors = {}
-    if prompts is not None:
-        matrix = stored.take(prompts, layers * adapter_len, sizes.hidden)
-        for i, prompt in zip(range(sizes.layers - layers, sizes.layers), matrix.split(adapter_len), strict=True):
-            tensors[f"layers.{i}.prompt"] = prompt.clone()
-    for pair in pairs(config, sizes, prefix):
-        gate = pair.theirs.endswith(".gate")
-        tensor = stored.take(pair.theirs, *(gate_shape if gate else pair.their_shape))
-        tensor = tensor.flatten().expand(sizes.heads).contiguous() if gate else tensor.reshape(pair.our_shape)
-        tensors[pair.ours] = to_halves(tensor, pair.heads) if pair.heads else tensor
-    for key in condition_keys(stored.tensors):
-        tensors[f"condition.{key}"] = stored.take(key, *stored.tensors[key].shape)
-    kind = {True: "V1", False: "V2"}[version1]
-    kind = "ImageBind-LLM" if prompts == PREFIX else "V2 dialog (scale and bias)" if prompts is None else kind
-    return _finished(stored, f"the authors' {kind}{' training' if args else ''} checkpoint", config, tensors, notes,
-                     prefix, gate_shape)  # fmt: skip
 
 
 def _parts(stored: Stored, prefix: str) -> dict[str, Any]:
