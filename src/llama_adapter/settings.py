@@ -19,6 +19,7 @@ BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
 Count = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]

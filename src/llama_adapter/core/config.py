@@ -1,10 +1,10 @@
 """`AdapterConfig`, which describes an adapter and is stored beside its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from llama_adapter.settings import Count, check
+from llama_adapter.settings import Count, CountOrZero, Positive, Sound, check
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +14,8 @@ GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
 WrittenAs = Literal["alpaca", "chat", "raw"]
 """A template, or "raw": prompt-completion text that was trained without any."""
+V2_FIELDS = ("gate_scale", "norms", "linear_scale", "linear_bias", "lora_rank", "lora_alpha", "lora_targets")
+"""What the method's second version adds; written to files only where it is used."""
 
 
 @runtime_checkable
@@ -36,8 +38,8 @@ class AdapterConfig:
 
     Attributes:
         adapter_len: K, prompt vectors per adapted layer (>= 1). The paper uses 10.
-        adapter_layers: L, how many of the top layers are adapted (>= 1). None stands for all but the lowest two,
-            which is the paper's 30 of 32; `add_adapter` puts the number in its place.
+        adapter_layers: L, how many of the top layers have prompts. None stands for all but the lowest two, which is the
+            paper's 30 of 32; `add_adapter` puts the number in its place. 0 is an adapter without prompts.
         gate_activation: "tanh" (the authors' training code) or "identity" (their first release, PEFT, LitGPT).
         template: how prompts were written in training, so that generation writes them alike: "alpaca", "chat"
             (the tokenizer's own chat template), "raw" (as they are), or None where nobody said.
@@ -45,28 +47,65 @@ class AdapterConfig:
         base_shape: that base's dimensions; an adapter is refused on a base of another shape.
         format_version: version of the files on disk.
         condition: what else the prompts depend on, such as a picture; None for text alone.
+        gate_scale: one more number per layer with prompts, 1 at the start, that multiplies act(g): `new_gate` of
+            LLaMA-Adapter V2.
+        norms: own weights (and biases) for all norms of the decoder but those of queries and keys.
+        linear_scale: names of linears in the decoder's layers, such as "q_proj", that get a scale s of their inputs.
+        linear_bias: names of those that get a bias b: y = W(s * x) + b.
+        lora_rank: r of LoRA; 0 is none.
+        lora_alpha: its factor is alpha / r; None is a factor of 1.
+        lora_targets: names of the linears that it is on.
+
+    Norms, scales, biases and LoRA are on every layer, and prompts do not go through them; see `core/scale_bias.py`.
 
     Raises:
         ConfigError: values break their rules; every one of them is named.
     """
 
     adapter_len: Count = 10
-    adapter_layers: Count | None = None
+    adapter_layers: CountOrZero | None = None
     gate_activation: GateActivation = "tanh"
     template: WrittenAs | None = None
     base_model_name_or_path: str | None = None
     base_shape: Mapping[str, int | str] | None = None
     format_version: int = FORMAT_VERSION
     condition: ConditionSettings | None = None
+    gate_scale: bool = False
+    norms: bool = False
+    linear_scale: tuple[str, ...] = ()
+    linear_bias: tuple[str, ...] = ()
+    lora_rank: CountOrZero = 0
+    lora_alpha: Positive | None = None
+    lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, self._between)
+
+    def _between(self, sound: Sound) -> Iterator[str]:
+        if not sound("adapter_layers", *V2_FIELDS):
+            return
+        if bool(self.lora_rank) != bool(self.lora_targets):
+            yield "lora_rank and lora_targets belong together: give both or neither"
+        if self.lora_alpha is not None and not self.lora_rank:
+            yield "lora_alpha is given without lora_rank: give both or neither"
+        if self.adapter_layers == 0:
+            if not self.has_parts:
+                yield "adapter_layers is 0 and there is nothing else to train: give norms, linear_bias or lora_rank"
+            if self.condition is not None or self.gate_scale:
+                yield "adapter_layers is 0, and a condition and gate_scale need prompts: give at least 1"
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it has norms, scales, biases or LoRA."""
+        return bool(self.norms or self.linear_scale or self.linear_bias or self.lora_rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
+        """All fields as plain JSON values; without those of the second version where it has none of that."""
         shape, condition = self.base_shape, self.condition
+        unused = {name for name in V2_FIELDS if getattr(self, name) == getattr(type(self), name)}
+        values = {key: value for key, value in vars(self).items() if key not in unused}
         return {
-            **vars(self),
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
             "base_shape": None if shape is None else dict(shape),
             "condition": None if condition is None else condition.to_dict(),
         }

@@ -97,7 +97,7 @@ def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:
         ConfigError: more layers than the base has.
     """
     num_layers = int(text_config(base).num_hidden_layers)
-    layers = config.adapter_layers or max(1, num_layers - 2)
+    layers = max(1, num_layers - 2) if config.adapter_layers is None else config.adapter_layers
     if layers > num_layers:
         raise ConfigError(
             f"adapter_layers is {layers}, but the base has {num_layers} layers: choose 1 to {num_layers}."

@@ -123,7 +123,7 @@ class Registry:
         """New parameters for the top layers, and the condition that `config` asks for; the model is not touched."""
         text = text_config(self.model.config)
         layers = {}
-        for module in self.attention[-(config.adapter_layers or 0) :]:
+        for module in self.attention[len(self.attention) - (config.adapter_layers or 0) :]:
             # Drawn on the CPU, so that a seed starts alike on every device.
             layer = ZeroInitAdapter(
                 config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation
