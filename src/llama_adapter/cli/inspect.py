@@ -59,7 +59,8 @@ def _print(found: dict[str, Any]) -> None:
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):
         shades = "".join(SHADES[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
-        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", f"{layer['prompt_rms']:.3f}")
+        rms = "condition" if layer["prompt_rms"] is None else f"{layer['prompt_rms']:.3f}"
+        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", rms)
         table.add_row(str(layer["layer"]), *numbers, shades)
     console.print(table)
     console.print("heads: the darker, the wider open")

@@ -22,6 +22,10 @@ V2_FIELDS = ("gate_scale", "norms", "linear_scale", "linear_bias", "lora_rank", 
 class ConditionSettings(Protocol):
     """What an adapter asks of its condition's settings; `conditions.config.ConditionConfig` is one."""
 
+    @property
+    def layers(self) -> int | None:
+        """In early fusion, how many first layers read the condition alone; None adds it to the top layers' prompts."""
+
     def build(self, hidden_size: int, adapter_len: int) -> "nn.Module":
         """The learnable module, which gives [B, hidden] or [B, K, hidden] to add to the prompts."""
 

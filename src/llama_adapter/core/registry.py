@@ -122,11 +122,16 @@ class Registry:
     def build(self, name: str, config: AdapterConfig) -> Adapter:
         """New parameters for the top layers, and the condition that `config` asks for; the model is not touched."""
         text = text_config(self.model.config)
-        layers = {}
-        for module in self.attention[len(self.attention) - (config.adapter_layers or 0) :]:
+        layers: dict[int, ZeroInitAdapter] = {}
+        early = (None if config.condition is None else config.condition.layers) or 0
+        top = len(self.attention) - (config.adapter_layers or 0)
+        for module in (*self.attention[:early], *self.attention[top:]):
             # Drawn on the CPU, so that a seed starts alike on every device.
             layer = ZeroInitAdapter(
-                config.adapter_len, text.hidden_size, text.num_attention_heads, config.gate_activation
+                config.adapter_len if len(layers) >= early else 0,
+                text.hidden_size,
+                text.num_attention_heads,
+                config.gate_activation,
             )
             layers[int(module.layer_idx)] = layer.to(device_of(module))
         condition = None
@@ -287,7 +292,8 @@ def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     for adapter in adapters:
         hidden = (adapter.config.base_shape or {})["hidden_size"]
         lengths = {1, adapter.config.adapter_len}
-        if condition.dim() != 3 or condition.shape[2] != hidden or condition.shape[1] not in lengths:
+        fits = condition.dim() == 3 and condition.shape[2] == hidden
+        if not fits or not (adapter.early_fusion or condition.shape[1] in lengths):
             raise AdapterError(
                 f"A condition of shape {list(condition.shape)} does not fit adapter '{adapter.name}': it must be "
                 f"[rows, {hidden}] or [rows, {adapter.config.adapter_len}, {hidden}]."

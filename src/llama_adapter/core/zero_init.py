@@ -9,7 +9,8 @@ Its attention, for text queries q = RoPE(Wq x), keys Kt and values Vt, becomes
 
 `act` is tanh (the authors' training code) or the identity (their first release, PEFT, LitGPT); `s` is the
 model's own score scale, and Wk, Wv are its own frozen projections, key norm included where there is one. A condition,
-such as a picture (section 3.3), is one vector per example that is added to P in every adapted layer.
+such as a picture (section 3.3), is one vector per example that is added to P in every adapted layer. In early fusion
+(LLaMA-Adapter V2) it is the whole prompt of the first layers instead, which own a gate only.
 
 Everything is computed from the parameters at every forward; nothing is remembered here.
 
@@ -34,18 +35,22 @@ Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 class ZeroInitAdapter(FixedDtype):
     """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32.
 
-    On a half-precision model too: small updates would be lost in bf16.
+    On a half-precision model too: small updates would be lost in bf16. With `adapter_len` 0 there is only the gate.
     """
 
     def __init__(self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(torch.randn(adapter_len, hidden_size, dtype=torch.float32))
+        prompt = torch.randn(adapter_len, hidden_size, dtype=torch.float32)
+        if adapter_len:
+            self.prompt = nn.Parameter(prompt)
+        else:
+            self.register_buffer("prompt", prompt, persistent=False)
         self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.gate_activation = gate_activation
 
     def adapter_params(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained and saved, by name."""
-        yield from (("prompt", self.prompt), ("gate", self.gate))
+        return self.named_parameters()
 
     def strength(self) -> Tensor:
         """act(g) [H]: how much of the prompt's attention each head lets in."""

@@ -24,13 +24,13 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     layers = []
     for key in sorted((key for key in tensors if key.endswith(".gate")), key=lambda key: int(key.split(".")[1])):
         gates = activate(tensors[key])
-        prompt = tensors[key.replace(".gate", ".prompt")]
+        prompt = tensors.get(key.replace(".gate", ".prompt"))  # none where the condition alone is read
         layers.append(
             {
                 "layer": int(key.split(".")[1]),
                 "mean": gates.abs().mean().item(),
                 "max": gates.abs().max().item(),
-                "prompt_rms": prompt.square().mean().sqrt().item(),
+                "prompt_rms": None if prompt is None else prompt.square().mean().sqrt().item(),
                 "gates": gates.tolist(),
             }
         )

@@ -145,8 +145,9 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         number = shape.get(key)
         if config.adapter_layers is None or not isinstance(number, int) or number < 1:
             raise AdapterError(f"{path} does not say adapter_layers and the base's shape ({key}): it was edited.")
-        if key == "num_hidden_layers" and config.adapter_layers > number:
-            layers = shown(config.adapter_layers)
+        early = (None if config.condition is None else config.condition.layers) or 0
+        if key == "num_hidden_layers" and config.adapter_layers + early > number:
+            layers = shown(config.adapter_layers) + (f" and the condition's {shown(early)}" if early else "")
             raise AdapterError(f"{path}: adapter_layers is {layers}, more than the base's {shown(number)} layers.")
     return config
 
@@ -245,7 +246,10 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -
     condition = config.condition
     blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
     # Names are made only where there can be as many: an edited configuration may ask for 10^9.
-    if max(2 * (config.adapter_layers or 0), BLOCK_TENSORS * blocks) > len(found) + 1000:
+    if (
+        max(2 * (config.adapter_layers or 0), getattr(condition, "layers", 0) or 0, BLOCK_TENSORS * blocks)
+        > len(found) + 1000
+    ):
         raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
     try:
         wanted = tensor_shapes(config)
@@ -270,6 +274,7 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
     if config.condition is not None:
+        wanted |= {f"layers.{i}.gate": sizes["gate"] for i in range(config.condition.layers or 0)}
         wanted |= {
             f"condition.{key}": size for key, size in config.condition.shapes(hidden, config.adapter_len).items()
         }

@@ -68,6 +68,15 @@ class TrainConfig:
     visual_blocks: Count = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
     visual_width: Count = setting(768, "Their width.", "Condition")
     visual_heads: Count = setting(16, "Their heads.", "Condition")
+    condition_layers: Count | None = setting(
+        None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
+        "Condition",
+    )  # fmt: skip
+    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    disjoint: bool = setting(
+        False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
+        "Condition",
+    )  # fmt: skip
     feature_cache: str | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
@@ -115,6 +124,10 @@ class TrainConfig:
             yield "output_dir is empty: pass --output-dir FOLDER"
         if sound("warmup_epochs", "epochs") and self.warmup_epochs > self.epochs:
             yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
+        if self.condition_layers and self.condition is None:
+            yield f"condition_layers is {self.condition_layers} and there is no condition: pass --condition too"
+        if self.disjoint is True and not self.condition_layers:
+            yield "disjoint needs early fusion, where pictures have gates of their own: pass --condition-layers N"
         if self.base_precision == "fp8" and self.load_in_4bit is True:
             yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
         if self.resume is True and self.overwrite is True:

@@ -37,6 +37,7 @@ from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import response_loss, why_not_packed
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
@@ -81,6 +82,8 @@ def train(config: TrainConfig) -> TrainResult:
         log.warning("skipped: %s", sentence)
 
     condition = condition_of(config, data)
+    adapter_config = replace(config.adapter_config(), condition=condition)
+    resolve_layers(adapter_config, base)  # again, with the condition's layers
     perception = None if condition is None else look(condition, config, data, accelerator)
 
     model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
@@ -91,7 +94,6 @@ def train(config: TrainConfig) -> TrainResult:
     if config.compile:
         compile_layers(model)
     torch.manual_seed(config.seed)
-    adapter_config = replace(config.adapter_config(), condition=condition)
     adapter = add_adapter(model, replace(adapter_config, template="raw") if data.raw else adapter_config)
     optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
@@ -130,6 +132,8 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
         blocks=config.visual_blocks,
         block_width=config.visual_width,
         block_heads=config.visual_heads,
+        layers=config.condition_layers,
+        visual_len=config.visual_len,
     )
 
 
@@ -261,8 +265,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=accelerator.device)
         for micro_batch in self._batches(batch, self.config.micro_batch_size):
-            loss = self._loss(micro_batch) / tokens
-            loss.backward()
+            with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
+                loss = self._loss(micro_batch) / tokens
+                loss.backward()
             total += loss.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
         flags = torch.stack([total, total.new_tensor(float(stop))])
@@ -287,7 +292,8 @@ class Run:
     def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
         """This process's share, `size` examples a forward."""
         make = packed_rows if self.packed else micro_batches
-        return make(examples, size, self.accelerator.process_index, self.accelerator.num_processes)
+        for kind in by_kind(examples) if self.config.disjoint else [examples]:
+            yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
         """Summed loss of a micro-batch, under the condition of its pictures where there is one."""

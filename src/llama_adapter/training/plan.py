@@ -21,11 +21,14 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
         LlamaAdapterError: whatever `train` would stop at before it loads the base.
     """
     base = load_config(config.model)
-    layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
+    resolve_layers(config.adapter_config(), base)
+    shape = shape_of(base)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
     condition = condition_of(config, data)
-    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition)
+    adapter = replace(config.adapter_config(), base_shape=shape, condition=condition)
+    layers = resolve_layers(adapter, base)
+    adapter = replace(adapter, adapter_layers=layers)
     parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
     return {
         "model": config.model,
