@@ -138,7 +138,7 @@ def test_slots_forget_nothing_of_other_layers():
 
 def test_a_file_and_back(tmp_path):
     model, ids, condition = tiny_model(), tokens(), torch.randn(3, 5, HIDDEN)
-    adapter = fused(model)
+    adapter = fused(model, gate_scale=True)
     save_adapter(model, tmp_path)
     assert read_config(tmp_path) == adapter.config
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}

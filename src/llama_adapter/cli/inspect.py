@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.cli.parser import add_command
+from llama_adapter.errors import AdapterError
 
 EXAMPLES = """
 llama-adapter inspect runs/first
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from llama_adapter.training.plots import plot_gates
 
+        if not found["layers"]:
+            raise AdapterError(f"{args.folder} has no prompts, so there are no gates to plot: leave --plot out.")
+
         plot_gates({layer["layer"]: layer["gates"] for layer in found["layers"]}, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.as_json:
@@ -54,7 +58,11 @@ def _print(found: dict[str, Any]) -> None:
     console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
     console.print(f"gate        {config['gate_activation']}; template {config['template']}")
     console.print(f"parameters  {found['parameters']:,}")
+    if set(found["parts"]) != {"prompts", "gates"}:
+        console.print(f"parts       {', '.join(f'{size:,} {kind}' for kind, size in found['parts'].items())}")
     console.print(f"bytes       {found['bytes']:,}")
+    if not found["layers"]:
+        return
     table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads")
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):

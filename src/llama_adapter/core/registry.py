@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from llama_adapter.core.attention import EAGER, NAMES, ROUTING, SLOT, wrap_attention
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import attention_modules, family_of, text_config
-from llama_adapter.core.routing import Adapter, AdapterSlot, Names, Routing, module_key
+from llama_adapter.core.parts import decoder_and_layers, place_parts, set_callers, wanted_parts
+from llama_adapter.core.routing import Adapter, AdapterSlot, Names, PartsSlot, Routing
 from llama_adapter.core.scope import Block, Request, Scope
 from llama_adapter.core.zero_init import ZeroInitAdapter
 from llama_adapter.errors import AdapterError
@@ -44,7 +45,7 @@ class Registry:
             raise AdapterError(
                 "The model was adapted through another object that shares its layers: use the one that add_adapter got."
             )
-        self.decoder = _decoder_of(model, self.attention)
+        self.decoder, self.layers = decoder_and_layers(model)
         self.frozen: list[nn.Parameter] = []
         self.attached = False
 
@@ -56,7 +57,7 @@ class Registry:
         family = family_of(self.model.config)
         for module in self.attention:
             module.add_module(SLOT, AdapterSlot(family.project))
-        self.model.base_model.add_module(CONDITIONS, nn.ModuleDict())
+        self.model.base_model.add_module(CONDITIONS, PartsSlot())
         self.decoder.register_forward_pre_hook(Router(self), with_kwargs=True)
         if hasattr(type(self.model), "generate"):
             self.model.generate = _Generate(self.model, vars(self.model).get("generate"))
@@ -132,12 +133,20 @@ class Registry:
                 text.hidden_size,
                 text.num_attention_heads,
                 config.gate_activation,
+                config.gate_scale,
             )
             layers[int(module.layer_idx)] = layer.to(device_of(module))
         condition = None
         if config.condition is not None:
             condition = config.condition.build(text.hidden_size, config.adapter_len).to(device_of(self.attention[0]))
-        return Adapter(name, config, layers, condition)
+        wanted = wanted_parts(config, self.model)
+        if wanted and any(layer._compiled_call_impl is not None for layer in self.layers):
+            raise AdapterError(
+                "The model's layers are compiled, and would not see norms, scales, biases or LoRA: leave --compile out."
+            )
+        modules = {prefix: part.make().to(device_of(part.home)) for prefix, part in wanted.items()}
+        homes = {prefix: part.home for prefix, part in wanted.items()}
+        return Adapter(name, config, layers, condition, modules, homes)
 
     def place(self, name: str, adapter: Adapter | None) -> None:
         """Put an adapter's modules where the one of that name has its own; None leaves none there.
@@ -154,21 +163,16 @@ class Registry:
             old.removed = True  # first: a forward that runs ends with an error instead of meeting half of it
         layers, condition = ({}, None) if adapter is None else (adapter.layers, adapter.condition)
         for module in self.attention:
-            _put(getattr(module, SLOT), name, layers.get(int(module.layer_idx)))
-        _put(getattr(self.model.base_model, CONDITIONS), name, condition)
+            getattr(module, SLOT).put(name, layers.get(int(module.layer_idx)))
+        getattr(self.model.base_model, CONDITIONS).put(name, condition)
+        others = [other for other in (*self.adapters.values(), adapter) if other is not old and other is not None]
+        place_parts(name, old, adapter)
+        set_callers(self.decoder, self.layers, any(other.modules for other in others))
         if adapter is not None:
             self.adapters[name] = adapter
         elif old is not None:
             del self.adapters[name]
             self.active = None if self.active == name else self.active
-
-
-def _put(holder: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Let `holder` have this module for an adapter, in place of what it had."""
-    if module is not None:
-        holder.add_module(module_key(name), module)
-    elif module_key(name) in holder._modules:
-        delattr(holder, module_key(name))
 
 
 class Router:
@@ -256,15 +260,6 @@ def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return torch.empty(0)
 
 
-def _decoder_of(model: PreTrainedModel, attention: Sequence[nn.Module]) -> PreTrainedModel:
-    """The innermost model that runs all of these modules: in one that reads pictures, its language model."""
-    wanted, found = set(attention), model.base_model
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and wanted <= set(module.modules()):
-            found = module
-    return found
-
-
 def _base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """All parameters but those of PEFT's layers, such as LoRA's, which go on learning beside an adapter."""
     tuned = {
@@ -290,6 +285,8 @@ def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """The condition as [B, 1 or K, hidden], checked against the prompts that it is added to."""
     condition = condition[:, None] if condition.dim() == 2 else condition
     for adapter in adapters:
+        if not adapter.layers:
+            raise AdapterError(f"Adapter '{adapter.name}' has no prompts that a condition could be added to.")
         hidden = (adapter.config.base_shape or {})["hidden_size"]
         lengths = {1, adapter.config.adapter_len}
         fits = condition.dim() == 3 and condition.shape[2] == hidden

@@ -4,13 +4,14 @@ Shape letters as in `zero_init.py`, and A distinct adapters in a batch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from llama_adapter.core.current import under
 from llama_adapter.core.zero_init import Projection, Prompts, ZeroInitAdapter, project_prompts
 from llama_adapter.errors import AdapterError
 
@@ -27,6 +28,8 @@ class Adapter:
         config: its `AdapterConfig`, with `adapter_layers` and `base_shape` filled in.
         layers: the base's layer index -> the parameters there, lowest layer first.
         condition: what turns features of a picture into a condition, where the configuration asks for one.
+        modules: `norms.{path}`, `linears.{path}`, `lora.{path}` -> the parameters there, for modules in the decoder.
+        homes: the same names -> those modules of the base.
         removed: whether it has been taken off its model.
     """
 
@@ -34,6 +37,8 @@ class Adapter:
     config: Any
     layers: Mapping[int, ZeroInitAdapter]
     condition: nn.Module | None = None
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    homes: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     removed: bool = False
 
     @property
@@ -45,10 +50,10 @@ class Adapter:
     def parts(self) -> dict[str, Any]:
         """Prefix -> module with `adapter_params()`: what saving, counting, training and loading are written over."""
         condition = {} if self.condition is None else {"condition": self.condition}
-        return {**{f"layers.{i}": layer for i, layer in self.layers.items()}, **condition}
+        return {**{f"layers.{i}": layer for i, layer in self.layers.items()}, **self.modules, **condition}
 
     def named_parameters(self) -> "list[tuple[str, nn.Parameter]]":
-        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] of each adapted layer i, then `condition.*`."""
+        """`layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads] of each adapted layer i, then all others."""
         return [(f"{prefix}.{key}", p) for prefix, part in self.parts.items() for key, p in part.adapter_params()]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -67,7 +72,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained: L x (K x hidden + heads), and the condition's."""
+        """How many numbers are trained: L x (K x hidden + heads) for prompts and gates, and those of other parts."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -101,16 +106,27 @@ class Routing:
                 raise AdapterError(f"Adapter '{adapter.name}' was removed while a forward used it: ask again.")
 
 
-class AdapterSlot(nn.Module):
-    """The adapters of one attention module, as submodules, so that they move and are saved with the model."""
+class PartsSlot(nn.Module):
+    """What adapters have for one module of the base, as submodules, so that it moves and is saved with the model."""
+
+    def get(self, adapter: Adapter | None) -> Any:
+        """What `adapter` has here, or None."""
+        return None if adapter is None else self._modules.get(module_key(adapter.name))
+
+    def put(self, name: str, module: nn.Module | None) -> None:
+        """Let the adapter of this name have `module` here, in place of what it had."""
+        if module is not None:
+            self.add_module(module_key(name), module)
+        else:
+            self._modules.pop(module_key(name), None)
+
+
+class AdapterSlot(PartsSlot):
+    """The prompts and gates of one attention module."""
 
     def __init__(self, projection: Projection) -> None:
         super().__init__()
         self._projection = projection
-
-    def get(self, adapter: Adapter | None) -> ZeroInitAdapter | None:
-        """The layer of `adapter` here, or None where it has none."""
-        return None if adapter is None else self._modules.get(module_key(adapter.name))  # type: ignore[return-value]
 
     def prompts(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
         """What the rows of `query` [B, H, T, D] read; None where none of their adapters has this layer."""
@@ -125,7 +141,11 @@ class AdapterSlot(nn.Module):
         return kept
 
     def _of_rows(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
-        layers = [self.get(adapter) for adapter in routing.adapters]
+        with under(None):  # scales, biases and LoRA are on text: prompts take the base's own projections
+            return self._projected(attention, routing, query)
+
+    def _projected(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
+        layers: list[ZeroInitAdapter | None] = [self.get(adapter) for adapter in routing.adapters]
         routing.refuse_removed()  # after the look-up, and said before a removal: no gap between the two
         # What has a gate only reads the condition alone, and nothing without one.
         alone = [layer is not None and not len(layer.prompt) for layer in layers]

@@ -36,9 +36,14 @@ class ZeroInitAdapter(FixedDtype):
     """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32.
 
     On a half-precision model too: small updates would be lost in bf16. With `adapter_len` 0 there is only the gate.
+    LLaMA-Adapter V2 has one number more, the authors' `new_gate`: `gate_scale` [1] = 1, which multiplies act(g).
     """
 
-    def __init__(self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str) -> None:
+    gate_scale: nn.Parameter | None
+
+    def __init__(
+        self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str, gate_scale: bool = False
+    ) -> None:
         super().__init__()
         prompt = torch.randn(adapter_len, hidden_size, dtype=torch.float32)
         if adapter_len:
@@ -46,15 +51,17 @@ class ZeroInitAdapter(FixedDtype):
         else:
             self.register_buffer("prompt", prompt, persistent=False)
         self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+        self.gate_scale = nn.Parameter(torch.ones(1, dtype=torch.float32)) if gate_scale else None
         self.gate_activation = gate_activation
 
     def adapter_params(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained and saved, by name."""
-        return self.named_parameters()
+        yield from self.named_parameters()
 
     def strength(self) -> Tensor:
         """act(g) [H]: how much of the prompt's attention each head lets in."""
-        return GATE_ACTIVATIONS[self.gate_activation](self.gate)
+        opened = GATE_ACTIVATIONS[self.gate_activation](self.gate)
+        return opened if self.gate_scale is None else self.gate_scale * opened
 
 
 class Prompts(NamedTuple):

@@ -1,8 +1,11 @@
 """What an adapter folder holds, as plain values."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
 from llama_adapter.formats.native import WEIGHTS_FILE, read_config, read_tensors
@@ -13,7 +16,8 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         folder, config, parameters, bytes (of the weights file), and `layers`: for each adapted layer its index,
-        act(g) per head, their mean and largest magnitude, and the root mean square of its prompts.
+        act(g) per head (times the gate's scale), their mean and largest magnitude, and the root mean square of its
+        prompts; and `parts`: how many numbers its prompts, gates, norms, scales, biases, LoRA and condition have.
 
     Raises:
         AdapterError: the folder holds no sound adapter.
@@ -22,8 +26,9 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     tensors = read_tensors(folder, config)
     activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
-    for key in sorted((key for key in tensors if key.endswith(".gate")), key=lambda key: int(key.split(".")[1])):
-        gates = activate(tensors[key])
+    of_gates = [key for key in tensors if key.startswith("layers.") and key.endswith(".gate")]
+    for key in sorted(of_gates, key=lambda key: int(key.split(".")[1])):
+        gates = activate(tensors[key]) * tensors.get(f"{key}_scale", 1.0)
         prompt = tensors.get(key.replace(".gate", ".prompt"))  # none where the condition alone is read
         layers.append(
             {
@@ -38,6 +43,17 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "folder": str(folder),
         "config": config.to_dict(),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parts": _sizes(tensors),
         "bytes": (Path(folder) / WEIGHTS_FILE).stat().st_size,
         "layers": layers,
     }
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Numbers by kind of part."""
+    found: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        kind, last = key.partition(".")[0], key.rpartition(".")[2]
+        kind = {"layers": f"{last}s", "linears": {"scale": "scales"}.get(last, "biases")}.get(kind, kind)
+        found[kind] = found.get(kind, 0) + tensor.numel()
+    return found

@@ -1,7 +1,8 @@
 """An adapter on disk: a folder with `adapter_model.safetensors` and `adapter_config.json`.
 
 The tensors are fp32: `layers.{i}.prompt` [K, hidden] and `layers.{i}.gate` [heads], i the layer's index in the base,
-and `condition.*` where it has a condition, whose tower is only named in the configuration.
+`norms.*`, `linears.*` and `lora.*` (see `core/parts.py`) where it has any, and `condition.*` where it has a condition,
+whose tower is only named in the configuration.
 Everything is checked before the model is touched, and what the files claim before any tensor is read; files are
 replaced atomically: a reader or a crash sees the old file or the new one.
 """
@@ -25,6 +26,7 @@ from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
+from llama_adapter.core.parts import part_shapes
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
@@ -85,7 +87,7 @@ def load_adapter(
     folder = find_adapter(source, revision)
     config = read_config(folder)
     check_base(config, shape_of(model.config), folder)
-    tensors = read_tensors(folder, config)
+    tensors = read_tensors(folder, config, model)
     adapter = add_adapter(
         model, config, name, activate=activate or active_adapter(model) is None, replace=replace, state_dict=tensors
     )
@@ -215,8 +217,16 @@ def check_base(config: AdapterConfig, shape: dict[str, int | str], source: objec
         )
 
 
-def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[str, Tensor]:
+def read_tensors(
+    folder: str | os.PathLike[str], config: AdapterConfig, model: PreTrainedModel | None = None
+) -> dict[str, Tensor]:
     """The tensors of an adapter in fp32, checked against its configuration before any of them is read.
+
+    Args:
+        folder: the adapter's.
+        config: what `read_config` gave.
+        model: its base, with weights or without: which norms and linears there are, and how large. Without it what the
+            adapter has for those is held against its configuration alone.
 
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
@@ -231,7 +241,7 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
         if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
             raise SafetensorError(f"a header of {header:,} bytes")
         with safe_open(path, "pt") as file:
-            _check_header({key: file.get_slice(key) for key in file.keys()}, config, path)  # noqa: SIM118
+            _check_header({key: file.get_slice(key) for key in file.keys()}, config, path, model)  # noqa: SIM118
             tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: larger than the address space allows
         raise AdapterError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
@@ -241,7 +251,7 @@ def read_tensors(folder: str | os.PathLike[str], config: AdapterConfig) -> dict[
     return tensors
 
 
-def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -> None:
+def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path, model: PreTrainedModel | None) -> None:
     """Names, shapes and dtypes that the header claims, against those that follow from the configuration."""
     condition = config.condition
     blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
@@ -253,6 +263,10 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -
         raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
     try:
         wanted = tensor_shapes(config)
+        try:
+            wanted |= _claimed_parts(found, config) if model is None else part_shapes(config, model)
+        except ConfigError as error:
+            raise AdapterError(f"{path}: {error}") from None
     except (RuntimeError, TypeError) as error:  # numbers that PyTorch does not count up to
         raise AdapterError(f"{path}: no weights fit its {CONFIG_FILE} ({first_sentence(error)[:80]})") from None
     if wanted.keys() != found.keys():
@@ -267,15 +281,50 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path) -
             raise AdapterError(f"{path}: {key} is {kind} {shape}, not float {shown([*size])}.")
 
 
+def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors beside prompts that a configuration allows, in the sizes that the header claims for its base.
+
+    Raises:
+        ConfigError: none at all for something that the configuration asks for.
+    """
+    names = {"scale": config.linear_scale, "bias": config.linear_bias}
+    names |= dict.fromkeys("AB", config.lora_targets)
+    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some}
+    missing |= {"norms"} if config.norms else set()
+    wanted: dict[str, tuple[int, ...]] = {}
+    for key, tensor in found.items():
+        kind, parameter, shape = key.partition(".")[0], key.rpartition(".")[2], tuple(tensor.get_shape())
+        name = key.split(".")[-2] if key.count(".") > 1 else ""
+        if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
+            missing.discard("norms")
+            wanted[key] = shape
+        elif kind == "linears" and parameter in ("scale", "bias") and name in names[parameter] and len(shape) == 1:
+            missing.discard(f"{parameter} of {name}")
+            wanted[key] = shape
+        elif kind == "lora" and parameter in ("A", "B") and name in config.lora_targets and len(shape) == 2:
+            missing.discard(f"{parameter} of {name}")
+            wanted[key] = (config.lora_rank, shape[1]) if parameter == "A" else (shape[0], config.lora_rank)
+            wanted.setdefault(key[:-1] + "AB".replace(parameter, ""), ())  # both, or a key that is not there
+    if missing:
+        raise ConfigError(f"there is no tensor for {', '.join(sorted(missing)[:3])}")
+    return wanted
+
+
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an adapter whose `adapter_layers` and `base_shape` are known."""
+    """Names and shapes of the prompts, gates and condition of an adapter with known `adapter_layers` and `base_shape`.
+
+    Those of its other parts depend on the base's modules: `core.parts.part_shapes` has them.
+    """
     shape: Mapping[str, Any] = config.base_shape or {}
     top, count, hidden = shape["num_hidden_layers"], config.adapter_layers or 0, shape["hidden_size"]
     sizes = {"prompt": (config.adapter_len, hidden), "gate": (shape["num_attention_heads"],)}
+    if config.gate_scale:
+        sizes["gate_scale"] = (1,)
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
     if config.condition is not None:
-        wanted |= {f"layers.{i}.gate": sizes["gate"] for i in range(config.condition.layers or 0)}
-        wanted |= {
-            f"condition.{key}": size for key, size in config.condition.shapes(hidden, config.adapter_len).items()
-        }
+        del sizes["prompt"]
+        early = range(config.condition.layers or 0)
+        wanted |= {f"layers.{i}.{kind}": size for i in early for kind, size in sizes.items()}
+        of_condition = config.condition.shapes(hidden, config.adapter_len)
+        wanted |= {f"condition.{key}": size for key, size in of_condition.items()}
     return wanted

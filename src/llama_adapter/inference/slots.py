@@ -35,8 +35,11 @@ class Slots:
         self.of: dict[Adapter, tuple[int, Tensor]] = {}
 
     def admit(self, adapter: Adapter) -> int:
-        """The slot of an adapter, filled where its parameters are not what they were."""
-        now = torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
+        """The slot of an adapter, filled where its prompts are not what they were; `BASE` where it has none."""
+        if not adapter.layers:
+            return BASE
+        parameters = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
+        now = torch.cat([parameter.detach().flatten() for parameter in parameters])
         slot, before = self.of.get(adapter, (None, None))
         if slot is None or before is None or not torch.equal(now, before):
             slot = self.fill(Routing((adapter,)), slot)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.base import check_parts, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
@@ -70,6 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     base = load_config(config.model)
     resolve_layers(config.adapter_config(), base)
+    check_parts(config.adapter_config(), base)
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
@@ -356,7 +357,8 @@ class Run:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
             plot_loss(history, self.folder.path / "loss.png")
             gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
-            plot_gates(gates, self.folder.path / "gates.png")
+            if gates:
+                plot_gates(gates, self.folder.path / "gates.png")
         losses = [line["loss"] for line in history if "loss" in line]
         val_losses = [line["val_loss"] for line in history if "val_loss" in line]
         return TrainResult(

@@ -1,6 +1,7 @@
 """The optimiser of a recipe, and its learning rate from step to step."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -9,9 +10,16 @@ from llama_adapter.training.config import TrainConfig
 
 
 def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over an adapter's parameters; a group's `factor` is what its rate is to that of prompts and gates."""
-    of_prompts = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
-    groups = [{"params": of_prompts, "factor": 1.0}]
+    """AdamW over an adapter's parameters; a group's `factor` is what its rate is to that of prompts and gates.
+
+    Norms, scales and biases do not decay, as in the authors' code: a scale of 0 is no default to go back to.
+    """
+    decaying = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
+    decaying += [p for prefix, part in adapter.modules.items() if prefix.startswith("lora.") for p in part.parameters()]
+    fixed = [p for prefix, part in adapter.modules.items() if not prefix.startswith("lora.") for p in part.parameters()]
+    groups: list[dict[str, Any]] = [{"params": decaying, "factor": 1.0}] if decaying else []
+    if fixed:
+        groups.append({"params": fixed, "factor": 1.0, "weight_decay": 0.0})
     if adapter.condition is not None:
         factor = 1.0 if config.condition_lr is None else config.condition_lr / config.peak_lr
         groups.append({"params": list(adapter.condition.parameters()), "factor": factor})

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from llama_adapter.base import load_config, load_tokenizer
+from llama_adapter.base import check_parts, load_config, load_tokenizer
 from llama_adapter.core.families import max_positions, shape_of
 from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
@@ -29,7 +29,8 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     adapter = replace(config.adapter_config(), base_shape=shape, condition=condition)
     layers = resolve_layers(adapter, base)
     adapter = replace(adapter, adapter_layers=layers)
-    parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
+    shapes = tensor_shapes(adapter) | check_parts(adapter, base)
+    parameters = sum(math.prod(size) for size in shapes.values())
     return {
         "model": config.model,
         "family": shape["model_type"],
