@@ -211,7 +211,7 @@ def made_run(base, data, output, **changes):
     from llama_adapter.base import load_base, load_tokenizer
     from llama_adapter.conditions.perception import Perception
     from llama_adapter.training.checkpoint import RunFolder
-    from llama_adapter.training.loop import condition_of
+    from llama_adapter.training.perceive import condition_of
 
     config = recipe(base, data, output, **settings(**changes))
     prepared = prepare(config, load_tokenizer(config.model), 1024)
@@ -280,7 +280,7 @@ def test_a_run_from_recipe_to_file(world, tmp_path):
     ("change", "sentence"),
     [
         ({"condition_layers": None, "visual_len": None, "disjoint": True}, "disjoint needs early fusion"),
-        ({"condition": None}, "condition_layers is 1 and there is no condition: pass --condition too"),
+        ({"condition": None}, "condition_layers is 1 and there is no condition: pass --condition"),
         ({"condition_layers": 2}, "The first 2 layers for the condition and the top 2 for the prompts overlap"),
     ],
 )

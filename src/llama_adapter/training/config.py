@@ -144,10 +144,6 @@ class TrainConfig:
             yield "output_dir is empty: pass --output-dir FOLDER"
         if sound("warmup_epochs", "epochs") and self.warmup_epochs > self.epochs:
             yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
-        if self.condition_layers and self.condition is None:
-            yield f"condition_layers is {self.condition_layers} and there is no condition: pass --condition too"
-        if self.disjoint is True and not self.condition_layers:
-            yield "disjoint needs early fusion, where pictures have gates of their own: pass --condition-layers N"
         if self.base_precision == "fp8" and self.load_in_4bit is True:
             yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
         if sound("adapter_len", "adapter_layers", "gate_activation", "template", "model", *V2_FIELDS):

@@ -25,15 +25,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.base import check_parts, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
-from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
-from llama_adapter.conditions.perception import Perception, condition_config
+from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.families import max_positions
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
-from llama_adapter.errors import ConfigError, Interrupted, TrainingError
+from llama_adapter.errors import Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
@@ -42,6 +41,7 @@ from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import response_loss, why_not_packed
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.packing import PackedRow, packed_rows
+from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.plots import plot_gates, plot_loss
 from llama_adapter.training.prepare import Prepared, prepare
 
@@ -104,52 +104,6 @@ def train(config: TrainConfig) -> TrainResult:
     with compiler_errors():
         run.loop()
     return run.finish()
-
-
-def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
-    """The condition that a recipe asks for; only the tower's configuration is read.
-
-    Raises:
-        ConfigError: there is a condition and nothing in the data to perceive.
-        LlamaAdapterError: see `llama_adapter.conditions.perception.condition_config`.
-    """
-    files = data.media()
-    if config.condition is None:
-        if files:
-            log.warning("%d files in the data are not looked at: pass --condition image", len(files))
-        return None
-    if not files:
-        raise ConfigError(
-            f"condition is {config.condition}, and no record names a file: give data with 'image' keys, or leave "
-            "--condition out."
-        )
-    return condition_config(
-        config.condition,
-        config.tower,
-        config.tower_depths,
-        width=config.condition_width,
-        activation=config.condition_activation,
-        absent=config.absent,
-        blocks=config.visual_blocks,
-        block_width=config.visual_width,
-        block_heads=config.visual_heads,
-        layers=config.condition_layers,
-        visual_len=config.visual_len,
-    )
-
-
-def look(condition: ConditionConfig, config: TrainConfig, data: Prepared, accelerator: Accelerator) -> Perception:
-    """Load the tower and compute the features of every file that the data name.
-
-    Raises:
-        ModelError: the tower is damaged.
-        DataError: a file is damaged or of another kind.
-    """
-    perception = Perception(condition, accelerator.device, config.feature_cache)
-    # With a feature cache the first process fills it for all; without, each of them needs features of its own.
-    with accelerator.main_process_first() if config.feature_cache else nullcontext():
-        perception.prepare(data.media())
-    return perception
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

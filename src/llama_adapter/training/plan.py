@@ -10,7 +10,7 @@ from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.formats.native import tensor_shapes
 from llama_adapter.training.config import TrainConfig
-from llama_adapter.training.loop import condition_of
+from llama_adapter.training.perceive import condition_of
 from llama_adapter.training.prepare import prepare
 
 
