@@ -14,8 +14,17 @@ GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
 WrittenAs = Literal["alpaca", "chat", "raw"]
 """A template, or "raw": prompt-completion text that was trained without any."""
-V2_FIELDS = ("gate_scale", "norms", "linear_scale", "linear_bias", "lora_rank", "lora_alpha", "lora_targets")
-"""What the method's second version adds; written to files only where it is used."""
+V2_FIELDS = (
+    "gate_scale",
+    "norms",
+    "linear_scale",
+    "linear_bias",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "modules_to_save",
+)
+"""What came after the first version; written to files only where it is used."""
 
 
 @runtime_checkable
@@ -59,6 +68,8 @@ class AdapterConfig:
         lora_rank: r of LoRA; 0 is none.
         lora_alpha: its factor is alpha / r; None is a factor of 1.
         lora_targets: names of the linears that it is on.
+        modules_to_save: names of modules of the model that the adapter has copies of its own of, such as the
+            "classifier" of an encoder; trained and saved with it, and rows of other adapters have theirs.
 
     Norms, scales, biases and LoRA are on every layer, and prompts do not go through them; see `core/scale_bias.py`.
 
@@ -81,6 +92,7 @@ class AdapterConfig:
     lora_rank: CountOrZero = 0
     lora_alpha: Positive | None = None
     lora_targets: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, self._between)
@@ -100,8 +112,9 @@ class AdapterConfig:
 
     @property
     def has_parts(self) -> bool:
-        """Whether it has norms, scales, biases or LoRA."""
-        return bool(self.norms or self.linear_scale or self.linear_bias or self.lora_rank)
+        """Whether it has norms, scales, biases, LoRA or modules of its own."""
+        linears = self.linear_scale or self.linear_bias or self.lora_rank
+        return bool(self.norms or linears or self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; without those of the second version where it has none of that."""

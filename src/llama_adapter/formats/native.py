@@ -293,6 +293,9 @@ def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str,
     missing |= {"norms"} if config.norms else set()
     wanted: dict[str, tuple[int, ...]] = {}
     for key, tensor in found.items():
+        if key.startswith(tuple(f"modules_to_save.{name}." for name in config.modules_to_save)):
+            wanted[key] = tuple(tensor.get_shape())
+            continue
         kind, parameter, shape = key.partition(".")[0], key.rpartition(".")[2], tuple(tensor.get_shape())
         name = key.split(".")[-2] if key.count(".") > 1 else ""
         if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
