@@ -59,7 +59,8 @@ def _print(found: dict[str, Any]) -> None:
     console.print(f"gate        {config['gate_activation']}; template {config['template']}")
     console.print(f"parameters  {found['parameters']:,}")
     if set(found["parts"]) != {"prompts", "gates"}:
-        console.print(f"parts       {', '.join(f'{size:,} {kind}' for kind, size in found['parts'].items())}")
+        parts = ", ".join(f"{size:,} {kind}" for kind, size in found["parts"].items())
+        console.print(f"parts       {parts}", soft_wrap=True)
     console.print(f"bytes       {found['bytes']:,}")
     if not found["layers"]:
         return

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llama_adapter.core.families import text_config
 from llama_adapter.core.model import get_adapter, list_adapters, remove_adapter
 from llama_adapter.core.parts import decoder_and_layers, sizes_of
 from llama_adapter.core.registry import registry_of
@@ -36,39 +37,46 @@ def merge_adapter(model: PreTrainedModel, name: str | None = None) -> None:
         model = model.get_base_model()
     adapter = get_adapter(model, name)
     _check(model, adapter)
-    switches, biased = _biases(model, adapter)
-    for path in biased:
+    switches, new = _biases(model, adapter)
+    registry = registry_of(model)
+    for path in new:
         home: Any = model.get_submodule(path)
-        if home.bias is None:
-            home.bias = nn.Parameter(home.weight.new_zeros(sizes_of(home)[1]), requires_grad=False)
-            registry_of(model).frozen.append(home.bias)
+        home.bias = nn.Parameter(home.weight.new_zeros(sizes_of(home)[1]), requires_grad=False)
+        if any(home.weight is parameter for parameter in registry.frozen):
+            registry.frozen.append(home.bias)  # trainable again, as its weight, after the removal
     for switch in switches:
-        setattr(model.config, switch, True)
-    parts = sorted(adapter.modules.items(), key=lambda item: not item[0].startswith("lora."))  # W + f B A, then s
-    for prefix, part in parts:
-        _fold(prefix.partition(".")[0], adapter.homes[prefix], part)
+        setattr(text_config(model.config), switch, True)
+    for home in dict.fromkeys(adapter.homes.values()):
+        _fold(
+            home,
+            {prefix.partition(".")[0]: adapter.modules[prefix] for prefix, h in adapter.homes.items() if h is home},
+        )
     remove_adapter(model, adapter.name)
 
 
-def _fold(kind: str, home: Any, part: Any) -> None:
-    if kind == "norms":
-        for name, parameter in part.named_parameters():
+def _fold(home: Any, parts: Mapping[str, Any]) -> None:
+    """Let a module of the base be what it is with these parts, by kind."""
+    if "norms" in parts:
+        for name, parameter in parts["norms"].named_parameters():
             getattr(home, name).copy_(parameter)
         return
     weight = home.weight.t() if isinstance(home, Conv1D) else home.weight  # [out, in], the same memory
-    if kind == "lora":
-        weight.copy_(weight.double() + part.factor * part.B.double() @ part.A.double())
-    if hasattr(part, "scale"):
-        weight.copy_(weight.double() * part.scale.double())
-    if hasattr(part, "bias"):
-        home.bias.copy_(home.bias.double() + part.bias.double())
+    made = weight.double()
+    if "lora" in parts:
+        made = made + parts["lora"].factor * parts["lora"].B.double() @ parts["lora"].A.double()
+    linear: Any = parts.get("linears")
+    if hasattr(linear, "scale"):
+        made = made * linear.scale.double()
+    weight.copy_(made)
+    if hasattr(linear, "bias"):
+        home.bias.copy_(home.bias.double() + linear.bias.double())
 
 
 def _check(model: PreTrainedModel, adapter: Adapter) -> None:
     if adapter.layers:
         raise AdapterError(
-            f"Adapter '{adapter.name}' has prompts, which cannot be merged: what they add depends on every query, and no "
-            "weight of the base does that. Serve it as an adapter, or train one with adapter_layers 0."
+            f"Adapter '{adapter.name}' has prompts, which cannot be merged: what they add depends on every query, and "
+            "no weight does that. Serve it as an adapter, or train one with adapter_layers 0."
         )
     if list_adapters(model) != [adapter.name]:
         raise AdapterError(f"Merging '{adapter.name}' would change the base of other adapters: remove those first.")
@@ -76,7 +84,7 @@ def _check(model: PreTrainedModel, adapter: Adapter) -> None:
         raise AdapterError(f"Adapter '{adapter.name}' is in use: merge it after.")
     for prefix, home in adapter.homes.items():
         plain = type(home) in (nn.Linear, Conv1D) or prefix.startswith("norms.")
-        if not plain or not home.weight.is_floating_point() or home.weight.is_meta:  # type: ignore[operator, union-attr]
+        if not plain or not home.weight.is_floating_point() or home.weight.is_meta:  # type: ignore[operator]
             raise AdapterError(
                 f"{prefix} cannot be merged into {type(home).__name__}: load the base in bf16 or fp32, all in memory."
             )
@@ -94,12 +102,12 @@ def _biases(model: PreTrainedModel, adapter: Adapter) -> tuple[tuple[str, ...], 
     has = set(_with_bias(model))
     if wanted <= has:
         return (), set()
-    there = [switch for switch in BIAS_SWITCHES if getattr(model.config, switch, None) is False]
+    there = [switch for switch in BIAS_SWITCHES if getattr(text_config(model.config), switch, None) is False]
     for count in range(1, len(there) + 1):
         for switches in itertools.combinations(there, count):
             config = copy.deepcopy(model.config)
             for switch in switches:
-                setattr(config, switch, True)
+                setattr(text_config(config), switch, True)
             with torch.device("meta"):
                 would_have = set(_with_bias(type(model)(config)))
             if wanted | has <= would_have:
