@@ -14,17 +14,10 @@ GateActivation = Literal["tanh", "identity"]
 Template = Literal["alpaca", "chat"]
 WrittenAs = Literal["alpaca", "chat", "raw"]
 """A template, or "raw": prompt-completion text that was trained without any."""
-V2_FIELDS = (
-    "gate_scale",
-    "norms",
-    "linear_scale",
-    "linear_bias",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "modules_to_save",
-)
-"""What came after the first version; written to files only where it is used."""
+V2_FIELDS = ("gate_scale", "norms", "linear_scale", "linear_bias", "lora_rank", "lora_alpha", "lora_targets")
+"""What the method's second version adds; a recipe has them too."""
+LATER_FIELDS = (*V2_FIELDS, "modules_to_save")
+"""What came after the first files; written only where it is used."""
 
 
 @runtime_checkable
@@ -98,7 +91,7 @@ class AdapterConfig:
         check(self, self._between)
 
     def _between(self, sound: Sound) -> Iterator[str]:
-        if not sound("adapter_layers", *V2_FIELDS):
+        if not sound("adapter_layers", *LATER_FIELDS):
             return
         if bool(self.lora_rank) != bool(self.lora_targets):
             yield "lora_rank and lora_targets belong together: give both or neither"
@@ -119,7 +112,7 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; without those of the second version where it has none of that."""
         shape, condition = self.base_shape, self.condition
-        unused = {name for name in V2_FIELDS if getattr(self, name) == getattr(type(self), name)}
+        unused = {name for name in LATER_FIELDS if getattr(self, name) == getattr(type(self), name)}
         values = {key: value for key, value in vars(self).items() if key not in unused}
         return {
             **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
