@@ -435,6 +435,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "visual_blocks": ("2", 2),
         "visual_width": ("64", 64),
         "visual_heads": ("4", 4),
+        "condition_layers": ("2", 2),
+        "visual_len": ("20", 20),
         "feature_cache": ("cache", "cache"),
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),

@@ -175,6 +175,35 @@ def test_one_gate_for_all_heads_of_the_first_release_needs_the_base_s_heads(tmp_
     same_file(write_official(found)[1], theirs)
 
 
+NAMES = ("q_proj", "v_proj")
+PICTURE = {"kind": "visual_prompt", "tower": "t", "tower_width": 6, "blocks": 1, "block_width": 8, "block_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "config", "reason"),
+    [
+        ({"num_key_value_heads": 2}, {}, "their code knows no grouped keys and values"),
+        ({}, {"condition": ConditionConfig(kind="image", tower="t", tower_width=6)}, "a condition of kind 'image'"),
+        ({}, {"condition": ConditionConfig(**PICTURE, absent="learnt")}, "a learnt condition for no picture"),
+        ({}, {"condition": ConditionConfig(**PICTURE, layers=1)}, "without early fusion"),
+        ({}, {"norms": True, "gate_activation": "identity"}, r"its gates are always used as tanh\(g\) in V2"),
+        ({}, {"gate_scale": True}, "new_gate comes with LoRA alone"),
+        ({}, {"lora_rank": 2, "lora_targets": NAMES}, "LoRA comes with new_gate"),
+        ({}, {"lora_rank": 2, "lora_targets": NAMES, "lora_alpha": 4.0, "gate_scale": True}, "no factor alpha / r"),
+        ({}, {"linear_scale": NAMES}, "scales belong to its dialog model"),
+        ({}, {"linear_bias": NAMES}, "it has no biases on wk and wv"),
+        ({}, {"adapter_layers": 0, "norms": True}, "an adapter without prompts is its dialog model"),
+    ],
+)
+def test_what_the_authors_layout_cannot_say_is_refused_by_name(tmp_path, overrides, config, reason):
+    model = tiny_llama(**{"num_key_value_heads": 4, **overrides})
+    add_adapter(model, AdapterConfig(**{"adapter_len": 4, "adapter_layers": 2, **config}))
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(LlamaAdapterError, match=f"cannot be written in the authors' layout: .*{reason}"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="official")
+    assert not (tmp_path / "theirs").exists()
+
+
 # PEFT
 
 

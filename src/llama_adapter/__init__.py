@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_adapter.core.config import AdapterConfig
+    from llama_adapter.core.merge import merge_adapter
     from llama_adapter.core.model import (
         active_adapter,
         add_adapter,
@@ -48,6 +49,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_session",
+    "merge_adapter",
     "reference_model",
     "remove_adapter",
     "save_adapter",
@@ -64,6 +66,7 @@ _HOME = {
     "TrainConfig": "training.config",
     "load_adapter": "formats.load",
     "load_session": "inference.session",
+    "merge_adapter": "core.merge",
     "save_adapter": "formats.native",
     "train": "training.loop",
 }

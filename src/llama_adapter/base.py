@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_adapter.core.families import family_of
-from llama_adapter.errors import MissingExtraError, ModelError
+from llama_adapter.core.config import AdapterConfig
+from llama_adapter.core.families import family_of, is_encoder
+from llama_adapter.core.parts import part_shapes
+from llama_adapter.errors import MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.settings import BUNDLED, Precision
 
 ModelKind = Literal["base", "tower"]
@@ -48,6 +50,11 @@ def load_config(name: str) -> PretrainedConfig:
     """
     config = load_any_config(name)
     family_of(config)
+    if is_encoder(config):
+        raise UnsupportedModelError(
+            f"The base '{name}' is an encoder ({config.model_type}) and writes no text: adapt it from Python, with "
+            "add_adapter."
+        )
     return config
 
 
@@ -114,6 +121,21 @@ def load_base(
     except Exception as error:  # safetensors and pickle readers raise their own kinds on damaged files
         raise ModelError(f"The weights of '{name}' cannot be read: {first_sentence(error)}") from None
     return model.eval()
+
+
+def empty_base(config: PretrainedConfig) -> PreTrainedModel:
+    """A base of this configuration without weights: its modules and their shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_parts(config: AdapterConfig, base: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the norms, scales, biases and LoRA that `config` asks for; no weights are read.
+
+    Raises:
+        ConfigError: it names a linear that the base does not have.
+    """
+    return part_shapes(config, empty_base(base)) if config.has_parts else {}
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.cli.parser import add_command
+from llama_adapter.errors import AdapterError
 
 EXAMPLES = """
 llama-adapter inspect runs/first
@@ -35,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from llama_adapter.training.plots import plot_gates
 
+        if not found["layers"]:
+            raise AdapterError(f"{args.folder} has no prompts, so there are no gates to plot: leave --plot out.")
+
         plot_gates({layer["layer"]: layer["gates"] for layer in found["layers"]}, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.as_json:
@@ -61,12 +65,18 @@ def _print(found: dict[str, Any]) -> None:
     for note in found["notes"]:
         console.print(f"note        {note}", soft_wrap=True)
     console.print(f"parameters  {found['parameters']:,}")
+    if set(found["parts"]) != {"prompts", "gates"}:
+        parts = ", ".join(f"{size:,} {kind}" for kind, size in found["parts"].items())
+        console.print(f"parts       {parts}", soft_wrap=True)
     console.print(f"bytes       {found['bytes']:,}")
+    if not found["layers"]:
+        return
     table = Table("layer", "mean |act(g)|", "max |act(g)|", "prompt rms", "heads")
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):
         shades = "".join(SHADES[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
-        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", f"{layer['prompt_rms']:.3f}")
+        rms = "condition" if layer["prompt_rms"] is None else f"{layer['prompt_rms']:.3f}"
+        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", rms)
         table.add_row(str(layer["layer"]), *numbers, shades)
     console.print(table)
     console.print("heads: the darker, the wider open")

@@ -38,6 +38,9 @@ class ConditionConfig:
         blocks: self-attention blocks of "visual_prompt".
         block_width: their width.
         block_heads: their attention heads; a divisor of `block_width`.
+        layers: early fusion, as LLaMA-Adapter V2's paper has it: how many of the base's first layers read the condition
+            as prompts of their own, through gates of their own. None adds it to the prompts of every adapted layer.
+        visual_len: prompts that "visual_prompt" makes for them; None stands for `adapter_len`.
         legacy_bridge: whether "image_bind" has LayerNorm and biases, as its first checkpoints, or RMSNorm and none.
 
     Raises:
@@ -55,6 +58,8 @@ class ConditionConfig:
     blocks: Count = 8
     block_width: Count = 768
     block_heads: Count = 16
+    layers: Count | None = None
+    visual_len: Count | None = None
     legacy_bridge: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +76,10 @@ class ConditionConfig:
                 yield f"{depths}: each hidden state may be named once"
             if self.kind == "visual_prompt" and self.depths != LAST:
                 yield f"{depths}; kind visual_prompt reads the tower's last hidden state: leave them at [-1]"
+        if sound("layers", "visual_len") and self.visual_len and (self.kind != "visual_prompt" or not self.layers):
+            yield "visual_len is for kind visual_prompt with layers, in early fusion: leave it out"
+        if sound("layers", "absent") and self.layers and self.absent == "learnt":
+            yield "absent is 'learnt', and in early fusion an example without a picture reads nothing: take 'zero'"
         if sound("block_heads", "block_width") and self.block_width % self.block_heads:
             heads, width = shown(self.block_heads), shown(self.block_width)
             yield f"block_heads is {heads}; it must divide block_width, which is {width}"
@@ -87,7 +96,7 @@ class ConditionConfig:
         width, absent = self.tower_width, self.absent
         if self.kind == "visual_prompt":
             shape = (self.blocks, self.block_width, self.block_heads)
-            return VisualPromptCondition(hidden_size, adapter_len, width, *shape, absent)
+            return VisualPromptCondition(hidden_size, self.visual_len or adapter_len, width, *shape, absent)
         if self.kind == "image_bind":
             return ImageBindCondition(hidden_size, width, self.legacy_bridge, absent)
         return ImageCondition(hidden_size, len(self.depths), width, self.width, self.activation, self.bias, absent)

@@ -33,13 +33,13 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     of_gates = [key for key in tensors if key.startswith("layers.") and key.endswith(".gate")]
     for key in sorted(of_gates, key=lambda key: int(key.split(".")[1])):
         gates = activate(tensors[key]) * tensors.get(f"{key}_scale", 1.0)
-        prompt = tensors[key.replace(".gate", ".prompt")]
+        prompt = tensors.get(key.replace(".gate", ".prompt"))  # none where the condition alone is read
         layers.append(
             {
                 "layer": int(key.split(".")[1]),
                 "mean": gates.abs().mean().item(),
                 "max": gates.abs().max().item(),
-                "prompt_rms": prompt.square().mean().sqrt().item(),
+                "prompt_rms": None if prompt is None else prompt.square().mean().sqrt().item(),
                 "gates": gates.tolist(),
             }
         )
@@ -67,6 +67,6 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
     for key, tensor in tensors.items():
         kind, last = key.partition(".")[0], key.rpartition(".")[2]
-        kind = {"layers": f"{last}s", "linears": last}.get(kind, kind)
+        kind = {"layers": f"{last}s", "linears": {"scale": "scales"}.get(last, "biases")}.get(kind, kind)
         found[kind] = found.get(kind, 0) + tensor.numel()
     return found

@@ -11,7 +11,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,9 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         number = shape.get(key)
         if config.adapter_layers is None or not isinstance(number, int) or number < 1:
             raise AdapterError(f"{path} does not say adapter_layers and the base's shape ({key}): it was edited.")
-        if key == "num_hidden_layers" and config.adapter_layers > number:
-            layers = shown(config.adapter_layers)
+        early = (None if config.condition is None else config.condition.layers) or 0
+        if key == "num_hidden_layers" and config.adapter_layers + early > number:
+            layers = shown(config.adapter_layers) + (f" and the condition's {shown(early)}" if early else "")
             raise AdapterError(f"{path}: adapter_layers is {layers}, more than the base's {shown(number)} layers.")
     return config
 
@@ -224,7 +224,10 @@ def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path, m
     condition = config.condition
     blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
     # Names are made only where there can be as many: an edited configuration may ask for 10^9.
-    if max(2 * (config.adapter_layers or 0), BLOCK_TENSORS * blocks) > len(found) + 1000:
+    if (
+        max(2 * (config.adapter_layers or 0), getattr(condition, "layers", 0) or 0, BLOCK_TENSORS * blocks)
+        > len(found) + 1000
+    ):
         raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
     try:
         wanted = tensor_shapes(config)
@@ -252,30 +255,27 @@ def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str,
     Raises:
         ConfigError: none at all for something that the configuration asks for.
     """
-    names = {
-        "scale": config.linear_scale,
-        "bias": config.linear_bias,
-        "A": config.lora_targets,
-        "B": config.lora_targets,
-    }
-    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some} | (
-        {"norms"} if config.norms else set()
-    )
+    names = {"scale": config.linear_scale, "bias": config.linear_bias}
+    names |= dict.fromkeys("AB", config.lora_targets)
+    missing = {f"{kind} of {name}" for kind, some in names.items() for name in some}
+    missing |= {"norms"} if config.norms else set()
     wanted: dict[str, tuple[int, ...]] = {}
     for key, tensor in found.items():
-        kind, _, path = key.partition(".")
-        path, _, parameter = path.rpartition(".")
-        name, shape = path.rpartition(".")[2], tuple(tensor.get_shape())
+        if key.startswith(tuple(f"modules_to_save.{name}." for name in config.modules_to_save)):
+            wanted[key] = tuple(tensor.get_shape())
+            continue
+        kind, parameter, shape = key.partition(".")[0], key.rpartition(".")[2], tuple(tensor.get_shape())
+        name = key.split(".")[-2] if key.count(".") > 1 else ""
         if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
             missing.discard("norms")
             wanted[key] = shape
-        elif kind == {"A": "lora", "B": "lora"}.get(parameter, "linears") and name in names.get(parameter, ()):
+        elif kind == "linears" and parameter in ("scale", "bias") and name in names[parameter] and len(shape) == 1:
             missing.discard(f"{parameter} of {name}")
-            wanted[key] = shape[:1]
-            if kind == "lora":
-                size = shape[-1] if parameter == "A" else shape[0]
-                wanted[key] = (config.lora_rank, size) if parameter == "A" else (size, config.lora_rank)
-                wanted.setdefault(key[:-1] + ("B" if parameter == "A" else "A"), ())
+            wanted[key] = shape
+        elif kind == "lora" and parameter in ("A", "B") and name in config.lora_targets and len(shape) == 2:
+            missing.discard(f"{parameter} of {name}")
+            wanted[key] = (config.lora_rank, shape[1]) if parameter == "A" else (shape[0], config.lora_rank)
+            wanted.setdefault(key[:-1] + "AB".replace(parameter, ""), ())  # both, or a key that is not there
     if missing:
         raise ConfigError(f"there is no tensor for {', '.join(sorted(missing)[:3])}")
     return wanted
@@ -292,14 +292,10 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     if config.gate_scale:
         sizes["gate_scale"] = (1,)
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    condition = config.condition
-    if condition is not None:
-        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
-        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
-        with torch.device("meta"):
-            module = one.build(hidden, config.adapter_len)
-        for key, parameter in module.named_parameters():
-            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
-            for i in range(blocks):
-                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
+    if config.condition is not None:
+        del sizes["prompt"]
+        early = range(config.condition.layers or 0)
+        wanted |= {f"layers.{i}.{kind}": size for i in early for kind, size in sizes.items()}
+        of_condition = config.condition.shapes(hidden, config.adapter_len)
+        wanted |= {f"condition.{key}": size for key, size in of_condition.items()}
     return wanted

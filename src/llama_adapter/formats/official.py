@@ -363,6 +363,10 @@ def _refuse(config: AdapterConfig, shape: Mapping[str, Any]) -> None:
         "their code knows no grouped keys and values": shape.get("num_key_value_heads") not in (
             None, shape["num_attention_heads"]),
         f"a condition of kind '{kind}' has no place in it": kind not in (None, "visual_prompt"),
+        "its pictures are added to every layer's prompts, without early fusion": getattr(
+            config.condition, "layers", None) is not None,
+        "a learnt condition for no picture has no place in it": getattr(config.condition, "absent", "zero") != "zero",
+        "modules of the adapter's own have no place in it": bool(config.modules_to_save),
         "its gates are always used as tanh(g) in V2": version2 and config.gate_activation != "tanh",
         "new_gate comes with LoRA alone": config.gate_scale and not config.lora_rank,
         "LoRA comes with new_gate": bool(config.lora_rank) and not config.gate_scale,

@@ -5,6 +5,7 @@ row until the last one has ended. A row's answer does not depend on those beside
 that transformers scales by the longest row of a batch (dynamic and longrope, beyond the trained length).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from llama_adapter.inference.cache import GrowingCache
 from llama_adapter.inference.compiled import CompiledSteps
 from llama_adapter.inference.slots import BASE, Slots
 from llama_adapter.inference.steps import QuickSteps
+
+log = logging.getLogger(__name__)
 
 
 def fresh_generator() -> torch.Generator:
@@ -143,7 +146,7 @@ class Engine:
             prompts = self.slots.rows(slots)
             if compile:  # a graph is made for one layout of its inputs
                 prompts = {layer: contiguous(found) for layer, found in prompts.items()}
-            routing = Routing((), prompts=prompts, ready=True)
+            routing = self._routing(rows, adapters, prompts)
             ids, mask = left_padded([row.tokens for row in rows], device)
             room = max(row.max_new_tokens for row in rows)
             step = self.stepper(len(rows), ids.shape[1] + room, routing, compile)
@@ -166,14 +169,30 @@ class Engine:
             for slot in temporary:
                 self.slots.release(slot)
 
+    def _routing(
+        self, rows: Sequence[Row], adapters: Mapping[str, Adapter], prompts: dict[int, Prompts | None]
+    ) -> Routing:
+        """Prompts that are ready, and who serves which row where an adapter has more than prompts."""
+        if not any(adapter.modules for adapter in adapters.values()):
+            return Routing((), prompts=prompts, ready=True)
+        chosen = [None if row.adapter is None else adapters[row.adapter] for row in rows]
+        distinct = tuple(dict.fromkeys(chosen))
+        device = device_of(self.model.get_input_embeddings())
+        numbers = torch.tensor([distinct.index(adapter) for adapter in chosen], device=device)
+        return Routing(distinct, numbers if len(distinct) > 1 else None, prompts=prompts, ready=True)
+
     def stepper(
         self, rows: int, tokens: int, routing: Routing, compile: bool
     ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """What decodes a batch: ids, positions [B, T], mask [B, all tokens] or None -> logits [B, vocabulary]."""
         model = self.model
         wrap_attention(attention_modules(model)[0].config)
+        if compile and any(get_adapter(model, name).modules for name in list_adapters(model)):
+            log.warning("--compile is left out: norms, scales, biases and LoRA are not in the compiled step")
+            compile = False
         cache: Cache = self.compiled.cache(rows, tokens) if compile else GrowingCache(model.config)
-        quick = None if compile else QuickSteps.of(model)
+        # Quick steps know prompts alone.
+        quick = None if compile or routing.adapters else QuickSteps.of(model)
 
         def step(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
             if ids.shape[1] == 1 and cache.get_seq_length() > 0:

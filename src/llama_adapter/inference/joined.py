@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, computed as one product. torch only."""
+"""Linear layers that read the same input, computed as one product."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from llama_adapter.core.parts import PartsHook
 
 
 class Joined:
@@ -43,8 +45,9 @@ class Joined:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and bias and nothing else."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    """Whether a layer is its weight and bias and nothing else, but for what adapters of other batches have there."""
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    hooked = not all(isinstance(hook, PartsHook) for hook in hooks) or "forward" in vars(layer)
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from llama_adapter.core.attention import SLOT
+from llama_adapter.core.parts import PartsHook
 from llama_adapter.core.registry import Router
 from llama_adapter.core.zero_init import Prompts, second_softmax
 from llama_adapter.inference.joined import Joined
@@ -144,9 +145,9 @@ def why_no_quick_steps(model: PreTrainedModel) -> str | None:
 
 
 def hooked(module: Any) -> bool:
-    """Whether somebody listens to a module's forward."""
-    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, Router)]
-    return bool(module._forward_hooks or before)
+    """Whether somebody else listens to a module's forward; these steps are not taken where our hooks have work."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(isinstance(hook, Router | PartsHook) for hook in hooks)
 
 
 def has_known_parts(layer: Any) -> bool:

@@ -9,9 +9,20 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from llama_adapter.conditions.config import Absent, Activation, Kind
-from llama_adapter.core.config import AdapterConfig, GateActivation, Template
+from llama_adapter.core.config import V2_FIELDS, AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
-from llama_adapter.settings import BUNDLED, Count, NotNegative, Positive, Precision, Seed, Sound, check, parse
+from llama_adapter.settings import (
+    BUNDLED,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Precision,
+    Seed,
+    Sound,
+    check,
+    parse,
+)
 
 BasePrecision = Literal["auto", "fp8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
@@ -51,8 +62,17 @@ class TrainConfig:
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
     adapter_len: Count = setting(10, "K, prompt vectors per adapted layer.", "Adapter")
-    adapter_layers: Count | None = setting(None, "L, top layers adapted (default: all but the lowest two).", "Adapter")
+    adapter_layers: CountOrZero | None = setting(
+        None, "L, top layers with prompts (default: all but the lowest two); 0 for none.", "Adapter"
+    )
     gate_activation: GateActivation = setting("tanh", "Applied to the gates.", "Adapter")
+    gate_scale: bool = setting(False, "One more factor per layer on its gates (V2's new_gate).", "Adapter")
+    norms: bool = setting(False, "Train own copies of the base's norms (V2).", "Adapter")
+    linear_scale: tuple[str, ...] = setting((), "Linears that get a scale of their inputs (V2). Repeatable.", "Adapter")
+    linear_bias: tuple[str, ...] = setting((), "Linears that get a bias (V2). Repeatable.", "Adapter")
+    lora_rank: CountOrZero = setting(0, "Rank of LoRA beside the prompts; 0 for none.", "Adapter")
+    lora_alpha: Positive | None = setting(None, "LoRA's factor is this / rank (default: 1).", "Adapter")
+    lora_targets: tuple[str, ...] = setting((), "Linears with LoRA. Repeatable.", "Adapter")
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
     tower: str = setting("bundled", "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition")
@@ -68,6 +88,15 @@ class TrainConfig:
     visual_blocks: Count = setting(8, "Self-attention blocks of a visual prompt.", "Condition")
     visual_width: Count = setting(768, "Their width.", "Condition")
     visual_heads: Count = setting(16, "Their heads.", "Condition")
+    condition_layers: Count | None = setting(
+        None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
+        "Condition",
+    )  # fmt: skip
+    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    disjoint: bool = setting(
+        False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
+        "Condition",
+    )  # fmt: skip
     feature_cache: str | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
@@ -117,6 +146,16 @@ class TrainConfig:
             yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
         if self.base_precision == "fp8" and self.load_in_4bit is True:
             yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
+        if sound("adapter_len", "adapter_layers", "gate_activation", "template", "model", *V2_FIELDS):
+            try:
+                parts = self.adapter_config().has_parts
+            except ConfigError as error:
+                yield str(error)
+            else:
+                if parts and self.compile is True:
+                    yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
+        if self.condition is not None and self.adapter_layers == 0:
+            yield "adapter_layers is 0, and a condition is added to prompts: give at least 1"
         if self.resume is True and self.overwrite is True:
             yield "resume and overwrite exclude each other: pass one of them"
 
@@ -137,6 +176,7 @@ class TrainConfig:
             gate_activation=self.gate_activation,
             template=self.template,
             base_model_name_or_path=self.model,
+            **{name: getattr(self, name) for name in V2_FIELDS},
         )
 
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_adapter.core.families import attention_modules, text_config
 from llama_adapter.core.fixed_dtype import FixedDtype
+from llama_adapter.core.parts import PartsHook
 from llama_adapter.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def quantise_base(model: PreTrainedModel) -> int:
 
     Raises:
         UnsupportedModelError: its family cannot be adapted.
-        ModelError: see `require_fp8`; or its dtype is another one, or it has no such layer.
+        ModelError: see `require_fp8`; or its dtype is another one, it has no such layer, or adapters' parts on them.
     """
     require_fp8(model.device, model.config)
     if model.device.type == "cpu":
@@ -170,6 +171,8 @@ def quantise_base(model: PreTrainedModel) -> int:
         raise ModelError(
             f"An FP8 base is made of bf16 or fp32 weights, and these are {name}: load it with another dtype."
         )
+    if any(isinstance(hook, PartsHook) for module in model.modules() for hook in module._forward_hooks.values()):
+        raise ModelError("An adapter has norms, scales, biases or LoRA on this base: quantise it before add_adapter.")
     names, replaced = {module: name for name, module in model.named_modules()}, 0
     for attention in attention_modules(model):
         layer = model.get_submodule(names[attention].rpartition(".")[0])

@@ -4,13 +4,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from llama_adapter.base import load_config, load_tokenizer
+from llama_adapter.base import check_parts, load_config, load_tokenizer
 from llama_adapter.core.families import max_positions, shape_of
 from llama_adapter.core.model import resolve_layers
 from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.formats.native import tensor_shapes
 from llama_adapter.training.config import TrainConfig
-from llama_adapter.training.loop import condition_of
+from llama_adapter.training.perceive import condition_of
 from llama_adapter.training.prepare import prepare
 
 
@@ -21,12 +21,16 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
         LlamaAdapterError: whatever `train` would stop at before it loads the base.
     """
     base = load_config(config.model)
-    layers, shape = resolve_layers(config.adapter_config(), base), shape_of(base)
+    resolve_layers(config.adapter_config(), base)
+    shape = shape_of(base)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     per_epoch = steps_per_epoch(len(data.train), config.batch_size)
     condition = condition_of(config, data)
-    adapter = replace(config.adapter_config(), adapter_layers=layers, base_shape=shape, condition=condition)
-    parameters = sum(math.prod(size) for size in tensor_shapes(adapter).values())
+    adapter = replace(config.adapter_config(), base_shape=shape, condition=condition)
+    layers = resolve_layers(adapter, base)
+    adapter = replace(adapter, adapter_layers=layers)
+    shapes = tensor_shapes(adapter) | check_parts(adapter, base)
+    parameters = sum(math.prod(size) for size in shapes.values())
     return {
         "model": config.model,
         "family": shape["model_type"],
