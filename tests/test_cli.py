@@ -134,7 +134,7 @@ def test_version(capsys):
         (["train", "--max-step=4"], ["unknown argument '--max-step=4'", "did you mean --max-steps?"]),
         (["generate", "--tempreature", "1", "x"], ["'--tempreature'", "did you mean --temperature?"]),
         (["inspect", "a", "b"], ["unknown argument 'b'"]),
-        (["inspect"], ["FOLDER"]),
+        (["inspect"], ["ADAPTER"]),
         (["train", "--lr"], ["--lr"]),
         (["train", "--adapter-len", "0"], ["adapter_len is 0; it must be at least 1"]),
         (["train", "--adapter-len", "ten"], ["adapter_len is 'ten'"]),

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from llama_adapter.conditions.cache import LONG_WORK, FeatureCache, content_digest
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.conditions.modules import ImageBindCondition, ImageCondition, VisualPromptCondition
+from llama_adapter.conditions.official import official_condition
+from llama_adapter.conditions.perception import condition_config
+from llama_adapter.conditions.tower_families import check_tower
+from llama_adapter.errors import AdapterError, ConfigError, DataError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "official_v2_bias_a.safetensors"
 IMAGE = {"kind": "image", "tower": "t", "tower_width": 6}
@@ -38,8 +41,8 @@ def test_a_config_survives_json(values):
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("kind", "smell", "kind is 'smell'; it must be one of image, visual_prompt, audio, video"),
-        ("kind", None, "kind is None; it must be one of image, visual_prompt, audio, video"),
+        ("kind", "smell", "kind is 'smell'; it must be one of image, visual_prompt, audio, video, image_bind"),
+        ("kind", None, "kind is None; it must be one of image, visual_prompt, audio, video, image_bind"),
         ("tower", "", "tower is empty: give a folder, a hub name or 'bundled'"),
         ("tower_width", 0, "tower_width is 0; it must be at least 1"),
         ("depths", (), "depths names no hidden state: give at least one, such as -1"),
@@ -132,27 +135,23 @@ def test_the_bottleneck_is_the_formula(activation, function):
 # the visual prompt
 
 
-def official(prefix=("adapter.visual_", "adapter.clip_")):
-    tensors = load_file(FIXTURE)
-    with safe_open(FIXTURE, "pt") as file:
-        shape = json.loads(file.metadata()["params"])
-    config = ConditionConfig(
-        kind="visual_prompt",
-        tower="clip",
-        tower_width=shape["clip_dim"],
-        blocks=shape["v_depth"],
-        block_width=shape["v_embed_dim"],
-        block_heads=shape["v_num_heads"],
-    )
+def official(file=FIXTURE):
+    """The condition that a checkpoint of the authors holds, under the settings that its shapes say."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        shape = json.loads(opened.metadata()["params"])
+    theirs = {key.removeprefix("adapter."): tensor for key, tensor in tensors.items() if key.startswith("adapter.")}
+    shapes = {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+    config = official_condition(shapes, block_heads=shape["v_num_heads"])
+    assert (config.blocks, config.block_width, config.tower_width) == (shape["v_depth"], 48, 24)
     condition = config.build(shape["dim"], shape["adapter_len"])
-    condition.load_state_dict(
-        {key.removeprefix("adapter."): value for key, value in tensors.items() if key.startswith(prefix)}
-    )
+    condition.load_state_dict({key: theirs[key] for key in condition.state_dict()})
     return condition, tensors
 
 
-def test_the_visual_prompt_equals_the_authors():
-    condition, tensors = official()
+@pytest.mark.parametrize("file", [FIXTURE, FIXTURE.with_name("official_v2_lora_a.safetensors")])
+def test_the_visual_prompt_equals_the_authors(file):
+    condition, tensors = official(file)
     with torch.no_grad():
         found = condition(tensors["clip_features"])
     assert tensors["visual_query"].std() > 0.5
@@ -180,7 +179,66 @@ def test_parameters_of_the_official_projector():
     assert round((count(condition) + prompts + gates) / 1e6, 2) == 61.73  # what the authors train first
 
 
-# what both share
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"visual_proj.weight": None}, "incomplete: 'visual_proj.weight' is not there"),
+        ({"visual_blocks.1.norm1.bias": None}, "visual_blocks.1.norm1.bias is missing, not (48,)"),
+        ({"visual_blocks.0.norm1.bias": (47,)}, "visual_blocks.0.norm1.bias is (47,), not (48,)"),
+        ({"visual_blocks.0.ls1.gamma": (48,)}, "visual_blocks.0.ls1.gamma is (48,), not part of it"),
+    ],
+)
+def test_a_damaged_projector_of_the_authors_is_refused(change, sentence):
+    condition, _ = official()
+    shapes = {key: tuple(tensor.shape) for key, tensor in condition.state_dict().items()}
+    shapes = {key: shape for key, shape in {**shapes, **change}.items() if shape}
+    with pytest.raises(AdapterError, match=re.escape(sentence)):
+        official_condition(shapes, block_heads=4)
+    assert official_condition({"adapter_query.weight": (15, 64)}) is None
+
+
+# ImageBind's bridge
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_bridge_is_the_formula(legacy):
+    torch.manual_seed(0)
+    config = ConditionConfig("image_bind", "imagebind_huge", tower_width=6, legacy_bridge=legacy)
+    condition = config.build(hidden_size=8, adapter_len=1)
+    with torch.no_grad():
+        for parameter in condition.parameters():
+            parameter.normal_()
+    p = {key.removeprefix("image_bind_"): value.double() for key, value in condition.state_dict().items()}
+    features = torch.randn(3, 6)
+    x = features.double() @ p["proj.weight"].T + p["proj.bias"]
+    for i in "123":
+        if legacy:
+            normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            normed = normed * p[f"norm_{i}.weight"] + p[f"norm_{i}.bias"]
+        else:
+            normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p[f"norm_{i}.weight"]
+        f1, f3 = (normed @ p[f"{f}_{i}.weight"].T + p.get(f"{f}_{i}.bias", 0) for f in ("f1", "f3"))
+        x = x + (f1 * torch.sigmoid(f1) * f3) @ p[f"f2_{i}.weight"].T + p.get(f"f2_{i}.bias", 0)
+    torch.testing.assert_close(condition(features).double(), x, atol=1e-3, rtol=1e-5)
+    shapes = {key: tuple(tensor.shape) for key, tensor in condition.state_dict().items()}
+    assert official_condition(shapes) == config
+    assert shapes == config.shapes(8, 1)
+
+
+def test_parameters_of_the_official_bridge():
+    with torch.device("meta"):
+        assert count(ImageBindCondition(4096)) == 4096 * 1024 + 4096 + 3 * (4096 + 3 * 4096 * 16384) == 608_190_464
+
+
+def test_no_tower_gives_imagebind_s_embeddings():
+    config = ConditionConfig("image_bind", "bundled", tower_width=64)
+    with pytest.raises(AdapterError, match="No tower gives ImageBind's embeddings"):
+        check_tower(config, None, "bundled")
+    with pytest.raises(AdapterError, match="No tower gives ImageBind's embeddings"):
+        condition_config("image_bind", "bundled", (-1,))
+
+
+# what all share
 
 
 def both(absent="zero"):

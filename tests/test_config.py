@@ -468,6 +468,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "visual_blocks": ("2", 2),
         "visual_width": ("64", 64),
         "visual_heads": ("4", 4),
+        "condition_layers": ("2", 2),
+        "visual_len": ("20", 20),
         "feature_cache": ("cache", "cache"),
         "init_from": ("runs/first", "runs/first"),
         "adapter_len": ("7", 7),
@@ -500,7 +502,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
     lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
     beside |= {"lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
-    beside |= {"visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
+    beside |= {"visual_len": visual, "visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
     parser = build_parser()
     for field in dataclasses.fields(TrainConfig):
         flag = f"--{field.name.replace('_', '-')}"

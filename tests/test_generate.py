@@ -68,7 +68,7 @@ def greedy_by_hand(session, prompt, adapter, count, template="alpaca"):
 
 
 def force(session, monkeypatch, script):
-    """Make the model say `script`, one token id per call for each row, and then go on with the last."""
+    """Make the model say `script`, one token id per call for each row still there, then go on with the last."""
     calls = iter(range(10**6))
     forward = session.model.lm_head.forward
 
@@ -94,7 +94,7 @@ def ids_of(session, text):
 def test_without_a_model_name_the_adapter_s_base_is_used(base, adapter):
     session = load_session(None, {"a": adapter}, CPU)
     assert session.model.config.name_or_path == str(base)
-    assert session.adapters == ("a",)
+    assert session.adapters == ["a"]
     assert not session.model.training
     assert session.answer(QUESTIONS[:1], "a", GREEDY)[0].text == (
         load_session(str(base), {"a": adapter}, CPU).answer(QUESTIONS[:1], "a", GREEDY)[0].text
@@ -123,7 +123,7 @@ def test_a_session_without_adapters_is_the_bare_base(base):
         first = int(session.model(torch.tensor([ids])).logits[0, -1].argmax())
     assert answer.prompt_tokens == len(ids)
     assert answer.new_tokens == 0 or session.tokenizer.decode([first]).strip() in answer.text
-    assert session.adapters == ()
+    assert session.adapters == []
 
 
 def test_the_adapter_changes_the_answer_and_none_is_the_base(base, session):
@@ -242,7 +242,7 @@ def test_a_stop_as_the_very_last_token_is_a_stop(session, monkeypatch):
 
 def test_rows_of_a_batch_stop_each_for_itself(session, monkeypatch):
     eos, (sun,), (cat,) = session.tokenizer.eos_token_id, ids_of(session, "s"), ids_of(session, "c")
-    force(session, monkeypatch, [[sun, cat, sun], [eos, cat, sun], [cat, cat, eos], [cat, cat, cat]])
+    force(session, monkeypatch, [[sun, cat, sun], [eos, cat, sun], [cat, eos], [cat]])
     answers = session.answer(QUESTIONS, "a", GenerateConfig(max_new_tokens=4, temperature=0))
     assert [answer.text for answer in answers] == ["s", "cccc", "ss"]
     assert [answer.finish_reason for answer in answers] == ["stop", "length", "stop"]

@@ -123,7 +123,7 @@ def test_files_that_do_not_fit_are_refused(saved, case):
         ({"lora_rank": 10**9}, "not float|missing"),
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"lora_targets": ["nothing"]}, "unknown linear 'nothing'"),
-        ({"lora_targets": "q_proj"}, "lora_targets"),
+        ({"lora_targets": "q_proj"}, "unexpected"),
         ({"lora_rank": 0}, "belong together"),
         ({"norms": 1}, "norms is 1"),
         ({"adapter_layers": 0}, "gate_scale need prompts"),

@@ -374,7 +374,8 @@ def test_a_name_that_is_no_folder_comes_from_the_hub(saved, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load_adapter(tiny_llama(), "owner/name", revision="v2")
-    assert asked == [("owner/name", {"revision": "v2", "allow_patterns": [CONFIG_FILE, WEIGHTS_FILE]})]
+    files = [CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"]  # the last is PEFT's
+    assert asked == [("owner/name", {"revision": "v2", "allow_patterns": files})]
     (tmp_path / "owner").mkdir()
     saved.rename(tmp_path / "owner" / "name")
     load_adapter(tiny_llama(), "owner/name")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     )
     from llama_adapter.core.routing import Adapter
     from llama_adapter.errors import LlamaAdapterError
-    from llama_adapter.formats.native import load_adapter, save_adapter
+    from llama_adapter.formats.load import load_adapter
+    from llama_adapter.formats.native import save_adapter
     from llama_adapter.inference.session import load_session
     from llama_adapter.training.callback import AdapterCallback
     from llama_adapter.training.config import TrainConfig
@@ -63,7 +64,7 @@ _HOME = {
     "AdapterConfig": "core.config",
     "LlamaAdapterError": "errors",
     "TrainConfig": "training.config",
-    "load_adapter": "formats.native",
+    "load_adapter": "formats.load",
     "load_session": "inference.session",
     "merge_adapter": "core.merge",
     "save_adapter": "formats.native",

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from llama_adapter.core.config import AdapterConfig
-from llama_adapter.core.families import family_of, text_config
+from llama_adapter.core.families import family_of, is_encoder, text_config
 from llama_adapter.core.parts import part_shapes
-from llama_adapter.errors import MissingExtraError, ModelError
+from llama_adapter.errors import MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.files import is_lfs_pointer
 from llama_adapter.settings import BUNDLED, Precision
 
@@ -67,6 +67,11 @@ def load_config(name: str) -> PretrainedConfig:
     """
     config = load_any_config(name)
     family_of(config)
+    if is_encoder(config):
+        raise UnsupportedModelError(
+            f"The base '{name}' is an encoder ({config.model_type}) and writes no text: adapt it from Python, with "
+            "add_adapter."
+        )
     return config
 
 

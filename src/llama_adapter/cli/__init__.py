@@ -17,7 +17,7 @@ from llama_adapter.cli.output import colours, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
-COMMANDS = ("demo", "quickstart", "train", "validate", "generate", "chat", "serve", "evaluate", "inspect")
+COMMANDS = ("demo", "quickstart", "train", "validate", "generate", "chat", "serve", "evaluate", "inspect", "convert")
 """Each is a module of this package."""
 PLACES_THAT_REFUSE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,

@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> None:
     from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, fitting_tasks, read_tasks
 
     skipped: list[str] | None = [] if args.skip_bad_records else None
-    kinds = options.kinds_of(args.adapter)
-    tasks = [task for source in args.data for task in read_tasks(source, skipped, kinds, args.limit)][: args.limit]
     planned = options.plan(args)
+    kinds = options.kinds_of(planned)
+    tasks = [task for source in args.data for task in read_tasks(source, skipped, kinds, args.limit)][: args.limit]
     models = [*([] if args.no_base and planned.folders else [None]), *planned.folders]
     tasks = fitting_tasks(tasks, planned.writer, models, skipped)
     options.report_skipped(skipped or ())

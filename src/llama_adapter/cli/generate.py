@@ -71,7 +71,7 @@ def _prompts(
     raw = writer.template(name) == "raw"
     skipped: list[str] | None = [] if args.file is not None and args.skip_bad_records else None
     if args.file is not None:
-        prompts = read_prompts(args.file, raw, skipped, options.kinds_of(args.adapter))
+        prompts = read_prompts(args.file, raw, skipped, options.kinds_of(planned))
     else:
         if text in (None, "-"):
             text = options.read_stdin("Type the instruction, then Ctrl-D:")

@@ -21,7 +21,9 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
-    parser.add_argument("folder", metavar="FOLDER", help="adapter folder")
+    parser.add_argument(
+        "folder", metavar="ADAPTER", help="adapter folder, or an adapter of the authors, PEFT or LitGPT"
+    )
     parser.add_argument(
         "--plot", type=path_of, metavar="PNG", help="write the layer-by-head picture of the gates there"
     )
@@ -54,10 +56,15 @@ def _print(found: dict[str, Any]) -> None:
     config = found["config"]
     console.print(found["folder"], style="bold", soft_wrap=True)
     console.print(
-        f"base        {config['base_model_name_or_path']} ({config['base_shape']['model_type']})", soft_wrap=True
+        f"base        {config['base_model_name_or_path']} ({config['base_shape'].get('model_type', 'unknown')})",
+        soft_wrap=True,
     )
     console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
     console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    if found["format"] != "llama-adapter":
+        console.print(f"format      {found['format']}")
+    for note in found["notes"]:
+        console.print(f"note        {note}", soft_wrap=True)
     console.print(f"parameters  {found['parameters']:,}")
     if set(found["parts"]) != {"prompts", "gates"}:
         parts = ", ".join(f"{size:,} {kind}" for kind, size in found["parts"].items())
@@ -69,7 +76,8 @@ def _print(found: dict[str, Any]) -> None:
     widest = max((layer["max"] for layer in found["layers"]), default=0.0) or 1.0
     for layer in reversed(found["layers"]):
         shades = "".join(dark[min(4, round(4 * abs(gate) / widest))] for gate in layer["gates"])
-        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", f"{layer['prompt_rms']:.3f}")
+        rms = "condition" if layer["prompt_rms"] is None else f"{layer['prompt_rms']:.3f}"
+        numbers = (f"{layer['mean']:.4f}", f"{layer['max']:.4f}", rms)
         table.add_row(str(layer["layer"]), *numbers, shades)
     console.print(table)
     console.print("heads: the darker, the wider open")

@@ -56,17 +56,13 @@ def add_skip_bad_records(parser: Any) -> None:
     parser.add_argument("--skip-bad-records", action="store_true", help="count unusable records instead of stopping")
 
 
-def kinds_of(adapters: Sequence[str]) -> "set[Kind]":
-    """As what the conditions of the named adapters look at files; their configurations alone are read.
-
-    Raises:
-        AdapterError: an adapter is missing or damaged.
-    """
+def kinds_of(planned: "SessionPlan") -> "set[Kind]":
+    """As what the conditions of a session's adapters look at files."""
     from llama_adapter.conditions.config import ConditionConfig
-    from llama_adapter.formats.native import read_config
 
-    conditions = [read_config(folder).condition for folder in name_adapters(adapters).values()]
-    return {condition.kind for condition in conditions if isinstance(condition, ConditionConfig)}
+    conditions = [config.condition for config in planned.configs.values()]
+    kinds = [condition.kind for condition in conditions if isinstance(condition, ConditionConfig)]
+    return {kind for kind in kinds if kind != "image_bind"}  # of which no tower here computes features
 
 
 def path_of(text: str) -> Path:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from llama_adapter.conditions.modules import Condition
 
 Kind = Literal["image", "visual_prompt", "audio", "video"]
+"""What a tower of transformers can give the features of."""
+AnyKind = Literal["image", "visual_prompt", "audio", "video", "image_bind"]
 Activation = Literal["silu", "gelu", "relu", "identity"]
 Absent = Literal["zero", "learnt"]
 LAST = (-1,)
@@ -23,7 +25,8 @@ class ConditionConfig:
     Attributes:
         kind: "image", "audio" and "video" pool hidden states of the tower into one vector a scale and send them
             through a bottleneck (section 3.4 of the paper); "visual_prompt" lets learnable queries read all tokens
-            of a picture (LLaMA-Adapter V2).
+            of a picture (LLaMA-Adapter V2); "image_bind" is ImageBind-LLM's bridge, whose embeddings no tower here
+            gives: hand them to the condition yourself.
         tower: the frozen encoder: a folder, a hub name or "bundled".
         tower_width: D, the width of one scale's features, or of one token's for "visual_prompt".
         depths: which hidden states of the tower are pooled, one scale each; 0 is its embedding, -1 its last layer.
@@ -35,12 +38,16 @@ class ConditionConfig:
         blocks: self-attention blocks of "visual_prompt".
         block_width: their width.
         block_heads: their attention heads; a divisor of `block_width`.
+        layers: early fusion, as LLaMA-Adapter V2's paper has it: how many of the base's first layers read the condition
+            as prompts of their own, through gates of their own. None adds it to the prompts of every adapted layer.
+        visual_len: prompts that "visual_prompt" makes for them; None stands for `adapter_len`.
+        legacy_bridge: whether "image_bind" has LayerNorm and biases, as its first checkpoints, or RMSNorm and none.
 
     Raises:
         ConfigError: values break their rules; every one of them is named.
     """
 
-    kind: Kind
+    kind: AnyKind
     tower: str
     tower_width: Count
     depths: tuple[int, ...] = LAST
@@ -51,6 +58,9 @@ class ConditionConfig:
     blocks: Count = 8
     block_width: Count = 768
     block_heads: Count = 16
+    layers: Count | None = None
+    visual_len: Count | None = None
+    legacy_bridge: bool = False
 
     def __post_init__(self) -> None:
         check(self, self._between)
@@ -66,6 +76,10 @@ class ConditionConfig:
                 yield f"{depths}: each hidden state may be named once"
             if self.kind == "visual_prompt" and self.depths != LAST:
                 yield f"{depths}; kind visual_prompt reads the tower's last hidden state: leave them at [-1]"
+        if sound("layers", "visual_len") and self.visual_len and (self.kind != "visual_prompt" or not self.layers):
+            yield "visual_len is for kind visual_prompt with layers, in early fusion: leave it out"
+        if sound("layers", "absent") and self.layers and self.absent == "learnt":
+            yield "absent is 'learnt', and in early fusion an example without a picture reads nothing: take 'zero'"
         if sound("block_heads", "block_width") and self.block_width % self.block_heads:
             heads, width = shown(self.block_heads), shown(self.block_width)
             yield f"block_heads is {heads}; it must divide block_width, which is {width}"
@@ -77,13 +91,28 @@ class ConditionConfig:
             hidden_size: of the base whose prompts it is added to.
             adapter_len: K, prompts of a layer; only "visual_prompt" gives each of them a condition of its own.
         """
-        from llama_adapter.conditions.modules import ImageCondition, VisualPromptCondition
+        from llama_adapter.conditions.modules import ImageBindCondition, ImageCondition, VisualPromptCondition
 
         width, absent = self.tower_width, self.absent
         if self.kind == "visual_prompt":
             shape = (self.blocks, self.block_width, self.block_heads)
-            return VisualPromptCondition(hidden_size, adapter_len, width, *shape, absent)
+            return VisualPromptCondition(hidden_size, self.visual_len or adapter_len, width, *shape, absent)
+        if self.kind == "image_bind":
+            return ImageBindCondition(hidden_size, width, self.legacy_bridge, absent)
         return ImageCondition(hidden_size, len(self.depths), width, self.width, self.activation, self.bias, absent)
+
+    def shapes(self, hidden_size: int, adapter_len: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters of what `build` makes, without making it."""
+        import torch
+
+        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
+        with torch.device("meta"):
+            module = dataclasses.replace(self, blocks=1).build(hidden_size, adapter_len)
+        wanted = {}
+        for key, parameter in module.named_parameters():
+            for i in range(self.blocks if key.startswith("visual_blocks.0.") else 1):
+                wanted[key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
+        return wanted
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

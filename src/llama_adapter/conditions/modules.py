@@ -2,6 +2,7 @@
 
 `ImageCondition` is the paper's (arXiv:2303.16199, section 3.4): I = Proj(concat_m I_m), one vector for all prompts.
 `VisualPromptCondition` is LLaMA-Adapter V2's: learnable queries that read the picture's tokens, one vector a prompt.
+`ImageBindCondition` is ImageBind-LLM's bridge: one embedding of any sense, one vector for all prompts.
 
 Neither paper says how the projections start, so every layer has PyTorch's own initialisation. The gates start at
 zero, so whatever a condition gives, the adapted model starts as the base.
@@ -23,10 +24,11 @@ BOTTLENECK_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
 }
 MLP_RATIO = 4
+BRIDGE_STEPS = 3
 
 
 class Condition(FixedDtype):
-    """What both kinds share: rows without a picture, and parameters that stay fp32 on a half-precision model."""
+    """What all kinds share: rows without a picture, and parameters that stay fp32 on a half-precision model."""
 
     def __init__(self, absent: str, *shape: int) -> None:
         super().__init__()
@@ -117,6 +119,33 @@ class VisualPromptCondition(Condition):
         for block in self.visual_blocks:
             states = block(states)
         return self.visual_proj_norm(self.visual_proj(states[:, : queries.shape[1]]))
+
+
+class ImageBindCondition(Condition):
+    """A linear layer and three gated MLPs, x + f2(silu(f1(norm(x))) * f3(norm(x))): one vector for all prompts.
+
+    The submodules have the names of the authors' checkpoints. Embeddings are taken as ImageBind gives them.
+    """
+
+    def __init__(self, hidden_size: int, tower_width: int = 1024, legacy: bool = False, absent: str = "zero") -> None:
+        super().__init__(absent, hidden_size)
+        self.image_bind_proj = nn.Linear(tower_width, hidden_size)
+        inner = MLP_RATIO * hidden_size
+        for i in range(1, BRIDGE_STEPS + 1):
+            norm = nn.LayerNorm(hidden_size) if legacy else nn.RMSNorm(hidden_size, eps=1e-6)
+            self.add_module(f"image_bind_norm_{i}", norm)
+            self.add_module(f"image_bind_f1_{i}", nn.Linear(hidden_size, inner, bias=legacy))
+            self.add_module(f"image_bind_f2_{i}", nn.Linear(inner, hidden_size, bias=legacy))
+            self.add_module(f"image_bind_f3_{i}", nn.Linear(hidden_size, inner, bias=legacy))
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, D] or [B, 1, D] -> [B, hidden]."""
+        states = self.image_bind_proj(features.flatten(1))
+        for i in range(1, BRIDGE_STEPS + 1):
+            norm, f1, f2, f3 = (self.get_submodule(f"image_bind_{part}_{i}") for part in ("norm", "f1", "f2", "f3"))
+            normed = norm(states)
+            states = states + f2(nn.functional.silu(f1(normed)) * f3(normed))
+        return states
 
 
 class _Block(nn.Module):

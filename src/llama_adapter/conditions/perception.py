@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from llama_adapter.conditions.cache import FeatureCache
-from llama_adapter.conditions.config import ConditionConfig, Kind
+from llama_adapter.conditions.config import AnyKind, ConditionConfig, Kind
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.pictures import read_picture, read_video
 from llama_adapter.conditions.recordings import read_audio
 from llama_adapter.conditions.tower_families import check_tower, spread_depths, tower_width
 from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
 
-READERS: dict[Kind, Callable[[Any], Any]] = {
+READERS: dict[AnyKind, Callable[[Any], Any]] = {
     "image": read_picture,
     "visual_prompt": read_picture,
     "audio": read_audio,

@@ -257,6 +257,11 @@ def check_tower(condition: ConditionConfig, config: PretrainedConfig, name: str)
         AdapterError: it has features of another width, too few layers, or another sense.
         UnsupportedModelError: see `tower_family`.
     """
+    if condition.kind == "image_bind":
+        raise AdapterError(
+            "No tower gives ImageBind's embeddings: make them with ImageBind itself, and pass "
+            "get_adapter(model).condition(embeddings) to use_adapter."
+        )
     wanted = "audio" if condition.kind == "audio" else "picture"
     if tower_family(config).sense != wanted:
         fitting = sorted(family for family, row in TOWERS.items() if row.sense == wanted)

@@ -15,15 +15,24 @@ Template = Literal["alpaca", "chat"]
 WrittenAs = Literal["alpaca", "chat", "raw"]
 """A template, or "raw": prompt-completion text that was trained without any."""
 V2_FIELDS = ("gate_scale", "norms", "linear_scale", "linear_bias", "lora_rank", "lora_alpha", "lora_targets")
-"""What the method's second version adds; written to files only where it is used."""
+"""What the method's second version adds; a recipe has them too."""
+LATER_FIELDS = (*V2_FIELDS, "modules_to_save")
+"""What came after the first files; written only where it is used."""
 
 
 @runtime_checkable
 class ConditionSettings(Protocol):
     """What an adapter asks of its condition's settings; `conditions.config.ConditionConfig` is one."""
 
+    @property
+    def layers(self) -> int | None:
+        """In early fusion, how many first layers read the condition alone; None adds it to the top layers' prompts."""
+
     def build(self, hidden_size: int, adapter_len: int) -> "nn.Module":
         """The learnable module, which gives [B, hidden] or [B, K, hidden] to add to the prompts."""
+
+    def shapes(self, hidden_size: int, adapter_len: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters that `build` would make."""
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
@@ -52,6 +61,8 @@ class AdapterConfig:
         lora_rank: r of LoRA; 0 is none.
         lora_alpha: its factor is alpha / r; None is a factor of 1.
         lora_targets: names of the linears that it is on.
+        modules_to_save: names of modules of the model that the adapter has copies of its own of, such as the
+            "classifier" of an encoder; trained and saved with it, and rows of other adapters have theirs.
 
     Norms, scales, biases and LoRA are on every layer, and prompts do not go through them; see `core/scale_bias.py`.
 
@@ -74,12 +85,13 @@ class AdapterConfig:
     lora_rank: CountOrZero = 0
     lora_alpha: Positive | None = None
     lora_targets: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, self._between)
 
     def _between(self, sound: Sound) -> Iterator[str]:
-        if not sound("adapter_layers", *V2_FIELDS):
+        if not sound("adapter_layers", *LATER_FIELDS):
             return
         if bool(self.lora_rank) != bool(self.lora_targets):
             yield "lora_rank and lora_targets belong together: give both or neither"
@@ -93,13 +105,14 @@ class AdapterConfig:
 
     @property
     def has_parts(self) -> bool:
-        """Whether it has norms, scales, biases or LoRA."""
-        return bool(self.norms or self.linear_scale or self.linear_bias or self.lora_rank)
+        """Whether it has norms, scales, biases, LoRA or modules of its own."""
+        linears = self.linear_scale or self.linear_bias or self.lora_rank
+        return bool(self.norms or linears or self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; without those of the second version where it has none of that."""
         shape, condition = self.base_shape, self.condition
-        unused = {name for name in V2_FIELDS if getattr(self, name) == getattr(type(self), name)}
+        unused = {name for name in LATER_FIELDS if getattr(self, name) == getattr(type(self), name)}
         values = {key: value for key, value in vars(self).items() if key not in unused}
         return {
             **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llama_adapter.core.families_encoder import ENCODERS, TOWERS_OF
 from llama_adapter.core.zero_init import Projection
 from llama_adapter.errors import UnsupportedModelError
 
@@ -66,6 +67,12 @@ def fused_conv1d(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """GPT-2's c_attn: queries, keys, values, each of the hidden size."""
     _, key, value = attention.c_attn(prompt).split(attention.split_size, dim=-1)
     return heads(key, attention.head_dim), heads(value, attention.head_dim)
+
+
+def called(attention: Any, prompt: Tensor, key: str, value: str) -> tuple[Tensor, Tensor]:
+    """Two projections of these names (encoders)."""
+    size = getattr(attention, "head_dim", None) or attention.attention_head_size
+    return heads(getattr(attention, key)(prompt), size), heads(getattr(attention, value)(prompt), size)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ FAMILIES: dict[str, Family] = {
 _NO_INTERFACE = "its attention does not go through transformers' attention interface"
 _LATENT = "its latent attention has no key and value projection that a prompt of hidden size could take"
 _NO_ATTENTION = "its layers are not softmax attention"
-_ENCODER = "it is no decoder-only language model"
+_CROSS = "its decoder reads an encoder through cross-attention"
 REFUSED: dict[str, str] = {
     "bloom": _NO_INTERFACE,
     "codegen": _NO_INTERFACE,
@@ -140,10 +147,8 @@ REFUSED: dict[str, str] = {
     "recurrent_gemma": _NO_ATTENTION,
     "jamba": "some of its layers are not softmax attention",
     "qwen3_next": "some of its layers are not softmax attention",
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "t5": _ENCODER,
-    "bart": _ENCODER,
+    "t5": _CROSS,
+    "bart": _CROSS,
 }
 
 
@@ -166,15 +171,25 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     text = text_config(config)
     name, reason = text.model_type, REFUSED.get(text.model_type)
+    if config.model_type in TOWERS_OF:
+        name = config.model_type
+        reason = f"it has two encoders, each for an adapter of its own: pass model.{TOWERS_OF[name]}"
     if reason is None and (config.is_encoder_decoder or getattr(text, "add_cross_attention", False)):
         # Its decoder may well be in the table, but the wrapper hands it neither our argument nor our hook.
         name, reason = config.model_type, "its decoder reads an encoder through cross-attention"
     if reason is None and name in FAMILIES:
         return FAMILIES[name]
+    if reason is None and name in ENCODERS:
+        attention, key, value = ENCODERS[name]
+        return Family(attention, partial(called, key=key, value=value))
     reason = reason or "nobody has added it to the table in llama_adapter/core/families.py yet"
-    raise UnsupportedModelError(
-        f"Models of family '{name}' cannot be adapted: {reason}. Supported: {', '.join(sorted(FAMILIES))}."
-    )
+    supported = ", ".join(sorted(FAMILIES | ENCODERS))
+    raise UnsupportedModelError(f"Models of family '{name}' cannot be adapted: {reason}. Supported: {supported}.")
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a supported model is an encoder, which reads and does not write."""
+    return text_config(config).model_type in ENCODERS
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
@@ -195,6 +210,9 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
             f"This {type(model).__name__} has no module of class {family.attention}; "
             "llama-adapter was tested with transformers 5.17 to 5.23, see which version is installed."
         )
+    for number, module in enumerate(found):
+        if not hasattr(module, "layer_idx"):  # an encoder's, in the order of its layers
+            module.layer_idx = number
     found.sort(key=lambda module: int(module.layer_idx))
     reached = {id(module) for module in model.base_model.modules()}
     if not all(id(module) in reached for module in found) or len({module.layer_idx for module in found}) < len(found):

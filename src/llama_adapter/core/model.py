@@ -93,14 +93,22 @@ def check_name(name: str) -> None:
 def resolve_layers(config: AdapterConfig, base: PretrainedConfig) -> int:
     """L for a base: `config.adapter_layers`, or where that is None all layers but the lowest two.
 
+    Early fusion leaves its own layers out.
+
     Raises:
         ConfigError: more layers than the base has.
     """
     num_layers = int(text_config(base).num_hidden_layers)
-    layers = max(1, num_layers - 2) if config.adapter_layers is None else config.adapter_layers
+    early = (None if config.condition is None else config.condition.layers) or 0
+    layers = max(1, num_layers - max(2, early)) if config.adapter_layers is None else config.adapter_layers
     if layers > num_layers:
         raise ConfigError(
             f"adapter_layers is {layers}, but the base has {num_layers} layers: choose 1 to {num_layers}."
+        )
+    if layers + early > num_layers:
+        raise ConfigError(
+            f"The first {early} layers for the condition and the top {layers} for the prompts overlap in a base of "
+            f"{num_layers} layers: choose fewer."
         )
     return layers
 

@@ -5,6 +5,7 @@ parts is: those modules' own, which apply what the current routing asks for, and
 which say what it is.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,13 +18,24 @@ from transformers.pytorch_utils import Conv1D
 from llama_adapter.core.attention import ROUTING, SLOT
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.current import current_routing, enter, leave, under
-from llama_adapter.core.families import attention_modules
+from llama_adapter.core.families import attention_modules, is_encoder
 from llama_adapter.core.routing import Adapter, PartsSlot, Routing
-from llama_adapter.core.scale_bias import LowRank, OwnNorm, Part, ScaleBias, biased, normed, scaled, with_low_rank
+from llama_adapter.core.scale_bias import (
+    LowRank,
+    OwnModule,
+    OwnNorm,
+    Part,
+    ScaleBias,
+    biased,
+    normed,
+    replaced,
+    scaled,
+    with_low_rank,
+)
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.settings import unknown_name
 
-KINDS = ("norms", "linears", "lora")
+KINDS = ("norms", "linears", "lora", "modules_to_save")
 """The first words of parts' names, `{kind}.{path of the module in the decoder}.{parameter}`."""
 PARTS_SLOT = "llama_adapter_"
 """With a kind behind it, the name under which a module of the base holds its `PartsSlot`."""
@@ -56,6 +68,11 @@ def wanted_parts(config: AdapterConfig, model: PreTrainedModel) -> dict[str, Wan
             found[f"norms.{path}"] = Wanted(home, partial(OwnNorm, home), shapes)
         if not found:
             raise ConfigError("norms is true, and this base has none with weights: leave it out.")
+    if config.modules_to_save and not is_encoder(model.config):
+        raise ConfigError("modules_to_save is for encoders: leave it out, or use PEFT's beside prompts.")
+    for name in config.modules_to_save:
+        path, home = _module_called(model, name)
+        found[f"modules_to_save.{path}"] = Wanted(home, partial(_own_module, home), _shapes_of(home))
     linears = dict(_linears(decoder, layers))
     names = {path.rpartition(".")[2] for path in linears}
     for field in ("linear_scale", "linear_bias", "lora_targets"):
@@ -76,6 +93,45 @@ def wanted_parts(config: AdapterConfig, model: PreTrainedModel) -> dict[str, Wan
     return found
 
 
+def _module_called(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
+    """The one module whose path is or ends with `name`, checked to be one that an adapter can have its own of.
+
+    Raises:
+        ConfigError: none, several, or one that layers are in, whose parts a forward does not call as one, or that
+            keeps more than parameters.
+    """
+    modules = {path: module for path, module in model.named_modules() if path and "llama_adapter" not in path}
+    paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+    if len(paths) != 1:
+        hint = (
+            unknown_name("module", name, [p for p, _ in model.named_children()]) if not paths else f"it is {paths[:3]}"
+        )
+        raise ConfigError(f"modules_to_save: {hint}")
+    home = modules[paths[0]]
+    if isinstance(home, nn.Sequential | nn.ModuleList) or set(attention_modules(model)) & set(home.modules()):
+        raise ConfigError(f"modules_to_save: '{name}' has layers in it: name a head, or the parts of it.")
+    if any(True for _ in home.buffers()) or not any(True for _ in home.parameters()):
+        raise ConfigError(f"modules_to_save: '{name}' has buffers, which are not saved, or no parameters.")
+    return paths[0], home
+
+
+def _shapes_of(home: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's parameters, without those of adapters."""
+    return {key: tuple(p.shape) for key, p in home.named_parameters() if PARTS_SLOT not in key}
+
+
+def _own_module(home: nn.Module) -> OwnModule:
+    """A part that is a copy of a module as the base has it, without what adapters put there."""
+    module = copy.deepcopy(home)
+    for part in module.modules():
+        for table in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in table.items() if isinstance(hook, PartsHook)]:
+                del table[key]
+        for name in [name for name in part._modules if name.startswith(PARTS_SLOT)]:
+            delattr(part, name)
+    return OwnModule(module)
+
+
 def part_shapes(config: AdapterConfig, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that `config` asks for beside prompts, gates and a condition.
 
@@ -91,7 +147,14 @@ def decoder_and_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn
     attention = attention_modules(model)
     decoder = decoder_of(model, attention)
     names = {module: name for name, module in decoder.named_modules()}
-    return decoder, [decoder.get_submodule(names[module].rpartition(".")[0]) for module in attention]
+    return decoder, [decoder.get_submodule(_layer_of(names[module])) for module in attention]
+
+
+def _layer_of(path: str) -> str:
+    """The path of the layer that a module is in: up to the last number."""
+    words = path.split(".")
+    last = max(place for place, word in enumerate(words) if word.isdecimal())
+    return ".".join(words[: last + 1])
 
 
 def decoder_of(model: PreTrainedModel, attention: Sequence[nn.Module]) -> PreTrainedModel:
@@ -156,11 +219,12 @@ def _set_hooks(home: Any) -> None:
     _keep_hook(home, NormHook, has["norms"])
     _keep_hook(home, ScaleHook, has["linears"])
     _keep_hook(home, LinearHook, has["linears"] or has["lora"])
+    _keep_hook(home, ModuleHook, has["modules_to_save"])
 
 
-def set_callers(decoder: nn.Module, layers: Sequence[nn.Module], needed: bool) -> None:
+def set_callers(callers: Sequence[nn.Module], needed: bool) -> None:
     """Let the decoder and its layers say which routing they run under, or no longer."""
-    for module in (decoder, *layers):
+    for module in callers:
         _keep_hook(module, EnterHook, needed)
         _keep_hook(module, LeaveHook, needed)
         recompute = vars(module).get("_gradient_checkpointing_func")
@@ -280,3 +344,17 @@ class NormHook(PartsHook):
         """See `torch.nn.Module.register_forward_hook`."""
         found = _parts_here(module, "norms", args[0])
         return output if found is None else normed(module, args[0], output, *found)
+
+
+class ModuleHook(PartsHook):
+    """Forward hook of a module that adapters have copies of their own of."""
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """See `torch.nn.Module.register_forward_hook`."""
+        if len(args) != 1 or not isinstance(output, Tensor):
+            raise AdapterError(
+                f"{type(module).__name__} takes more than one tensor, so it cannot be in modules_to_save."
+            )
+        found = _parts_here(module, "modules_to_save", args[0])
+        return output if found is None else replaced(args[0], output, *found)

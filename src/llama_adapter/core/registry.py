@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.core.attention import EAGER, NAMES, ROUTING, SLOT, wrap_attention
 from llama_adapter.core.config import AdapterConfig
-from llama_adapter.core.families import attention_modules, family_of, text_config
+from llama_adapter.core.families import attention_modules, family_of, is_encoder, text_config
 from llama_adapter.core.parts import decoder_and_layers, place_parts, set_callers, wanted_parts
 from llama_adapter.core.routing import Adapter, AdapterSlot, Names, PartsSlot, Routing
 from llama_adapter.core.scope import Block, Request, Scope
@@ -46,6 +46,8 @@ class Registry:
                 "The model was adapted through another object that shares its layers: use the one that add_adapter got."
             )
         self.decoder, self.layers = decoder_and_layers(model)
+        # An encoder's head is outside of it, and may be an adapter's own: the whole model knows who serves which row.
+        self.routed = {self.decoder, model} if is_encoder(model.config) else {self.decoder}
         self.frozen: list[nn.Parameter] = []
         self.attached = False
 
@@ -58,7 +60,8 @@ class Registry:
         for module in self.attention:
             module.add_module(SLOT, AdapterSlot(family.project))
         self.model.base_model.add_module(CONDITIONS, PartsSlot())
-        self.decoder.register_forward_pre_hook(Router(self), with_kwargs=True)
+        for module in self.routed:
+            module.register_forward_pre_hook(Router(self), with_kwargs=True)
         if hasattr(type(self.model), "generate"):
             self.model.generate = _Generate(self.model, vars(self.model).get("generate"))
         setattr(self.model, REGISTRY, self)
@@ -72,9 +75,10 @@ class Registry:
 
     def detach(self) -> None:
         """Take every trace off the model."""
-        hooks = self.decoder._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Router)]:
-            del hooks[key], self.decoder._forward_pre_hooks_with_kwargs[key]
+        for module in self.routed:
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Router)]:
+                del hooks[key], module._forward_pre_hooks_with_kwargs[key]
         delattr(self.model.base_model, CONDITIONS)
         for module in self.attention:
             delattr(module, SLOT)
@@ -123,11 +127,13 @@ class Registry:
     def build(self, name: str, config: AdapterConfig) -> Adapter:
         """New parameters for the top layers, and the condition that `config` asks for; the model is not touched."""
         text = text_config(self.model.config)
-        layers = {}
-        for module in self.attention[len(self.attention) - (config.adapter_layers or 0) :]:
+        layers: dict[int, ZeroInitAdapter] = {}
+        early = (None if config.condition is None else config.condition.layers) or 0
+        top = len(self.attention) - (config.adapter_layers or 0)
+        for module in (*self.attention[:early], *self.attention[top:]):
             # Drawn on the CPU, so that a seed starts alike on every device.
             layer = ZeroInitAdapter(
-                config.adapter_len,
+                config.adapter_len if len(layers) >= early else 0,
                 text.hidden_size,
                 text.num_attention_heads,
                 config.gate_activation,
@@ -165,7 +171,7 @@ class Registry:
         getattr(self.model.base_model, CONDITIONS).put(name, condition)
         others = [other for other in (*self.adapters.values(), adapter) if other is not old and other is not None]
         place_parts(name, old, adapter)
-        set_callers(self.decoder, self.layers, any(other.modules for other in others))
+        set_callers((*self.routed, *self.layers), any(other.modules for other in others))
         if adapter is not None:
             self.adapters[name] = adapter
         elif old is not None:
@@ -183,13 +189,17 @@ class Router:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `torch.nn.Module.register_forward_pre_hook`."""
-        return None if ROUTING in kwargs else self._route(args, kwargs)
+        return None if ROUTING in kwargs else self._route(args, kwargs, last=module is self.registry.decoder)
 
     @torch.compiler.disable  # it looks at the call stack
-    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _route(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wrap_attention(self.registry.attention[0].config)
         kwargs = dict(kwargs)
         routing = _routing(self.registry.of_call(kwargs.pop(NAMES, _UNSAID)), _batch_of(args, kwargs))
+        if routing is None and not last:  # said here, as the decoder's own hook would take the active adapter
+            routing = Routing((None,))
         return args, kwargs if routing is None else {**kwargs, ROUTING: routing}
 
 
@@ -252,7 +262,7 @@ def _times(what: str, count: int, batch: Tensor, request: Request) -> int:
 
 def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tensor among a decoder's arguments that tells how many rows there are, and where."""
-    for tensor in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+    for tensor in (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values")), *args):
         if isinstance(tensor, Tensor):
             return tensor
     return torch.empty(0)
@@ -287,7 +297,8 @@ def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
             raise AdapterError(f"Adapter '{adapter.name}' has no prompts that a condition could be added to.")
         hidden = (adapter.config.base_shape or {})["hidden_size"]
         lengths = {1, adapter.config.adapter_len}
-        if condition.dim() != 3 or condition.shape[2] != hidden or condition.shape[1] not in lengths:
+        fits = condition.dim() == 3 and condition.shape[2] == hidden
+        if not fits or not (adapter.early_fusion or condition.shape[1] in lengths):
             raise AdapterError(
                 f"A condition of shape {list(condition.shape)} does not fit adapter '{adapter.name}': it must be "
                 f"[rows, {hidden}] or [rows, {adapter.config.adapter_len}, {hidden}]."
@@ -296,8 +307,19 @@ def _fitting(condition: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def find_registry(model: nn.Module) -> Registry | None:
-    """The registry of a model, also through wrappers such as DDP, PEFT or torch.compile."""
-    return next((vars(m)[REGISTRY] for m in model.modules() if REGISTRY in vars(m)), None)
+    """The registry of a model, also through wrappers such as DDP, PEFT or torch.compile.
+
+    Raises:
+        AdapterError: several parts of it were adapted, such as the two towers of CLIP.
+    """
+    if REGISTRY in vars(model):
+        return vars(model)[REGISTRY]
+    found = {path: vars(module)[REGISTRY] for path, module in model.named_modules() if REGISTRY in vars(module)}
+    if len(found) > 1:
+        raise AdapterError(
+            f"Several parts of this model have adapters: pass the one that is meant, of {', '.join(found)}."
+        )
+    return next(iter(found.values()), None)
 
 
 def registry_of(model: nn.Module) -> Registry:

@@ -42,6 +42,11 @@ class Adapter:
     removed: bool = False
 
     @property
+    def early_fusion(self) -> bool:
+        """Whether a condition is all that the first layers read, and not added to the prompts of the top ones."""
+        return self.config.condition is not None and self.config.condition.layers is not None
+
+    @property
     def parts(self) -> dict[str, Any]:
         """Prefix -> module with `adapter_params()`: what saving, counting, training and loading are written over."""
         condition = {} if self.condition is None else {"condition": self.condition}
@@ -142,20 +147,57 @@ class AdapterSlot(PartsSlot):
     def _projected(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
         layers: list[ZeroInitAdapter | None] = [self.get(adapter) for adapter in routing.adapters]
         routing.refuse_removed()  # after the look-up, and said before a removal: no gap between the two
+        # What has a gate only reads the condition alone, and nothing without one.
+        alone = [layer is not None and not len(layer.prompt) for layer in layers]
+        if routing.condition is None:
+            layers = [None if only else layer for layer, only in zip(layers, alone, strict=True)]
         if not any(layers):
             return None
         prompt, strength, bias = stacked(layers, query)
-        if routing.condition is None:
+        added = [a is not None and not a.early_fusion for a in routing.adapters]
+        if routing.condition is None or not any(alone + added):
             key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)
             return _per_row(routing.rows, len(query), Prompts(key, value, bias))
-        if routing.rows is not None:
-            rows = routing.rows.to(query.device)
-            prompt, strength, bias = prompt[rows], strength[rows], None if bias is None else bias[rows]
-        prompt = prompt + routing.condition.to(prompt)
-        key, value, _ = project_prompts(
-            attention, self._projection, prompt, strength.expand(len(prompt), -1), query.dtype
-        )
-        return Prompts(key, value, None if bias is None else bias.expand(len(prompt), -1, -1, -1))
+        condition = routing.condition.to(prompt)  # [B, 1 or K, hidden]
+        rows = query.new_zeros(len(query), dtype=torch.int64) if routing.rows is None else routing.rows.to(query.device)
+        prompt, strength, bias = prompt[rows], strength[rows], None if bias is None else bias[rows]
+        if any(layer is not None and yes for layer, yes in zip(layers, added, strict=True)):
+            # Beside longer prompts, which are then all in early fusion, one of K vectors ends early.
+            missing = 0 if condition.shape[1] == 1 else prompt.shape[1] - condition.shape[1]
+            prompt = prompt + pad(condition, (0, 0, 0, missing)) * prompt.new_tensor(added)[rows, None, None]
+        if any(alone):
+            only = torch.tensor(alone, device=query.device)[rows]
+            prompt, strength, bias = beside(prompt, strength, bias, condition, only, query)
+        key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)
+        return Prompts(key, value, bias)
+
+
+def beside(
+    prompt: Tensor, strength: Tensor, bias: Tensor | None, condition: Tensor, alone: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Early fusion: rows that read their condition alone, among rows that read prompts.
+
+    Args:
+        prompt, strength, bias: [B, K, hidden], [B, H] and None or [B, 1, 1, K], what `stacked` gave each row.
+        condition: [B, C, hidden]; one of zeros, of a row without a picture, is not read.
+        alone: [B], which rows read it.
+        like: in whose dtype the bias is.
+
+    Returns:
+        prompts [B, K + C, hidden], strengths, and a bias that shows each row the one or the other.
+    """
+    present = condition.flatten(1).any(1)
+    strength = strength * (present | ~alone)[:, None]
+    before, added = prompt.shape[1], condition.shape[1]
+    if not before:  # all other rows are on the bare base, whose strength is 0
+        return condition, strength, None
+    bias = like.new_zeros(len(prompt), 1, 1, before) if bias is None else bias
+    here, there = (
+        alone[:, None, None, None].expand(-1, 1, 1, before),
+        ~alone[:, None, None, None].expand(-1, 1, 1, added),
+    )
+    bias = torch.cat([bias, like.new_zeros(len(prompt), 1, 1, added)], -1)
+    return torch.cat([prompt, condition], 1), strength, bias.masked_fill(torch.cat([here, there], -1), float("-inf"))
 
 
 def stacked(layers: Sequence[ZeroInitAdapter | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -43,6 +43,18 @@ class OwnNorm(Part):
             self.register_parameter(name, nn.Parameter(weight.to(torch.float32, copy=True)))
 
 
+class OwnModule(Part):
+    """A whole module, such as a classifier: a copy of the base's to start from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.to(torch.float32).requires_grad_(True)
+
+    def adapter_params(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's own parameters, by its names."""
+        yield from self.module.named_parameters()
+
+
 class ScaleBias(Part):
     """`scale` [in] = 1 and `bias` [out] = 0 of a linear, or one of them."""
 
@@ -113,6 +125,18 @@ def normed(home: nn.Module, x: Tensor, y: Tensor, parts: Sequence[OwnNorm | None
             return _with_weights(home, x, part).to(y)
         chosen = (spread(rows, x) == number).nonzero()[:, 0]
         y = y.index_copy(0, chosen.to(y.device), _with_weights(home, x[chosen], part).to(y))
+    return y
+
+
+def replaced(x: Tensor, y: Tensor, parts: Sequence[OwnModule | None], rows: Tensor | None) -> Tensor:
+    """What each row's adapter's own module gives for x; y, the base's, where there is none."""
+    for number, part in enumerate(parts):
+        if part is None:
+            continue
+        if rows is None:
+            return part.module(x.float()).to(y.dtype)
+        chosen = (spread(rows, x) == number).nonzero()[:, 0]
+        y = y.index_copy(0, chosen, part.module(x[chosen].float()).to(y.dtype))
     return y
 
 

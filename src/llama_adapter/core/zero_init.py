@@ -9,7 +9,8 @@ Its attention, for text queries q = RoPE(Wq x), keys Kt and values Vt, becomes
 
 `act` is tanh (the authors' training code) or the identity (their first release, PEFT, LitGPT); `s` is the
 model's own score scale, and Wk, Wv are its own frozen projections, key norm included where there is one. A condition,
-such as a picture (section 3.3), is one vector per example that is added to P in every adapted layer.
+such as a picture (section 3.3), is one vector per example that is added to P in every adapted layer. In early fusion
+(LLaMA-Adapter V2) it is the whole prompt of the first layers instead, which own a gate only.
 
 Everything is computed from the parameters at every forward; nothing is remembered here.
 
@@ -34,8 +35,8 @@ Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 class ZeroInitAdapter(FixedDtype):
     """One layer's learnable parameters: `prompt` [K, hidden] ~ N(0, 1) and `gate` [H] = 0, always fp32.
 
-    On a half-precision model too: small updates would be lost in bf16. LLaMA-Adapter V2 has one number more, the
-    authors' `new_gate`: `gate_scale` [1] = 1, which multiplies act(g).
+    On a half-precision model too: small updates would be lost in bf16. With `adapter_len` 0 there is only the gate.
+    LLaMA-Adapter V2 has one number more, the authors' `new_gate`: `gate_scale` [1] = 1, which multiplies act(g).
     """
 
     gate_scale: nn.Parameter | None
@@ -44,7 +45,11 @@ class ZeroInitAdapter(FixedDtype):
         self, adapter_len: int, hidden_size: int, num_heads: int, gate_activation: str, gate_scale: bool = False
     ) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(torch.randn(adapter_len, hidden_size, dtype=torch.float32))
+        prompt = torch.randn(adapter_len, hidden_size, dtype=torch.float32)
+        if adapter_len:
+            self.prompt = nn.Parameter(prompt)
+        else:
+            self.register_buffer("prompt", prompt, persistent=False)
         self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.gate_scale = nn.Parameter(torch.ones(1, dtype=torch.float32)) if gate_scale else None
         self.gate_activation = gate_activation

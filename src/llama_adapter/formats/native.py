@@ -9,10 +9,8 @@ replaced atomically: a reader or a crash sees the old file or the new one.
 
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,16 @@ from transformers import PreTrainedModel
 from llama_adapter.base import first_sentence
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
-from llama_adapter.core.families import shape_of
-from llama_adapter.core.model import active_adapter, add_adapter, get_adapter
+from llama_adapter.core.model import get_adapter
 from llama_adapter.core.parts import part_shapes
-from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import is_lfs_pointer, write_atomically, writing
 from llama_adapter.settings import parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+FACTS = "source"
+"""Key of the weights' metadata under which a converted adapter keeps what its source had beside."""
 LARGEST_CONFIG, LARGEST_HEADER = 2**16, 2**20
 """Bytes of a configuration and of the header of the weights; ours have some hundreds and some thousands."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -51,69 +49,29 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     adapter = get_adapter(model, name)
     folder = Path(folder).expanduser()
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter.state_dict().items()}
-    config = json.dumps(adapter.config.to_dict(), indent=2) + "\n"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        write_atomically(folder / CONFIG_FILE, config.encode())
+    write_files(folder, native_files(adapter.config, tensors))
     return folder
 
 
-def load_adapter(
-    model: PreTrainedModel,
-    source: str | os.PathLike[str],
-    name: str = "default",
-    *,
-    activate: bool = False,
-    replace: bool = False,
-    trainable: bool = False,
-    revision: str | None = None,
-) -> Adapter:
-    """Read an adapter onto `model`.
+def native_files(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """The two files of an adapter; `facts` are what a converted one had beside it, for the way back."""
+    metadata = {"format": "pt", **({FACTS: json.dumps(facts)} if facts else {})}
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    return {WEIGHTS_FILE: save(dict(tensors), metadata=metadata), CONFIG_FILE: text.encode()}
 
-    Args:
-        model: a base of the shape the adapter was made for.
-        source: a folder that `save_adapter` wrote, or where there is none, a hub repository "owner/name".
-        name: what the adapter is called on this model.
-        activate: whether it becomes the active one; it does in any case where none is active.
-        replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
-        trainable: whether its parameters take gradients.
-        revision: branch, tag or commit of a hub repository.
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder, which is created where needed.
 
     Raises:
-        AdapterError: no adapter there, damaged or foreign files, one made for a base of another shape, or a name
-            that is taken.
-        UnsupportedModelError: the family cannot be adapted.
+        AdapterError: the folder cannot be written to.
     """
-    folder = find_adapter(source, revision)
-    config = read_config(folder)
-    check_base(config, shape_of(model.config), folder)
-    tensors = read_tensors(folder, config, model)
-    adapter = add_adapter(
-        model, config, name, activate=activate or active_adapter(model) is None, replace=replace, state_dict=tensors
-    )
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(trainable)
-    return adapter
-
-
-def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of an adapter; where `source` is no path here but "owner/name", its files come from the hub.
-
-    Raises:
-        AdapterError: the hub has no such repository or cannot be reached.
-    """
-    folder = Path(source).expanduser()
-    if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
-        ) from None
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
 
 
 def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -149,8 +107,9 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         number = shape.get(key)
         if config.adapter_layers is None or not isinstance(number, int) or number < 1:
             raise AdapterError(f"{path} does not say adapter_layers and the base's shape ({key}): it was edited.")
-        if key == "num_hidden_layers" and config.adapter_layers > number:
-            layers = shown(config.adapter_layers)
+        early = (None if config.condition is None else config.condition.layers) or 0
+        if key == "num_hidden_layers" and config.adapter_layers + early > number:
+            layers = shown(config.adapter_layers) + (f" and the condition's {shown(early)}" if early else "")
             raise AdapterError(f"{path}: adapter_layers is {layers}, more than the base's {shown(number)} layers.")
     return config
 
@@ -198,7 +157,7 @@ def _size(path: Path, missing: str) -> int:
     return status.st_size
 
 
-def check_base(config: AdapterConfig, shape: dict[str, int | str], source: object) -> None:
+def check_base(config: AdapterConfig, shape: Mapping[str, int | str], source: object) -> None:
     """Refuse an adapter that was made for a base of another shape.
 
     Raises:
@@ -252,12 +211,25 @@ def read_tensors(
     return tensors
 
 
+def read_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a converted adapter's source had beside it; the weights have been read before."""
+    try:
+        with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
+            values = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path, model: PreTrainedModel | None) -> None:
     """Names, shapes and dtypes that the header claims, against those that follow from the configuration."""
     condition = config.condition
     blocks = getattr(condition, "blocks", 0) if getattr(condition, "kind", None) == "visual_prompt" else 0
     # Names are made only where there can be as many: an edited configuration may ask for 10^9.
-    if max(2 * (config.adapter_layers or 0), BLOCK_TENSORS * blocks) > len(found) + 1000:
+    if (
+        max(2 * (config.adapter_layers or 0), getattr(condition, "layers", 0) or 0, BLOCK_TENSORS * blocks)
+        > len(found) + 1000
+    ):
         raise AdapterError(f"{path} does not fit its {CONFIG_FILE}, which asks for more than its {len(found)} tensors.")
     try:
         wanted = tensor_shapes(config)
@@ -291,6 +263,9 @@ def _claimed_parts(found: Mapping[str, Any], config: AdapterConfig) -> dict[str,
     missing |= {"norms"} if config.norms else set()
     wanted: dict[str, tuple[int, ...]] = {}
     for key, tensor in found.items():
+        if key.startswith(tuple(f"modules_to_save.{name}." for name in config.modules_to_save)):
+            wanted[key] = tuple(tensor.get_shape())
+            continue
         kind, parameter, shape = key.partition(".")[0], key.rpartition(".")[2], tuple(tensor.get_shape())
         name = key.split(".")[-2] if key.count(".") > 1 else ""
         if kind == "norms" and config.norms and parameter in ("weight", "bias") and len(shape) == 1:
@@ -319,14 +294,10 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     if config.gate_scale:
         sizes["gate_scale"] = (1,)
     wanted = {f"layers.{i}.{kind}": size for i in range(top - count, top) for kind, size in sizes.items()}
-    condition = config.condition
-    if condition is not None:
-        # One block stands for all: building each of them takes milliseconds, and a file may claim thousands.
-        one = replace(condition, blocks=1) if isinstance(condition, ConditionConfig) else condition
-        with torch.device("meta"):
-            module = one.build(hidden, config.adapter_len)
-        for key, parameter in module.named_parameters():
-            blocks = getattr(condition, "blocks", 1) if key.startswith("visual_blocks.0.") else 1
-            for i in range(blocks):
-                wanted["condition." + key.replace(".0.", f".{i}.", 1)] = tuple(parameter.shape)
+    if config.condition is not None:
+        del sizes["prompt"]
+        early = range(config.condition.layers or 0)
+        wanted |= {f"layers.{i}.{kind}": size for i in early for kind, size in sizes.items()}
+        of_condition = config.condition.shapes(hidden, config.adapter_len)
+        wanted |= {f"condition.{key}": size for key, size in of_condition.items()}
     return wanted

@@ -22,7 +22,9 @@ from llama_adapter.core.registry import device_of
 from llama_adapter.data import Example, Media, Message, encode_all
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
-from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
+from llama_adapter.formats.load import find_adapter, load_adapter, read_adapter
+from llama_adapter.formats.native import check_base
+from llama_adapter.formats.stored import Hints
 from llama_adapter.inference.choice import Row, fresh_generator
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.defaults import base_defaults
@@ -155,12 +157,14 @@ class Session:
         Raises:
             AdapterError: the name is taken, or the folder is damaged or made for another base.
         """
-        config = read_config(folder)
-        check_base(config, shape_of(self.model.config), folder)
+        config = load_adapter(self.model, folder, name).config
         if isinstance(config.condition, ConditionConfig):
-            device = device_of(self.model.get_input_embeddings())
-            self.perceptions[name] = Perception(config.condition, device)
-        load_adapter(self.model, folder, name, activate=False)
+            try:
+                device = device_of(self.model.get_input_embeddings())
+                self.perceptions[name] = Perception(config.condition, device)
+            except Exception:
+                remove_adapter(self.model, name)
+                raise
         self.templates[name] = config.template or ("chat" if self.tokenizer.chat_template else "alpaca")
         self.adapters.append(name)
 
@@ -271,7 +275,7 @@ def load_session(
 
     Args:
         model: folder, hub name or 'bundled'; None takes the base that the first adapter was made for.
-        adapters: name -> folder.
+        adapters: name -> folder, or another program's adapter.
         device: where the base goes.
         precision: of the base.
         load_in_4bit: quantise the base with bitsandbytes.
@@ -287,14 +291,15 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     """Check the files of a session and read everything but the weights of its base; see `load_session`."""
     for name in adapters:
         check_name(name)
-    configs = {name: read_config(folder) for name, folder in adapters.items()}
+    hints = Hints(None if model is None else shape_of(load_config(model)))
+    found = {name: read_adapter(find_adapter(folder), hints) for name, folder in adapters.items()}
+    configs = {name: reading.config for name, reading in found.items()}
     if model is None:
         model = _base_of(next(iter(adapters.values())), next(iter(configs.values()))) if adapters else "bundled"
     base = load_config(model)
     shape = shape_of(base)
     for name, folder in adapters.items():
         check_base(configs[name], shape, folder)
-        read_tensors(folder, configs[name])
     tokenizer, limits = load_tokenizer(model), Limits.of(base)
     if warning := limits.warning(tokenizer):
         log.warning(warning)

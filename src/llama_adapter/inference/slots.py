@@ -30,7 +30,7 @@ class Slots:
     def clear(self) -> None:
         """Forget every adapter."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.lengths = [0]  # K of every slot; BASE has none
+        self.lengths: list[dict[int, int]] = [{}]  # K of every slot, by layer; BASE has none
         self.free: list[int] = []
         self.of: dict[Adapter, tuple[int, Tensor]] = {}
 
@@ -74,26 +74,27 @@ class Slots:
     def fill(self, routing: Routing, slot: int | None = None) -> int:
         """Project the prompts of one row, under its condition where it has one, into a slot; None takes a new one."""
         found = self._projected(routing)
-        length = max(prompts.key.shape[2] for prompts in found.values())
         if slot is None and not self.free:
             self.free += range(2 * len(self.lengths) - 1, len(self.lengths) - 1, -1)
-            self.lengths += [0] * len(self.lengths)
+            self.lengths += [{} for _ in self.lengths]
         slot = self.free.pop() if slot is None else slot
-        self.lengths[slot] = length
+        self.lengths[slot] = {layer: prompts.key.shape[2] for layer, prompts in found.items()}
         for layer in self.layers.keys() | found.keys():
             for i, store in enumerate(self._with_room(layer, found.get(layer))):
                 store[slot] = 0
                 if layer in found:
-                    store[slot, :, :length] = found[layer][i][0]  # type: ignore[index]
+                    store[slot, :, : self.lengths[slot][layer]] = found[layer][i][0]  # type: ignore[index]
         return slot
 
     def rows(self, slots: Sequence[int]) -> dict[int, Prompts | None]:
         """What a batch reads: layer -> prompts [B, H, K, D]; empty where every row is on the bare base."""
-        lengths = [self.lengths[slot] for slot in slots]
-        longest = max(lengths)
-        uneven = any(length not in (0, longest) for length in lengths)
         found: dict[int, Prompts | None] = {}
-        for layer, stores in self.layers.items() if longest else ():
+        for layer, stores in self.layers.items():
+            lengths = [self.lengths[slot].get(layer, 0) for slot in slots]
+            longest = max(lengths)
+            if not longest:
+                continue
+            uneven = any(length not in (0, longest) for length in lengths)
             key, value = (store[:, :, :longest] for store in stores)
             if len(set(slots)) == 1:
                 key, value = (part[slots[0]].expand(len(slots), -1, -1, -1) for part in (key, value))
@@ -116,7 +117,7 @@ class Slots:
     def _with_room(self, layer: int, new: Prompts | None) -> tuple[Tensor, Tensor]:
         """The tensors of a layer, large enough for every slot and the longest prompt."""
         old = self.layers.get(layer)
-        size, longest = len(self.lengths), max(self.lengths)
+        size, longest = len(self.lengths), max(lengths.get(layer, 0) for lengths in self.lengths)
         if old is None or len(old[0]) < size or old[0].shape[2] < longest:
             like = new.key if old is None and new is not None else old[0]  # type: ignore[index]
             stores = tuple(like.new_zeros(size, like.shape[1], longest, like.shape[3]) for _ in range(2))

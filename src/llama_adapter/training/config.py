@@ -107,6 +107,15 @@ class TrainConfig:
     visual_blocks: Count | None = setting(None, "Self-attention blocks of a visual prompt.", "Condition", stands_for=8)
     visual_width: Count | None = setting(None, "Their width.", "Condition", stands_for=768)
     visual_heads: Count | None = setting(None, "Their heads.", "Condition", stands_for=16)
+    condition_layers: Count | None = setting(
+        None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
+        "Condition",
+    )  # fmt: skip
+    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    disjoint: bool = setting(
+        False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
+        "Condition",
+    )  # fmt: skip
     feature_cache: Place | None = setting(None, "Folder that keeps the tower's features between runs.", "Condition")
 
     epochs: Positive = setting(5.0, "Passes over the training data.", "Optimisation")
@@ -214,7 +223,7 @@ class TrainConfig:
 DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
 STANDS_FOR = {setting.name: setting.metadata["stands_for"] for setting in fields(TrainConfig)}
 BOTTLENECK = {"condition_width", "condition_activation"}
-VISUAL = {"visual_blocks", "visual_width", "visual_heads"}
+VISUAL = {"visual_blocks", "visual_width", "visual_heads", "visual_len"}
 
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:

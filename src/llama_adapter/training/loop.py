@@ -23,23 +23,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.base import check_parts, first_sentence, load_base, load_config, load_tokenizer
 from llama_adapter.compiler import compile_layers, compiler_errors
-from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.modules import Condition
-from llama_adapter.conditions.perception import Perception, condition_config
+from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.data.limits import Limits
-from llama_adapter.errors import ConfigError, Interrupted, TrainingError
+from llama_adapter.errors import Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.progress import progress_bar
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import response_loss, why_not_packed
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.packing import PackedRow, packed_rows
+from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.plots import plot_gates, plot_loss
 from llama_adapter.training.prepare import Prepared, prepare
 from llama_adapter.training.start import (
@@ -96,6 +97,8 @@ def train(config: TrainConfig) -> TrainResult:
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)
+    adapter_config = adapter_of(config, start, condition, data.raw)
+    resolve_layers(adapter_config, base)  # again, with the condition's layers
     perception = None if condition is None else look(condition, config, data, accelerator)
 
     model = load_base(config.value("model"), accelerator.device, config.precision, config.load_in_4bit)
@@ -106,7 +109,6 @@ def train(config: TrainConfig) -> TrainResult:
     if config.compile:
         compile_layers(model)
     torch.manual_seed(config.seed)
-    adapter_config = adapter_of(config, start, condition, data.raw)
     adapter = add_adapter(model, adapter_config, state_dict=None if start is None else start.tensors)
     optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
@@ -116,50 +118,6 @@ def train(config: TrainConfig) -> TrainResult:
     with compiler_errors():
         run.loop()
     return run.finish()
-
-
-def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
-    """The condition that a recipe asks for; only the tower's configuration is read.
-
-    Raises:
-        ConfigError: there is a condition and nothing in the data to perceive.
-        LlamaAdapterError: see `llama_adapter.conditions.perception.condition_config`.
-    """
-    files = data.media()
-    if config.condition is None:
-        if files:
-            log.warning("%d files in the data are not looked at: pass --condition image", len(files))
-        return None
-    if not files:
-        raise ConfigError(
-            f"condition is {config.condition}, and no record names a file: give data with 'image' keys, or leave "
-            "--condition out."
-        )
-    return condition_config(
-        config.condition,
-        config.value("tower"),
-        config.tower_depths,
-        width=config.value("condition_width"),
-        activation=config.value("condition_activation"),
-        absent=config.value("absent"),
-        blocks=config.value("visual_blocks"),
-        block_width=config.value("visual_width"),
-        block_heads=config.value("visual_heads"),
-    )
-
-
-def look(condition: ConditionConfig, config: TrainConfig, data: Prepared, accelerator: Accelerator) -> Perception:
-    """Load the tower and compute the features of every file that the data name.
-
-    Raises:
-        ModelError: the tower is damaged.
-        DataError: a file is damaged or of another kind.
-    """
-    perception = Perception(condition, accelerator.device, config.feature_cache)
-    # With a feature cache the first process fills it for all; without, each of them needs features of its own.
-    with accelerator.main_process_first() if config.feature_cache else nullcontext():
-        perception.prepare(data.media())
-    return perception
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -278,8 +236,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=accelerator.device)
         for micro_batch in self._batches(batch, self.config.micro_batch_size):
-            loss = self._loss(micro_batch) / tokens
-            loss.backward()
+            with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
+                loss = self._loss(micro_batch) / tokens
+                loss.backward()
             total += loss.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
         flags = torch.stack([total, total.new_tensor(float(stop))])
@@ -304,7 +263,8 @@ class Run:
     def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
         """This process's share, `size` examples a forward."""
         make = packed_rows if self.packed else micro_batches
-        return make(examples, size, self.accelerator.process_index, self.accelerator.num_processes)
+        for kind in by_kind(examples) if self.config.disjoint else [examples]:
+            yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
         """Summed loss of a micro-batch, under the condition of its pictures where there is one."""

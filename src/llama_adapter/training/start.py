@@ -9,16 +9,20 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from llama_adapter.base import load_config
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
 from llama_adapter.errors import ConfigError, MissingExtraError
-from llama_adapter.formats.native import check_base, find_adapter, read_config, read_tensors
+from llama_adapter.formats.load import find_adapter, read_adapter
+from llama_adapter.formats.native import check_base
+from llama_adapter.formats.stored import Hints
 from llama_adapter.training.config import BOTTLENECK, DEFAULTS, VISUAL, TrainConfig, idle_settings, load_recipe
 
 FROM_CONDITION = {
     "tower": "tower", "tower_depths": "depths", "condition_width": "width", "condition_activation": "activation",
     "absent": "absent", "visual_blocks": "blocks", "visual_width": "block_width", "visual_heads": "block_heads",
+    "condition_layers": "layers", "visual_len": "visual_len",
 }  # fmt: skip
 """Settings of a recipe, and what they are called in an adapter's condition."""
 SHARED = {setting.name for setting in fields(AdapterConfig)} & DEFAULTS.keys() - {"template", "condition"}
@@ -34,15 +38,14 @@ class Start:
     tensors: Mapping[str, Tensor]
 
 
-def read_start(source: str) -> Start:
-    """The adapter at `source`, a folder or a hub name; the base is not needed.
+def read_start(source: str, base: str | None = None) -> Start:
+    """The adapter at `source`, of any format that `read_adapter` reads; the base only where one is named.
 
     Raises:
-        AdapterError: there is none, or it is damaged.
+        AdapterError: there is none, it is damaged, or it is for another base.
     """
-    folder = find_adapter(source)
-    config = read_config(folder)
-    return Start(config, read_tensors(folder, config))
+    found = read_adapter(find_adapter(source), Hints(None if base is None else shape_of(load_config(base))))
+    return Start(found.config, found.tensors)
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
@@ -67,7 +70,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
             f"init_from {config.init_from} lies in the output folder {config.output_dir}: choose another --output-dir, "
             "or go on with the same run by --resume and more --epochs."
         )
-    start = read_start(config.init_from)
+    start = read_start(config.init_from, config.model)
     found = settings_of(start.config)
     given = {name: getattr(config, name) for name in found if getattr(config, name) not in (None, DEFAULTS[name])}
     other = [f"{name} is {found[name]!r}, not {value!r}" for name, value in given.items() if value != found[name]]
