@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -52,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
         f"adapter, loss.png and gates.png are in {result.output_dir} ({result.seconds:.0f} s)",
     ):
         console.print(line, soft_wrap=True)
-    print(f"talk to it: llama-adapter chat --adapter {result.output_dir}", file=sys.stderr)
+    place = shlex.quote(str(result.output_dir))
+    print(f"talk to it: llama-adapter chat --adapter {place}", file=sys.stderr)
+    print(f"or on a page: llama-adapter serve --adapter {place}, then http://127.0.0.1:8000", file=sys.stderr)
 
 
 def _shorten(text: str) -> str:

@@ -30,9 +30,17 @@ class FeatureCache:
         folder: where files are kept, in a folder for each tower; None keeps them in memory.
         tower_key: `Tower.key(depths)`; whatever changes the features must change it.
         batch_size: inputs handed to `compute` at once; what a batch gave is kept before the next one starts.
+        most: how many features are kept in memory, the last ones; None keeps all.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, tower_key: str, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        tower_key: str,
+        batch_size: int = 16,
+        most: int | None = None,
+    ) -> None:
+        self.most = most
         self.tower_key = tower_key
         self.batch_size = batch_size
         self._folder = None if folder is None else Path(folder) / hashlib.sha256(tower_key.encode()).hexdigest()[:16]
@@ -104,6 +112,8 @@ class FeatureCache:
     def _write(self, digest: str, features: Tensor) -> None:
         if self._folder is None:
             self._memory[digest] = features
+            if self.most is not None and len(self._memory) > self.most:
+                del self._memory[next(iter(self._memory))]
             return
         path = self._path(digest)
         try:

@@ -1,6 +1,6 @@
 """From files to the condition of a batch: read, encode with the frozen tower, keep the features, ask the adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,28 @@ class Perception:
         config: the adapter's condition.
         device: where the tower runs.
         cache: folder in which features are kept between runs; None keeps them in memory.
+        most: how many are kept in memory, the last ones; None keeps all.
+        others: perceptions of other adapters; one with the same tower lends it.
 
     Raises:
         ModelError, UnsupportedModelError: there is no such tower, or it is damaged.
         AdapterError: the tower has another width or fewer layers than the adapter was made for.
     """
 
-    def __init__(self, config: ConditionConfig, device: torch.device, cache: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ConditionConfig,
+        device: torch.device,
+        cache: str | Path | None = None,
+        most: int | None = None,
+        others: Iterable["Perception"] = (),
+    ) -> None:
         self.config = config
         check_tower(config, load_tower_config(config.tower), config.tower)
-        self.tower: Tower = load_tower(config.tower, device)
+        lent = next((other.tower for other in others if other.config.tower == config.tower), None)
+        self.tower: Tower = load_tower(config.tower, device) if lent is None else lent
         depths = None if config.kind == "visual_prompt" else config.depths
-        self.cache = FeatureCache(cache, self.tower.key(depths))
+        self.cache = FeatureCache(cache, self.tower.key(depths), most=most)
 
     def features(self, files: Sequence[str | bytes]) -> list[Tensor]:
         """Features of each file, on the CPU; what was computed before is not computed again.

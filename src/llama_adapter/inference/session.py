@@ -34,6 +34,9 @@ from llama_adapter.settings import Precision
 
 log = logging.getLogger(__name__)
 
+MOST_FEATURES = 256
+"""Files that an adapter remembers having looked at."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -161,7 +164,7 @@ class Session:
         if isinstance(config.condition, ConditionConfig):
             try:
                 device = device_of(self.model.get_input_embeddings())
-                self.perceptions[name] = Perception(config.condition, device)
+                self.perceptions[name] = _perception(config.condition, device, self.perceptions)
             except Exception:
                 remove_adapter(self.model, name)
                 raise
@@ -250,11 +253,10 @@ class SessionPlan:
             device = torch.device(device)
         except RuntimeError:
             raise ConfigError(f"There is no device {device!r}: pass 'cpu', 'cuda' or as torch names them.") from None
-        perceptions = {
-            name: Perception(config.condition, device)
-            for name, config in self.configs.items()
-            if isinstance(config.condition, ConditionConfig)
-        }
+        perceptions: dict[str, Perception] = {}
+        for name, config in self.configs.items():
+            if isinstance(config.condition, ConditionConfig):
+                perceptions[name] = _perception(config.condition, device, perceptions)
         base = load_base(self.model, device, precision, load_in_4bit)
         base.generation_config = self.defaults
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
@@ -335,6 +337,10 @@ def _base_of(folder: str, config: AdapterConfig) -> str:
             f"The adapter's base '{base}' is not here: pass --model FOLDER. ({first_sentence(error)})"
         ) from None
     return base
+
+
+def _perception(condition: ConditionConfig, device: torch.device, others: Mapping[str, Perception]) -> Perception:
+    return Perception(condition, device, most=MOST_FEATURES, others=others.values())
 
 
 def default_device() -> torch.device:

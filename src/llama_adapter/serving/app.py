@@ -241,7 +241,7 @@ def add_house(app: FastAPI, server: Server) -> None:
         """The base and its adapters."""
         return JSONResponse({"object": "list", "data": server.models()})
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     def model(model: str) -> Response:
         """One of them."""
         found = [entry for entry in server.models() if entry["id"] == model]
@@ -261,22 +261,22 @@ def add_house(app: FastAPI, server: Server) -> None:
         experts.unload(request.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     def health() -> Response:
         """Whether requests are answered."""
         return Response(status_code=200 if server.scheduler.alive else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response)
     def ready() -> Response:
         """Whether new requests are taken."""
         return Response(status_code=200 if server.scheduler.alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Prometheus' text format."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/gates/{model}")
+    @app.get("/gates/{model:path}")
     async def gates(model: str) -> Response:
         """How far each head of an adapter's layers has opened: layers (L) and act(g), [L, heads]."""
         return JSONResponse(await run_in_threadpool(server.gates, model))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import AdapterError
+from llama_adapter.formats.native import WEIGHTS_FILE
 from llama_adapter.inference.session import Session
 from llama_adapter.serving.scheduler import Scheduler
 from llama_adapter.settings import unknown_name
@@ -189,6 +190,8 @@ class Experts:
         return folder if folder.is_relative_to(self.directory) and (folder / "adapter_config.json").is_file() else None
 
     def _load(self, name: str, folder: str) -> Expert:
+        if not os.path.isfile(os.path.join(folder, WEIGHTS_FILE)):  # other formats may be pickles
+            raise AdapterError(f"{folder} has no {WEIGHTS_FILE}: run 'llama-adapter convert' on it, and serve that.")
         key = f"{name}.v{next(self._versions)}"
         while key in self.session.adapters:
             key = f"{name}.v{next(self._versions)}"

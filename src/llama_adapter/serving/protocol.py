@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llama_adapter.data import Message
+from llama_adapter.data.examples import check_encodable
+from llama_adapter.errors import DataError
 
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
@@ -20,6 +22,19 @@ class Strict(BaseModel):
     """Refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Body(Strict):
+    """A whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        try:
+            check_encodable(value, "the request")
+        except DataError as error:
+            raise ValueError(str(error)) from None
+        return value
 
 
 class StreamOptions(Strict):
@@ -122,7 +137,7 @@ class ChatMessage(Strict):
         return Message(role, "\n".join(texts)), [file.content() for file in files if file is not None]
 
 
-class Common(Strict):
+class Common(Body):
     """What all requests for text may say. `user` and its kin have no effect on the answer."""
 
     model: Annotated[str, Field(max_length=256)]
@@ -275,7 +290,7 @@ TextRequest = ChatRequest | CompletionRequest | ResponseRequest
 """Any request for text."""
 
 
-class LoadRequest(Strict):
+class LoadRequest(Body):
     """`POST /v1/load_lora_adapter`, vLLM's."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=128)]
@@ -283,7 +298,7 @@ class LoadRequest(Strict):
     load_inplace: bool = False
 
 
-class UnloadRequest(Strict):
+class UnloadRequest(Body):
     """`POST /v1/unload_lora_adapter`, vLLM's."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=128)]
