@@ -6,6 +6,7 @@ requests that were taken before go on with the first, which is removed with the 
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import threading
@@ -18,9 +19,10 @@ from typing import Any
 from llama_adapter.errors import AdapterError
 from llama_adapter.formats.native import WEIGHTS_FILE
 from llama_adapter.inference.session import Session
-from llama_adapter.serving.scheduler import Scheduler
+from llama_adapter.serving.scheduler import ClosingError, Scheduler
 from llama_adapter.settings import unknown_name
 
+log = logging.getLogger(__name__)
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 """What an adapter may be called: never a path."""
 
@@ -214,5 +216,10 @@ class Experts:
 
     def _remove(self, expert: Expert) -> None:
         key: Any = expert.key
-        with contextlib.suppress(AdapterError):  # the server is shutting down
-            self.scheduler.between_steps(lambda: self.session.remove(key))
+        with contextlib.suppress(ClosingError):
+            self.scheduler.between_steps(lambda: self.session.remove(key)).add_done_callback(_log_fault)
+
+
+def _log_fault(done: "Future[None]") -> None:
+    if (error := done.exception()) is not None:
+        log.error("an adapter could not be removed", exc_info=error)

@@ -157,13 +157,17 @@ class Scheduler:
                     ticket.open.clear()
                     tell(ticket, error)
 
-    def _do_jobs(self) -> None:
-        while self._jobs:
-            self._jobs.popleft()()
+    def _do_jobs(self, batch: Batch | None = None) -> None:
+        """Do what is asked by now, once those have left whom nobody waits for: it may remove what was theirs."""
+        jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+        if batch is not None:
+            self._let_go(batch, [])
+        for job in jobs:
+            job()
 
     def _answer(self, batch: Batch) -> None:
         while True:
-            self._do_jobs()
+            self._do_jobs(batch)
             self._let_in(batch)
             if not batch.members:
                 return
@@ -174,15 +178,20 @@ class Scheduler:
                 if enough(ticket, number, member, choice):
                     ticket.open.discard(number)
                     ended.append(member)
-            done = [ticket for ticket in self._running if not ticket.open or ticket.cancelled or ticket.late]
-            for ticket in done:
-                self._running.remove(ticket)
-                ended += [ticket.members[number] for number in ticket.open]
-            batch.drop(ended)  # before anybody is told: then nothing of theirs is in use any more
-            for ticket in done:
-                tell(ticket, TimeoutError(LATE) if ticket.open else None)
-                ticket.open.clear()
+            self._let_go(batch, ended)
             batch.advance()
+
+    def _let_go(self, batch: Batch, ended: list[Member]) -> None:
+        """Let the rows that have ended leave, and requests that are done, late or given up."""
+        done = [ticket for ticket in self._running if not ticket.open or ticket.cancelled or ticket.late]
+        for ticket in done:
+            self._running.remove(ticket)
+            ended += [ticket.members[number] for number in ticket.open]
+        if ended:
+            batch.drop(ended)  # before anybody is told: then nothing of theirs is in use any more
+        for ticket in done:
+            tell(ticket, TimeoutError(LATE) if ticket.open else None)
+            ticket.open.clear()
 
     def _let_in(self, batch: Batch) -> None:
         """Let waiting requests join while there is room, in their order."""
