@@ -14,7 +14,7 @@ import uvicorn
 from runs import write_base
 from tiny import open_gates
 
-from llama_adapter import AdapterConfig, add_adapter, save_adapter
+from llama_adapter import AdapterConfig, add_adapter, remove_adapter, save_adapter
 from llama_adapter.base import load_base
 from llama_adapter.inference.session import Session, load_session
 from llama_adapter.serving.app import create_app
@@ -27,8 +27,8 @@ ADMIN = {"Authorization": "Bearer admin"}
 def write_experts(base: Path, folder: Path, count: int) -> dict[str, str]:
     """Adapters of unlike length and layers, by name."""
     found = {}
+    model = load_base(str(base), torch.device("cpu"))
     for number in range(count):
-        model = load_base(str(base), torch.device("cpu"))
         torch.manual_seed(number)
         config = AdapterConfig(
             adapter_len=2 + number % 4, adapter_layers=1 + number % 3, template="alpaca",
@@ -36,6 +36,7 @@ def write_experts(base: Path, folder: Path, count: int) -> dict[str, str]:
         )  # fmt: skip
         open_gates(add_adapter(model, config), number, scale=4.0)
         found[f"expert-{number}"] = str(save_adapter(model, folder / f"expert-{number}"))
+        remove_adapter(model)
     return found
 
 
