@@ -68,7 +68,7 @@ RULES = [
     ("gate_activation", "relu", "must be one of tanh, identity"),
     ("template", "vicuna", "must be one of alpaca, chat"),
     ("precision", "fp16", "must be one of auto, bf16, fp32"),
-    ("base_precision", "fp4", "must be one of auto, fp8"),
+    ("base_precision", "fp4", "must be one of auto, fp8, int8"),
 ]
 
 
@@ -116,6 +116,7 @@ def test_every_allowed_seed_gives_an_order_of_the_data():
         ({"epochs": 1.0, "warmup_epochs": 1.5}, "warmup_epochs is 1.5, more than the 1.0 epochs of the run"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"base_precision": "fp8", "load_in_4bit": True}, "base_precision fp8 and load_in_4bit exclude each other"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit exclude each other"),
     ],
 )
 def test_rules_between_settings(values, message):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.settings import Precision
+from llama_adapter.settings import Precision, one_quantization
 
 if TYPE_CHECKING:
     from llama_adapter.inference.session import Session
@@ -28,7 +28,11 @@ def add_session_options(
     )
     base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
     base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
-    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
+    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base to NF4 with bitsandbytes")
+    base.add_argument("--load-in-8bit", action="store_true", help="quantise the base to LLM.int8() with bitsandbytes")
+    base.add_argument(
+        "--base-precision", choices=("auto", "int8"), default="auto", help="int8: of the base's linears, with torchao"
+    )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
@@ -69,8 +73,9 @@ def open_session(args: argparse.Namespace) -> "Session":
     """Load what the options name."""
     from llama_adapter.inference.session import default_device, load_session
 
+    rounded = one_quantization(args.load_in_4bit, args.load_in_8bit, args.base_precision)
     return load_session(
-        args.model, name_adapters(args.adapter), default_device(), args.precision, args.load_in_4bit, args.template
+        args.model, name_adapters(args.adapter), default_device(), args.precision, rounded, args.template
     )
 
 

@@ -31,7 +31,7 @@ from llama_adapter.errors import AdapterError, ConfigError, DataError
 from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine, Row, fresh_generator
-from llama_adapter.settings import Precision, unknown_name
+from llama_adapter.settings import Precision, Quantization, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def load_session(
     adapters: Mapping[str, str],
     device: torch.device,
     precision: Precision = "auto",
-    load_in_4bit: bool = False,
+    quantization: Quantization | None = None,
     template: WrittenAs | None = None,
 ) -> Session:
     """Load a base and its adapters; all files are checked before the base's weights are read.
@@ -213,7 +213,7 @@ def load_session(
         adapters: name -> folder.
         device: where the base goes.
         precision: of the base.
-        load_in_4bit: quantise the base with bitsandbytes.
+        quantization: what its linears are rounded to, "4bit", "8bit" (bitsandbytes) or "int8" (torchao).
         template: prompt format; None takes the adapter's own, else the tokenizer's chat template where it has one.
 
     Raises:
@@ -236,7 +236,7 @@ def load_session(
         if isinstance(config.condition, ConditionConfig)
     }
     tokenizer = load_tokenizer(model)
-    base = load_base(model, device, precision, load_in_4bit)
+    base = load_base(model, device, precision, quantization)
     log.info("base: %s on %s in %s", model, device.type, str(base.dtype).removeprefix("torch."))
     for name, folder in adapters.items():
         load_adapter(base, folder, name)

@@ -18,13 +18,15 @@ from llama_adapter.settings import (
     NotNegative,
     Positive,
     Precision,
+    Quantization,
     Seed,
     Sound,
     check,
+    one_quantization,
     parse,
 )
 
-BasePrecision = Literal["auto", "fp8"]
+BasePrecision = Literal["auto", "fp8", "int8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
@@ -108,10 +110,12 @@ class TrainConfig:
         "auto", "Of the frozen base; 'auto' is bf16 on hardware that has it. Adapters stay fp32.", "Running"
     )
     base_precision: BasePrecision = setting(
-        "auto", "Of the base's linear layers: as they are loaded, or 'fp8' for speed (NVIDIA Ada, Hopper or newer).",
+        "auto", "Of the base's linear layers: as they are loaded, 'fp8' for speed (NVIDIA Ada, Hopper or newer), "
+        "'int8' for memory (torchao).",
         "Running",
     )  # fmt: skip
-    load_in_4bit: bool = setting(False, "Quantise the base with bitsandbytes (CUDA).", "Running")
+    load_in_4bit: bool = setting(False, "Quantise the base to NF4 with bitsandbytes.", "Running")
+    load_in_8bit: bool = setting(False, "Quantise the base to LLM.int8() with bitsandbytes.", "Running")
     packing: bool = setting(
         True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
     )
@@ -135,8 +139,11 @@ class TrainConfig:
             yield "output_dir is empty: pass --output-dir FOLDER"
         if sound("warmup_epochs", "epochs") and self.warmup_epochs > self.epochs:
             yield f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
-        if self.base_precision == "fp8" and self.load_in_4bit is True:
-            yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
+        if sound("base_precision", "load_in_4bit", "load_in_8bit"):
+            try:
+                self.quantization  # noqa: B018
+            except ConfigError as error:
+                yield str(error)
         if sound("adapter_len", "adapter_layers", "gate_activation", "template", "model", *V2_FIELDS):
             try:
                 parts = self.adapter_config().has_parts
@@ -149,6 +156,11 @@ class TrainConfig:
             yield "adapter_layers is 0, and a condition is added to prompts: give at least 1"
         if self.resume is True and self.overwrite is True:
             yield "resume and overwrite exclude each other: pass one of them"
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base's linears are rounded while they are loaded."""
+        return one_quantization(self.load_in_4bit, self.load_in_8bit, self.base_precision)
 
     @property
     def peak_lr(self) -> float:

@@ -30,6 +30,7 @@ from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.core.families import max_positions
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
+from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
@@ -84,7 +85,8 @@ def train(config: TrainConfig) -> TrainResult:
     condition = condition_of(config, data)
     perception = None if condition is None else look(condition, config, data, accelerator)
 
-    model = load_base(config.model, accelerator.device, config.precision, config.load_in_4bit)
+    model = load_base(config.model, accelerator.device, config.precision, config.quantization)
+    check_backward(model)
     if config.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
     if config.gradient_checkpointing:
