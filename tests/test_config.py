@@ -465,6 +465,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "base_precision": ("fp8", "fp8"),
         "eval_every": ("4", 4),
         "save_every": ("6", 6),
+        "push_to_hub": ("me/adapter", "me/adapter"),
         "trackers": ("wandb", ("wandb",)),
     }
     parser = build_parser()

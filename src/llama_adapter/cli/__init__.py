@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llama_adapter import __version__
-from llama_adapter.cli import chat, evaluate, generate, inspect, train, validate
+from llama_adapter.cli import chat, evaluate, generate, inspect, push, train, validate
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llama-adapter {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (train, validate, generate, chat, evaluate, inspect):
+    for command in (train, validate, generate, chat, evaluate, inspect, push):
         command.add_parser(commands)
     return parser
 

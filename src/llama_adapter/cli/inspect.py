@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
-    parser.add_argument("folder", metavar="FOLDER", help="adapter folder")
+    parser.add_argument("folder", metavar="FOLDER", help="adapter folder, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write the layer-by-head picture of the gates there")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
 

@@ -21,11 +21,13 @@ def add_session_options(
     """Base, adapters, and how to decode; without `sampling` decoding is greedy."""
     base = parser.add_argument_group("base and adapters")
     base.add_argument(
-        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
-    )
+        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER",
+        help="adapter, or OWNER/NAME[@REVISION] on the hub; repeatable",
+    )  # fmt: skip
     base.add_argument(
-        "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
-    )
+        "-m", "--model", metavar="TEXT",
+        help="folder, GGUF file, hub name or 'bundled' (default: the adapter's own base)",
+    )  # fmt: skip
     base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
     base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
     base.add_argument("--load-in-4bit", action="store_true", help="quantise the base to NF4 with bitsandbytes")

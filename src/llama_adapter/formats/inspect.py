@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
-from llama_adapter.formats.native import WEIGHTS_FILE, read_config, read_tensors
+from llama_adapter.formats.native import WEIGHTS_FILE, find_adapter, read_config, read_tensors
 
 
 def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Configuration, size, and the gates and prompts of every layer; the base is not needed.
+
+    A folder, or "owner/name" on the hub.
 
     Returns:
         folder, config, parameters, bytes (of the weights file), and `layers`: for each adapted layer its index,
@@ -22,6 +24,7 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterError: the folder holds no sound adapter.
     """
+    folder = find_adapter(folder)
     config = read_config(folder)
     tensors = read_tensors(folder, config)
     activate = GATE_ACTIVATIONS[config.gate_activation]

@@ -9,7 +9,6 @@ replaced atomically: a reader or a crash sees the old file or the new one.
 
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +30,7 @@ from llama_adapter.core.parts import part_shapes
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import write_atomically, writing
+from llama_adapter.formats.hub import download, hub_name
 from llama_adapter.settings import parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def load_adapter(
 
     Args:
         model: a base of the shape the adapter was made for.
-        source: a folder that `save_adapter` wrote, or where there is none, a hub repository "owner/name".
+        source: a folder that `save_adapter` wrote, or where there is none, a hub repository "owner/name[@revision]".
         name: what the adapter is called on this model.
         activate: whether it becomes the active one; it does in any case where none is active.
         replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
@@ -100,20 +100,17 @@ def load_adapter(
 def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder of an adapter; where `source` is no path here but "owner/name", its files come from the hub.
 
-    Raises:
-        AdapterError: the hub has no such repository or cannot be reached.
-    """
-    folder = Path(source)
-    if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return folder
-    from huggingface_hub import snapshot_download
+    "owner/name@revision" is a revision too.
 
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
-        ) from None
+    Raises:
+        AdapterError: the hub has no such repository or revision, or cannot be reached; or two revisions are given.
+    """
+    found = hub_name(source) if isinstance(source, str) and not os.path.lexists(source) else None
+    if found is None:
+        return Path(source)
+    if revision is not None and found[1] not in (None, revision):
+        raise AdapterError(f"{source} names a revision, and revision is '{revision}': give one.")
+    return download(found[0], revision or found[1], [CONFIG_FILE, WEIGHTS_FILE])
 
 
 def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:

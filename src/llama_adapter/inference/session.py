@@ -28,7 +28,7 @@ from llama_adapter.data import (
     with_found_media,
 )
 from llama_adapter.errors import AdapterError, ConfigError, DataError
-from llama_adapter.formats.native import check_base, load_adapter, read_config, read_tensors
+from llama_adapter.formats.native import check_base, find_adapter, load_adapter, read_config, read_tensors
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine, Row, fresh_generator
 from llama_adapter.settings import Precision, Quantization, unknown_name
@@ -210,7 +210,7 @@ def load_session(
 
     Args:
         model: folder, hub name or 'bundled'; None takes the base that the first adapter was made for.
-        adapters: name -> folder.
+        adapters: name -> folder, or "owner/name[@revision]" on the hub.
         device: where the base goes.
         precision: of the base.
         quantization: what its linears are rounded to, "4bit", "8bit" (bitsandbytes) or "int8" (torchao).
@@ -221,13 +221,14 @@ def load_session(
     """
     for name in adapters:
         check_name(name)
-    configs = {name: read_config(folder) for name, folder in adapters.items()}
+    folders = {name: find_adapter(source) for name, source in adapters.items()}
+    configs = {name: read_config(folder) for name, folder in folders.items()}
     if model is None:
         model = next((config.base_model_name_or_path for config in configs.values()), "bundled")
     if model is None:
         raise AdapterError("The adapter does not say which base it was made for: pass --model.")
     shape = shape_of(load_config(model))
-    for name, folder in adapters.items():
+    for name, folder in folders.items():
         check_base(configs[name], shape, folder)
         read_tensors(folder, configs[name])
     perceptions = {
@@ -238,7 +239,7 @@ def load_session(
     tokenizer = load_tokenizer(model)
     base = load_base(model, device, precision, quantization)
     log.info("base: %s on %s in %s", model, device.type, str(base.dtype).removeprefix("torch."))
-    for name, folder in adapters.items():
+    for name, folder in folders.items():
         load_adapter(base, folder, name)
     fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
     templates: dict[str | None, WrittenAs] = {None: template or fallback}

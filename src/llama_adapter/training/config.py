@@ -43,7 +43,7 @@ class TrainConfig:
         ConfigError: values break their rules; every one of them is named.
     """
 
-    model: str = setting("bundled", "Base model: a folder, a hub name, or 'bundled'.", "Model and data")
+    model: str = setting("bundled", "Base model: a folder, a GGUF file, a hub name, or 'bundled'.", "Model and data")
     data: tuple[str, ...] = setting(
         ("bundled",),
         "Training data: .json or .jsonl files, hub names, scienceqa:FOLDER, coco:FILE, or 'bundled'. Repeatable.",
@@ -125,6 +125,9 @@ class TrainConfig:
     save_every: Count = setting(100, "Steps between checkpoints.", "Running")
     trackers: tuple[Tracker, ...] = setting(
         ("tensorboard",), "Also log to: tensorboard, wandb, trackio. Repeatable; 'none' for none.", "Running"
+    )
+    push_to_hub: str | None = setting(
+        None, "Push the adapter to this repository, OWNER/NAME, at the end; a new one is private.", "Running"
     )
     resume: bool = setting(False, "Continue the run in --output-dir.", "Running")
     overwrite: bool = setting(False, "Delete the run in --output-dir first.", "Running")

@@ -7,14 +7,12 @@ accumulation and processes change nothing but rounding. Gradients are 1.2M numbe
 
 import logging
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -36,6 +34,8 @@ from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
+from llama_adapter.formats.push import open_repository, push_adapter
+from llama_adapter.training.card import write_run_card
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.fp8 import quantise_base, require_fp8
@@ -44,6 +44,7 @@ from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.plots import plot_gates, plot_loss
 from llama_adapter.training.prepare import Prepared, prepare
+from llama_adapter.training.stop import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
         folder.check(config)
+        if config.push_to_hub:
+            open_repository(config.push_to_hub)
     data = prepare(config, load_tokenizer(config.model), max_positions(base))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
     for sentence in data.skipped[:5]:
@@ -345,7 +348,7 @@ class Run:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
     def finish(self) -> TrainResult:
-        """Write the pictures and sum the run up."""
+        """Write the pictures and the card, push where that is asked for, and sum the run up."""
         self.accelerator.end_training()
         history = self.folder.history() if self.is_main else []
         if self.is_main:
@@ -357,7 +360,7 @@ class Run:
                 plot_gates(gates, self.folder.path / "gates.png")
         losses = [line["loss"] for line in history if "loss" in line]
         val_losses = [line["val_loss"] for line in history if "val_loss" in line]
-        return TrainResult(
+        result = TrainResult(
             output_dir=self.folder.path,
             steps=self.progress.step,
             train_loss=losses[-1] if losses else None,
@@ -365,32 +368,8 @@ class Run:
             best_val_loss=min(val_losses, default=None),
             best_step=self.progress.best_step,
         )
-
-
-@dataclass
-class Stop:
-    """Whether somebody asked the run to stop."""
-
-    requested: bool = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Within the block Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C stops at once."""
-    stop = Stop()
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if self.is_main:
+            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            if self.config.push_to_hub:
+                log.info("pushed: %s", push_adapter(self.folder.path, self.config.push_to_hub))
+        return result
