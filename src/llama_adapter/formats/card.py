@@ -45,11 +45,12 @@ def is_unedited(card: str) -> bool:
     return bool(newline) and f"<!-- llama-adapter{last}" == _MARK.format(_digest(text + "\n"))
 
 
-def moved_card(card: str, place: str) -> str:
+def moved_card(card: bytes, place: str) -> bytes:
     """An unedited card that calls its adapter `place`; another as it is."""
-    if not is_unedited(card):
+    text = card.decode(errors="replace")
+    if not is_unedited(text):
         return card
-    return marked(card[: card.rindex("<!-- llama-adapter")].replace(PLACE, place))
+    return marked(text[: text.rindex("<!-- llama-adapter")].replace(PLACE, place)).encode()
 
 
 def card_text(found: Mapping[str, Any], training: Mapping[str, object], datasets: tuple[str, ...] = ()) -> str:
@@ -74,11 +75,11 @@ def card_text(found: Mapping[str, Any], training: Mapping[str, object], datasets
         front["datasets"] = list(datasets)
     parts = ", ".join(f"{size:,} {part}" for part, size in found["parts"].items())
     rows = {
-        "base": f"{base or 'not said'} ({config['base_shape']['model_type']})",
+        "base": f"{base or 'nobody said'} ({config['base_shape']['model_type']})",
         "parameters": f"{found['parameters']:,} ({parts})",
         "adapter": f"K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers, "
         f"{config['gate_activation']} gates",
-        "prompt format": config["template"] or "not said",
+        "prompt format": config["template"] or "nobody said",
         **training,
     }
     table = "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows.items())
@@ -86,17 +87,22 @@ def card_text(found: Mapping[str, Any], training: Mapping[str, object], datasets
         terms = f"The base is under `{licence}`, whose terms go for what is made with it."
     else:
         terms = "The licence of the base is not recorded here: its own page or folder has it."
-    model = base if hub_name(base) else "path/to/base"
+    shown = "the base that comes with llama-adapter" if named == BUNDLED else base
+    code = ""
+    if hub_name(base) and not named.lower().endswith(".gguf"):
+        code = (
+            "or\n\n"
+            "    from llama_adapter import load_adapter\n    from transformers import AutoModelForCausalLM\n\n"
+            f'    model = AutoModelForCausalLM.from_pretrained("{base}")\n    load_adapter(model, "{PLACE}")\n\n'
+        )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# Adapter for {base or 'a language model'}\n\n"
+        f"# Adapter for {shown or 'a language model'}\n\n"
         "A [LLaMA-Adapter](https://arxiv.org/abs/2303.16199): learnable prompts that a frozen base reads through gates "
         f"which started at zero.\n\n| | |\n|---|---|\n{table}\n"
         "## How to use\n\n"
         f'    pip install llama-adapter\n    llama-adapter generate --adapter {PLACE} "..."\n\n'
-        "or\n\n"
-        "    from llama_adapter import load_adapter\n    from transformers import AutoModelForCausalLM\n\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{model}")\n    load_adapter(model, "{PLACE}")\n\n'
+        f"{code}"
         f"## Licence\n\n{terms}\n"
     )
 

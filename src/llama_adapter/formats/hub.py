@@ -52,6 +52,8 @@ def _reason(error: Exception, revision: str | None) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RevisionNotFoundError
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of one file of several
+        error = error.__cause__
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, RevisionNotFoundError):

@@ -110,7 +110,10 @@ def find_adapter(source: str | os.PathLike[str], revision: str | None = None) ->
         return Path(source)
     if revision is not None and found[1] not in (None, revision):
         raise AdapterError(f"{source} names a revision, and revision is '{revision}': give one.")
-    return download(found[0], revision or found[1], [CONFIG_FILE, WEIGHTS_FILE])
+    folder = download(found[0], revision or found[1], [CONFIG_FILE, WEIGHTS_FILE])
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{source} has no {CONFIG_FILE}: give a repository that push_adapter wrote.")
+    return folder
 
 
 def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:

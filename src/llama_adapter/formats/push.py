@@ -43,16 +43,17 @@ def push_adapter(
         AdapterError: no sound adapter, no such owner, no right to write, a public repository while `private`, or no
             way to reach the hub.
     """
+    _check_reachable(repository)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_adapter(source, temporary, name) if isinstance(source, nn.Module) else Path(source)
         found = describe_adapter(folder)  # nothing that load_adapter would refuse goes up
+        open_repository(repository, private, token)
         files = {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}
         card = folder / CARD_FILE
         if not card.is_file():
             card = Path(temporary) / CARD_FILE
             write_card(temporary, card_text(found, {}))
-        files[CARD_FILE] = moved_card(card.read_text(encoding="utf-8"), repository).encode()
-    open_repository(repository, private, token)
+        files[CARD_FILE] = moved_card(card.read_bytes(), repository)
     return _commit(repository, files, revision, commit_message, token)
 
 
@@ -62,17 +63,23 @@ def open_repository(repository: str, private: bool = True, token: str | None = N
     Raises:
         AdapterError: see `push_adapter`.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    if (hub_name(repository) or ("", ""))[0] != repository:
-        raise AdapterError(f"'{repository}' is no repository: give 'owner/name'.")
-    if constants.HF_HUB_OFFLINE:
-        raise AdapterError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to {repository}: unset it.")
+    _check_reachable(repository)
     api = HfApi(token=token)
     with said_once(f"{repository} cannot be pushed to"):
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise AdapterError(f"{repository} is public: pass --public (private=False) to publish the adapter there.")
+
+
+def _check_reachable(repository: str) -> None:
+    from huggingface_hub import constants
+
+    if hub_name(repository) != (repository, None):
+        raise AdapterError(f"'{repository}' is no repository: give 'owner/name'.")
+    if constants.HF_HUB_OFFLINE:
+        raise AdapterError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to {repository}: unset it.")
 
 
 def _commit(repository: str, files: dict[str, bytes], revision: str | None, message: str, token: str | None) -> str:

@@ -39,9 +39,7 @@ def write_run_card(config: TrainConfig, result: Mapping[str, Any], train_example
     }
     before, best = result["base_val_loss"], result["best_val_loss"]
     if best is not None:
-        rows["validation loss"] = (
-            f"{before:.4f} before training, {best:.4f} at step {result['best_step']}: this adapter"
-        )
+        rows["validation loss"] = f"{best:.4f} at step {result['best_step']}, {before:.4f} before training"
     others = {field.name: field.default for field in fields(config)}
     changed = [
         f"{name} {_shown(getattr(config, name))}"
