@@ -5,6 +5,7 @@ Every row is a run of `train` with the same data, order and seed; only the base'
 
 import argparse
 import gc
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     output_dir=str(Path(temporary) / "run"), overwrite=True, trackers=("none",), **values,
                 )  # fmt: skip
                 rows.append(measure(name, config, device))
+                print(rows[-1], file=sys.stderr, flush=True)
         except LlamaAdapterError as error:
             raise BenchmarkError(str(error)) from None
     described = {key: value for key, value in vars(options).items() if key != "json"}

@@ -263,6 +263,17 @@ def test_a_run_that_may_not_push_stops_before_it_starts(hub, base, tmp_path, mon
         recipe(base, data, tmp_path / "run", push_to_hub=3)
 
 
+def test_a_push_that_fails_at_the_end_costs_no_run(hub, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_adapter.training.loop.open_repository", lambda _: monkeypatch.delenv("HF_TOKEN"))
+    data = write_data(tmp_path / "data.json")
+    with pytest.raises(AdapterError, match=r"log in with .* The run is finished and kept; try again: llama-adapter pu"):
+        train(recipe(base, data, tmp_path / "run", max_steps=1, push_to_hub="owner/run"))
+    assert (tmp_path / "run" / "README.md").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    main(["push", str(tmp_path / "run"), "owner/run"])
+    assert hub.files("owner/run").keys() == FILES
+
+
 def test_an_edited_card_survives_runs_and_an_unedited_one_is_renewed(base, tmp_path):
     data, card = write_data(tmp_path / "data.json"), tmp_path / "run" / "README.md"
     train(recipe(base, data, tmp_path / "run", max_steps=1))

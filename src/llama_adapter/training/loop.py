@@ -32,7 +32,7 @@ from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
-from llama_adapter.errors import ConfigError, Interrupted, TrainingError
+from llama_adapter.errors import AdapterError, ConfigError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.training.card import write_run_card
@@ -347,6 +347,13 @@ class Run:
         if self.accelerator.log_with:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
+    def _push(self, repository: str) -> None:
+        try:
+            log.info("pushed: %s", push_adapter(self.folder.path, repository))
+        except AdapterError as error:
+            again = f"llama-adapter push {self.folder.path} {repository}"
+            raise AdapterError(f"{error} The run is finished and kept; try again: {again}") from None
+
     def finish(self) -> TrainResult:
         """Write the pictures and the card, push where that is asked for, and sum the run up."""
         self.accelerator.end_training()
@@ -371,5 +378,5 @@ class Run:
         if self.is_main:
             write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
             if self.config.push_to_hub:
-                log.info("pushed: %s", push_adapter(self.folder.path, self.config.push_to_hub))
+                self._push(self.config.push_to_hub)
         return result
