@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from hub_stand_in import stand_in
+from hub_stand_in import Repository, stand_in
 from runs import recipe, write_base, write_data
 from tiny import adapted, tiny_llama, tokens
 
@@ -366,3 +366,18 @@ def test_the_environment_variables_of_the_hub_are_honoured(tmp_path):
         )
     assert pushed.returncode == 2
     assert pushed.stderr == "Error: HF_HUB_OFFLINE is set, so nothing can be pushed to owner/env: unset it.\n"
+
+
+def test_a_gguf_base_comes_from_the_hub(hub, base, tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_files import write_gguf
+
+    from llama_adapter.base import load_base, load_tokenizer
+
+    file = write_gguf(base, tmp_path / "tiny-Q8_0.gguf", "Q8_0")
+    hub.repositories["owner/base"] = Repository(private=True)
+    hub.repositories["owner/base"].commit("main", {"tiny-Q8_0.gguf": file.read_bytes()})
+    there, here = "owner/base/tiny-Q8_0.gguf", str(file)
+    ids = torch.tensor([load_tokenizer(there)("sun and moon")["input_ids"]])
+    models = [load_base(name, torch.device("cpu"), "fp32") for name in (there, here)]
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)

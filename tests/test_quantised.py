@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, merge_adapter, remove_adapter, train, use_adapter
-from llama_adapter.base import load_base, load_config, load_tokenizer
+from llama_adapter.base import load_base, load_config, load_tokenizer, pretrained
 from llama_adapter.cli import main
 from llama_adapter.core.quantised import check_backward, is_quantised
 from llama_adapter.errors import AdapterError, ConfigError, MissingExtraError, ModelError
+from llama_adapter.formats.card import base_licence
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, load_session
 from llama_adapter.settings import one_quantization
@@ -107,6 +108,8 @@ def test_a_run_on_a_quantised_base_learns_and_its_adapter_answers_there(wide, qu
     options = {**switch[quantization], "epochs": 6.0, "max_length": 300}
     result = train(recipe(wide, data, tmp_path / "run", **options))
     assert result.best_val_loss < result.base_val_loss - 0.05
+    again = train(recipe(wide, data, tmp_path / "again", **options, gradient_checkpointing=True, packing=False))
+    assert again.best_val_loss == pytest.approx(result.best_val_loss, abs=5e-3)
     session = load_session(None, {"a": str(tmp_path / "run")}, CPU, "fp32", quantization)
     assert is_quantised(session.model)
     answer = session.answer([Prompt.of("Repeat 3")], "a", GenerateConfig(8, temperature=0))[0]
@@ -286,6 +289,16 @@ def test_a_rounded_gguf_trains_answers_and_merges(base, tmp_path, capsys):
     merge_adapter(model)
     model.save_pretrained(tmp_path / "merged")
     assert torch.allclose(load_base(str(tmp_path / "merged"), CPU, "fp32")(ids).logits, expected, atol=1e-5)
+
+
+def test_names_of_gguf_files_here_and_on_the_hub(gguf_file, tmp_path, monkeypatch):
+    assert pretrained(str(gguf_file)) == (str(gguf_file.parent), {"gguf_file": gguf_file.name})
+    assert pretrained("owner/name/deep/Q4.gguf") == ("owner/name", {"gguf_file": "deep/Q4.gguf"})
+    monkeypatch.chdir(gguf_file.parent)
+    assert pretrained(gguf_file.name) == (".", {"gguf_file": gguf_file.name})
+    (tmp_path / "folder.gguf").mkdir()
+    assert pretrained(str(tmp_path / "folder.gguf")) == (str(tmp_path / "folder.gguf"), {})
+    assert base_licence(str(gguf_file)) == "apache-2.0"
 
 
 @pytest.mark.parametrize("quantization", PACKAGES)
