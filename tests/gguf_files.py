@@ -5,7 +5,15 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_adapter.base import READS_GGUF
+
+if Version(transformers.__version__) < Version(READS_GGUF):
+    pytest.skip("this transformers leaves out the first token of a GGUF's tokenizer, and is refused")
 
 
 def write_gguf(base: Path, path: Path, kind: str = "F32", template: str | None = None) -> Path:

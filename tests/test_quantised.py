@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from runs import recipe, tiny_tokenizer, write_base, write_data
 from tiny import open_gates
 from torch import nn
@@ -305,6 +306,13 @@ def test_names_of_gguf_files_here_and_on_the_hub(gguf_file, tmp_path, monkeypatc
 def test_a_gguf_is_not_quantised_again(gguf_file, quantization):
     with pytest.raises(ModelError, match="is rounded already"):
         load_base(str(gguf_file), CPU, "fp32", quantization)
+
+
+def test_a_transformers_that_reads_gguf_tokenizers_wrongly_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ModelError, match=r"needs transformers 5.23.0 or newer, and this is 5.17.0: pip install"):
+        load_config("any.gguf")
 
 
 def test_bad_gguf_files_are_one_sentence(gguf_file, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -22,6 +24,8 @@ from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.settings import BUNDLED, Precision, Quantization
 
 ModelKind = Literal["base", "tower"]
+READS_GGUF = "5.23.0"
+"""Older releases (5.17 was tried) read a GGUF's tokenizer without its `add_bos_token`: texts lack their first token."""
 
 
 def resolve_model(name: str, kind: ModelKind = "base") -> str:
@@ -50,13 +54,19 @@ def pretrained(name: str) -> tuple[str, dict[str, str]]:
     'owner/name/file.gguf' is a file on the hub.
 
     Raises:
-        ModelError: see `resolve_model`; or a file that does not exist.
+        ModelError: see `resolve_model`; or a file that does not exist, or a transformers that reads it wrongly.
         MissingExtraError: a GGUF file without the package that reads it.
     """
     if not name.lower().endswith(".gguf") or os.path.isdir(name):
         return resolve_model(name), {}
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "gguf", f"Reading {name}")
+    version = transformers.__version__
+    if Version(version) < Version(READS_GGUF):
+        raise ModelError(
+            f"Reading {name} needs transformers {READS_GGUF} or newer, and this is {version}: "
+            "pip install -U transformers."
+        )
     path = Path(name).expanduser()
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -132,8 +142,8 @@ def load_base(
     dtype = resolve_dtype(precision, device)
     source, gguf = pretrained(name)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, **gguf}
-    if gguf:
-        options |= _unpacked()
+    if gguf:  # weights that are left packed, where there are kernels for it, have no backward pass
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantization is not None:
         _check_plain(name, config)
         options["quantization_config"] = quantization_config(quantization, dtype)
@@ -195,14 +205,6 @@ def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "xpu"
-
-
-def _unpacked() -> dict[str, Any]:
-    """Newer transformers leave a GGUF's weights packed where they have kernels, and those have no backward pass."""
-    import transformers
-
-    kind = getattr(transformers, "GgufConfig", None)
-    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _check_plain(name: str, config: PretrainedConfig) -> None:
