@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import write_base, write_data
+from tiny import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as suites  # noqa: E402
-from benchmarks import adapters, decode, harness, profile, shapes, train  # noqa: E402
+from benchmarks import adapters, decode, harness, precision, profile, shapes, train  # noqa: E402
 from benchmarks.batching import end_to_end, in_order, padded_to_longest, regroup, unshared_rows  # noqa: E402
 from benchmarks.harness import BenchmarkError, Budget, Contender, Setting  # noqa: E402
 from benchmarks.lengths import PREFIX, Lengths, draw, global_batches, real_tokens  # noqa: E402
@@ -380,3 +382,32 @@ class TestSuites:
     def test_an_unknown_suite_is_refused(self, capsys):
         assert suites.main(["tpu"]) == 2
         assert "cpu|gpu" in capsys.readouterr().err
+
+
+class TestPrecision:
+    def test_weights_are_counted_once_and_as_they_are_stored(self, tmp_path):
+        model = tiny_llama(tie_word_embeddings=True)
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        assert precision.weight_bytes(model) == 4 * numbers
+        assert precision.weight_bytes(model.bfloat16()) == 2 * numbers
+
+    def test_rounded_weights_take_a_byte_and_their_scales(self):
+        torchao = pytest.importorskip("torchao.quantization")
+        linear = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+        torchao.quantize_(linear, torchao.Int8WeightOnlyConfig(version=2))
+        assert 64 * 32 < precision.weight_bytes(linear) <= 64 * 32 + 4 * 32 + 64
+
+    def test_the_table_compares_with_its_first_row(self, tmp_path, capsys):
+        base, data = write_base(tmp_path / "base"), write_data(tmp_path / "data.json")
+        options = ["--steps=2", "--batch-size=4", "--val-size=4", f"--json={tmp_path / 'figures.json'}"]
+        precision.main([f"--model={base}", f"--data={data}", *options, "--rows", "fp32", "bf16"])
+        rows = json.loads((tmp_path / "figures.json").read_text())["precision"]["rows"]
+        assert rows[0]["weight_bytes"] == 2 * rows[1]["weight_bytes"]
+        assert rows[0]["loss_after"] < rows[0]["loss_before"]
+        shown = capsys.readouterr().out
+        assert f"| {rows[0]['loss_before']:.4f} | +0.0000 |" in shown
+        assert f"{rows[1]['loss_after'] - rows[0]['loss_after']:+.4f}" in shown
+
+    def test_what_cannot_be_measured_is_one_sentence(self, tmp_path):
+        with pytest.raises(BenchmarkError, match="does not exist: give a folder"):
+            precision.main([f"--model={tmp_path / 'nothing'}"])

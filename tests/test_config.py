@@ -68,7 +68,7 @@ RULES = [
     ("gate_activation", "relu", "must be one of tanh, identity"),
     ("template", "vicuna", "must be one of alpaca, chat"),
     ("precision", "fp16", "must be one of auto, bf16, fp32"),
-    ("base_precision", "fp4", "must be one of auto, fp8"),
+    ("base_precision", "fp4", "must be one of auto, fp8, int8"),
 ]
 
 
@@ -128,6 +128,7 @@ def test_every_allowed_seed_gives_an_order_of_the_data():
         ({"scienceqa_style": "QCM-A"}, "scienceqa_style has no effect without --data scienceqa:FOLDER"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"base_precision": "fp8", "load_in_4bit": True}, "base_precision fp8 and load_in_4bit exclude each other"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit exclude each other"),
     ],
 )
 def test_rules_between_settings(values, message):
@@ -495,6 +496,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "base_precision": ("fp8", "fp8"),
         "eval_every": ("4", 4),
         "save_every": ("6", 6),
+        "push_to_hub": ("me/adapter", "me/adapter"),
         "trackers": ("wandb", ("wandb",)),
     }
     image, visual = ["--condition", "image"], ["--condition", "visual_prompt"]

@@ -103,7 +103,7 @@ def test_values_of_wrong_types_in_what_is_not_followed_do_no_harm(with_settings,
 @pytest.mark.parametrize("listed", [False, True])
 def test_its_end_tokens_end_answers(with_settings, adapter, listed):
     session = load_session(with_settings(None), {"a": adapter}, CPU)
-    full = session.engine.generate(session._rows(QUESTIONS[:1], ["a"], GREEDY))[0]
+    full = session.engine.generate(session.rows(QUESTIONS[:1], ["a"], GREEDY))[0]
     end = full[1]
     folder = with_settings({"eos_token_id": [300, end] if listed else end})
     answer = load_session(folder, {"a": adapter}, CPU).answer(QUESTIONS[:1], "a", GREEDY)[0]

@@ -486,11 +486,6 @@ def test_auto_is_fp32_on_a_cpu_without_bf16_or_where_torch_cannot_tell(base, mon
     assert load_base(str(base), CPU).dtype == torch.float32
 
 
-def test_four_bit_weights_need_cuda(base):
-    with pytest.raises(ModelError, match=r"--load-in-4bit needs a CUDA device, and this is cpu"):
-        load_base(str(base), CPU, load_in_4bit=True)
-
-
 def test_adapters_of_another_number_than_prompts_are_refused(session):
     for names in (["a"], ["a", None, "a"]):
         with pytest.raises(AdapterError, match=f"Got {len(names)} adapters for 2 prompts"):

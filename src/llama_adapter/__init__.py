@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llama_adapter.errors import LlamaAdapterError
     from llama_adapter.formats.load import load_adapter
     from llama_adapter.formats.native import save_adapter
+    from llama_adapter.formats.push import push_adapter
     from llama_adapter.inference.session import load_session
     from llama_adapter.training.callback import AdapterCallback
     from llama_adapter.training.config import TrainConfig
@@ -50,6 +51,7 @@ __all__ = [
     "load_adapter",
     "load_session",
     "merge_adapter",
+    "push_adapter",
     "reference_model",
     "remove_adapter",
     "save_adapter",
@@ -67,6 +69,7 @@ _HOME = {
     "load_adapter": "formats.load",
     "load_session": "inference.session",
     "merge_adapter": "core.merge",
+    "push_adapter": "formats.push",
     "save_adapter": "formats.native",
     "train": "training.loop",
 }

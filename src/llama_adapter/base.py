@@ -1,6 +1,8 @@
 """The frozen base model and its tokenizer: found, checked and loaded, with a sentence for everything that can fail."""
 
 import importlib.util
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,11 +26,14 @@ from transformers.utils import logging as transformers_logging
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import family_of, is_encoder, text_config
 from llama_adapter.core.parts import part_shapes
+from llama_adapter.core.quantised import is_quantised
 from llama_adapter.errors import MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.files import is_lfs_pointer
-from llama_adapter.settings import BUNDLED, Precision
+from llama_adapter.settings import BUNDLED, Precision, Quantization
 
 ModelKind = Literal["base", "tower"]
+READS_GGUF = "5.23.0"
+"""Older releases (5.17 was tried) read a GGUF's tokenizer without its `add_bos_token`: texts lack their first token."""
 
 
 def resolve_model(name: str, kind: ModelKind = "base") -> str:
@@ -54,8 +61,40 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
 
 
 def is_here(name: str) -> bool:
-    """Whether a base's name is 'bundled' or a folder."""
-    return name == BUNDLED or Path(name).expanduser().is_dir()
+    """Whether a base's name is 'bundled', a folder or a GGUF file."""
+    path = Path(name).expanduser()
+    return name == BUNDLED or path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
+
+
+def pretrained(name: str) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` is given for a base: a source and, of a GGUF file, its name in there.
+
+    'owner/name/file.gguf' is a file on the hub.
+
+    Raises:
+        ModelError: see `resolve_model`; or a file that does not exist, or a transformers that reads it wrongly.
+        MissingExtraError: a GGUF file without the package that reads it.
+    """
+    if not name.lower().endswith(".gguf") or os.path.isdir(name):
+        return resolve_model(name), {}
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("gguf", "gguf", f"Reading {name}")
+    version = transformers.__version__
+    if Version(version) < Version(READS_GGUF):
+        raise ModelError(
+            f"Reading {name} needs transformers {READS_GGUF} or newer, and this is {version}: "
+            "pip install -U transformers."
+        )
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if path.is_absolute() or owner in ("", ".", "..", "~") or not file or os.path.exists(owner):
+        raise ModelError(
+            f"The base '{name}' does not exist: give a GGUF file, or 'owner/name/file.gguf' for one on the hub."
+        )
+    return f"{owner}/{repository}", {"gguf_file": file}
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -82,13 +121,14 @@ def load_any_config(name: str, kind: ModelKind = "base") -> PretrainedConfig:
         ModelError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(resolve_model(name, kind))
-    except ModelError:
+        source, options = pretrained(name) if kind == "base" else (resolve_model(name, kind), {})
+        return AutoConfig.from_pretrained(source, **options)
+    except (ModelError, MissingExtraError):
         raise
     except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
         raise ModelError(
             f"The {kind} '{name}' cannot be read: {first_sentence(error)} "
-            "Give a folder with a config.json, the name of a model on the hub, or 'bundled'."
+            "Give a folder with a config.json, a GGUF file, the name of a model on the hub, or 'bundled'."
         ) from None
 
 
@@ -98,56 +138,71 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         ModelError: the folder or hub repository has none that can be read.
     """
+    source, options = pretrained(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
-    except ModelError:
-        raise
+        return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raise bare Exception on malformed files
         raise ModelError(f"The tokenizer of '{name}' cannot be read: {first_sentence(error)}") from None
 
 
 def load_base(
-    name: str, device: torch.device, precision: Precision = "auto", load_in_4bit: bool = False
+    name: str, device: torch.device, precision: Precision = "auto", quantization: Quantization | None = None
 ) -> PreTrainedModel:
     """The base on `device`, in evaluation mode.
 
     Args:
-        name: a folder, a hub name or 'bundled'.
+        name: a folder, a GGUF file, a hub name or 'bundled'; a GGUF's weights become plain ones of `precision`.
         device: where its weights go.
         precision: see `resolve_dtype`.
-        load_in_4bit: quantise the weights to NF4 with bitsandbytes.
+        quantization: what its linears are rounded to.
 
     Raises:
         ModelError: it is not there, is damaged, or does not fit into memory.
         UnsupportedModelError: its family cannot be adapted.
-        MissingExtraError: 4-bit weights without bitsandbytes.
+        MissingExtraError: a package that reads or rounds the weights is not installed.
     """
     config = load_config(name)
     dtype = resolve_dtype(precision, device)
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    source, gguf = pretrained(name)
+    # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may stop us
+    # or change a token. Sessions follow its end tokens (inference/defaults.py).
+    options: dict[str, Any] = {
+        "dtype": dtype, "device_map": {"": device}, "generation_config": GenerationConfig(), **gguf,
+    }  # fmt: skip
     text = text_config(config)
     pad = getattr(text, "pad_token_id", None)
     if pad is not None and not 0 <= pad < text.vocab_size:
         # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
         text.pad_token_id = None
         options["config"] = config
-    if load_in_4bit:
-        if device.type != "cuda":
-            # bitsandbytes' 4-bit product on a CPU has no backward pass: prompts would silently not learn.
-            raise ModelError(f"--load-in-4bit needs a CUDA device, and this is {device.type}: leave the flag out.")
-        options["quantization_config"] = _four_bit(dtype)
+    if gguf:  # weights that are left packed, where there are kernels for it, have no backward pass
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if quantization is not None:
+        _check_plain(name, config)
+        options["quantization_config"] = quantization_config(quantization, dtype)
     try:
         with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
-            # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may
-            # stop us or change a token. Sessions follow its end tokens (inference/defaults.py).
-            options["generation_config"] = GenerationConfig()
-            model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+            model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise ModelError(
             f"The base '{name}' does not fit on {device} in {dtype}: use --load-in-4bit or a smaller base."
         ) from None
+    except ImportError as error:  # the package that a folder's own quantisation asks for
+        raise ModelError(f"The base '{name}' needs another package: {first_sentence(error)}") from None
     except Exception as error:  # safetensors and pickle readers raise their own kinds on damaged files
         raise ModelError(f"The weights of '{name}' cannot be read: {first_sentence(error)}") from None
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if absent:  # transformers draws them at random
+        raise ModelError(
+            f"The weights of '{name}' are incomplete: {', '.join(absent[:3])} {'and others ' * (len(absent) > 3)}"
+            "not there or of another shape. Copy the base again."
+        )
+    if gguf:  # its weights are plain by now: nothing has to keep it from being merged and saved
+        model.is_quantized, model.hf_quantizer = False, None
+        vars(model.config).pop("quantization_config", None)
+    elif is_quantised(model):  # compressed-tensors unpacks at the first forward of the whole, and only of that
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model.eval()
 
 
@@ -185,11 +240,36 @@ def _computes_bf16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-def _four_bit(dtype: torch.dtype) -> Any:
+def _check_plain(name: str, config: PretrainedConfig) -> None:
+    already = getattr(config, "quantization_config", None)
+    if name.lower().endswith(".gguf"):
+        raise ModelError(f"{name} is rounded already, and GGUF weights are unpacked to --precision: quantise no more.")
+    if already is not None:
+        kind = already.get("quant_method") if isinstance(already, dict) else getattr(already, "quant_method", None)
+        raise ModelError(f"The base '{name}' is quantised already ({kind or 'by its config.json'}): quantise no more.")
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """What transformers is asked for.
+
+    Raises:
+        MissingExtraError: the package for it is not installed.
+    """
+    if quantization == "int8":
+        if importlib.util.find_spec("torchao") is None:
+            raise MissingExtraError("torchao", "torchao", "--base-precision int8")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError("bitsandbytes", "bnb", "--load-in-4bit")
+        raise MissingExtraError("bitsandbytes", "bnb", f"--load-in-{quantization}")
     from transformers import BitsAndBytesConfig
 
+    if quantization == "8bit":
+        # it would tell of every product that it rounds its inputs to fp16 on the way
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

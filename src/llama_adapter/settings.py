@@ -40,6 +40,8 @@ def expanded(path: str) -> str:
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
+Quantization = typing.Literal["4bit", "8bit", "int8"]
+"""How a base's linears are rounded while they are loaded: bitsandbytes' NF4 or LLM.int8(), torchao's int8 weights."""
 Count = Annotated[int, Ge(1), Lt(2**31)]
 CountOrZero = Annotated[int, Ge(0), Lt(2**31)]
 Positive = Annotated[float, Gt(0), Lt(10**12)]
@@ -131,6 +133,25 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(choices)}."
     return f"unknown {kind} '{name}'; {hint}"
+
+
+def one_quantization(load_in_4bit: bool, load_in_8bit: bool, base_precision: str) -> Quantization | None:
+    """What these settings ask for when the base is loaded; FP8 comes after.
+
+    Raises:
+        ConfigError: several at once.
+    """
+    asked = {
+        f"base_precision {base_precision}": base_precision != "auto",
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+    }
+    given = [name for name, wanted in asked.items() if wanted]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: pass one of them")
+    if load_in_4bit or load_in_8bit:
+        return "4bit" if load_in_4bit else "8bit"
+    return "int8" if base_precision == "int8" else None
 
 
 def shown(value: object) -> str:

@@ -17,7 +17,19 @@ from llama_adapter.cli.output import colours, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
-COMMANDS = ("demo", "quickstart", "train", "validate", "generate", "chat", "serve", "evaluate", "inspect", "convert")
+COMMANDS = (
+    "demo",
+    "quickstart",
+    "train",
+    "validate",
+    "generate",
+    "chat",
+    "serve",
+    "evaluate",
+    "inspect",
+    "convert",
+    "push",
+)
 """Each is a module of this package."""
 PLACES_THAT_REFUSE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
@@ -56,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, wanted or not, and it complains
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed is said once, by us
     try:
         try:

@@ -22,7 +22,9 @@ def add_parser(commands: Any) -> None:
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
     parser.add_argument(
-        "folder", metavar="ADAPTER", help="adapter folder, or an adapter of the authors, PEFT or LitGPT"
+        "folder",
+        metavar="ADAPTER",
+        help="adapter folder, OWNER/NAME[@REVISION] on the hub, or a file of the authors, PEFT, LitGPT",
     )
     parser.add_argument(
         "--plot", type=path_of, metavar="PNG", help="write the layer-by-head picture of the gates there"

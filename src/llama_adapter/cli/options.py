@@ -11,27 +11,37 @@ from typing import TYPE_CHECKING, Any, get_args
 from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.settings import Precision, shown
+from llama_adapter.settings import Precision, one_quantization, shown
 
 if TYPE_CHECKING:
     from llama_adapter.conditions.config import Kind
     from llama_adapter.inference.session import Session, SessionPlan
 
 
+def add_base_options(base: Any) -> None:
+    """Which base, in how many bits, and its adapters."""
+    base.add_argument(
+        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER",
+        help="adapter, or OWNER/NAME[@REVISION] on the hub; repeatable",
+    )  # fmt: skip
+    base.add_argument(
+        "-m", "--model", metavar="TEXT",
+        help="folder, GGUF file, hub name or 'bundled' (default: the adapter's own base)",
+    )  # fmt: skip
+    base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
+    base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
+    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base to NF4 with bitsandbytes")
+    base.add_argument("--load-in-8bit", action="store_true", help="quantise the base to LLM.int8() with bitsandbytes")
+    base.add_argument(
+        "--base-precision", choices=("auto", "int8"), default="auto", help="int8: of the base's linears, with torchao"
+    )
+
+
 def add_session_options(
     parser: argparse.ArgumentParser, max_new_tokens: int = GenerateConfig.max_new_tokens, sampling: bool = True
 ) -> None:
     """Base, adapters, and how to decode; without `sampling` decoding is greedy."""
-    base = parser.add_argument_group("base and adapters")
-    base.add_argument(
-        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
-    )
-    base.add_argument(
-        "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
-    )
-    base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
-    base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
-    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
+    add_base_options(parser.add_argument_group("base and adapters"))
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
@@ -98,7 +108,8 @@ def load(planned: "SessionPlan", args: argparse.Namespace) -> "Session":
     """Read the weights."""
     from llama_adapter.inference.session import default_device
 
-    return planned.load(default_device(), args.precision, args.load_in_4bit)
+    rounded = one_quantization(args.load_in_4bit, args.load_in_8bit, args.base_precision)
+    return planned.load(default_device(), args.precision, rounded)
 
 
 def read_stdin(invitation: str) -> str:

@@ -3,14 +3,12 @@
 import argparse
 import os
 import sys
-from typing import Any, get_args
+from typing import Any
 
 from llama_adapter.cli import options
 from llama_adapter.cli.parser import add_command
-from llama_adapter.core.config import WrittenAs
 from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.serving.config import ServeConfig
-from llama_adapter.settings import Precision
 
 EXAMPLES = """
 llama-adapter serve --adapter runs/first                            # then open http://127.0.0.1:8000
@@ -26,17 +24,9 @@ def add_parser(commands: Any) -> None:
     description = "Serve a base and its adapters over OpenAI's HTTP interface; adapters are model names."
     parser = add_command(commands, "serve", run, description, EXAMPLES)
     base = parser.add_argument_group("base and adapters")
-    base.add_argument(
-        "-a", "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="adapter; repeatable"
-    )
+    options.add_base_options(base)
     base.add_argument("--adapter-dir", metavar="DIR", help="folder of adapters, each loaded when it is first asked for")
-    base.add_argument(
-        "-m", "--model", metavar="TEXT", help="folder, hub name or 'bundled' (default: the adapter's own base)"
-    )
     base.add_argument("--served-model-name", metavar="NAME", help="what the bare base is called (default: as --model)")
-    base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
-    base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
-    base.add_argument("--load-in-4bit", action="store_true", help="quantise the base with bitsandbytes (CUDA)")
     where = parser.add_argument_group("server")
     where.add_argument("--backend", choices=BACKENDS, default="embedded", help="what decodes (default: embedded)")
     where.add_argument(

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from llama_adapter.core.families import text_config
 from llama_adapter.core.model import get_adapter, list_adapters, remove_adapter
 from llama_adapter.core.parts import decoder_and_layers, sizes_of
+from llama_adapter.core.quantised import is_quantised
 from llama_adapter.core.registry import registry_of
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError
@@ -84,7 +85,7 @@ def _check(model: PreTrainedModel, adapter: Adapter) -> None:
         raise AdapterError(f"Adapter '{adapter.name}' is in use: merge it after.")
     for prefix, home in adapter.homes.items():
         plain = type(home) in (nn.Linear, Conv1D) or prefix.startswith("norms.")
-        if not plain or not home.weight.is_floating_point() or home.weight.is_meta:  # type: ignore[operator]
+        if not plain or is_quantised(model) or not home.weight.is_floating_point() or home.weight.is_meta:  # type: ignore[operator]
             raise AdapterError(
                 f"{prefix} cannot be merged into {type(home).__name__}: load the base in bf16 or fp32, all in memory."
             )

@@ -48,7 +48,7 @@ class LlamaAdapterLM(HFLM):
     ) -> None:
         where = default_device() if device is None else torch.device(device)
         adapters = {} if adapter is None else {"adapter": str(adapter)}
-        session = load_session(model, adapters, where, precision, load_in_4bit)
+        session = load_session(model, adapters, where, precision, "4bit" if load_in_4bit else None)
         self.written_as = session.templates["adapter" if adapters else None]
         super().__init__(pretrained=session.model, tokenizer=session.tokenizer, **options)
 

@@ -82,7 +82,7 @@ class LlamaAdapterLmms(lmms):
         where = default_device() if device is None else torch.device(device)
         adapters = {} if adapter is None else {"adapter": str(adapter)}
         self.adapter = "adapter" if adapters else None
-        self.session: Session = load_session(model, adapters, where, precision, load_in_4bit)
+        self.session: Session = load_session(model, adapters, where, precision, "4bit" if load_in_4bit else None)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model writes for each request, in their order; args of one are (context, settings, doc_to_visual,

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
-from llama_adapter.formats.load import read_adapter
+from llama_adapter.formats.load import find_adapter, read_adapter
 from llama_adapter.formats.native import WEIGHTS_FILE
 
 
 def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Configuration, size, and the gates and prompts of every layer; the base is not needed.
 
+    A folder, or "owner/name" on the hub.
     A PEFT folder is the exception: how many heads share a gate only its base's configuration says.
 
     Returns:
@@ -26,6 +27,7 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterError: the folder holds no sound adapter.
     """
+    folder = find_adapter(folder)
     found = read_adapter(folder)
     config, tensors = found.config, found.tensors
     activate = GATE_ACTIVATIONS[config.gate_activation]

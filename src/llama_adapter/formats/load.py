@@ -2,12 +2,10 @@
 
 import logging
 import os
-import re
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from llama_adapter.base import first_sentence
 from llama_adapter.core.config import GateActivation
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import active_adapter, add_adapter
@@ -15,6 +13,7 @@ from llama_adapter.core.parts import part_shapes
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.formats.foreign import read_foreign
+from llama_adapter.formats.hub import download, hub_name
 from llama_adapter.formats.native import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -48,7 +47,7 @@ def load_adapter(
     Args:
         model: a base of the shape the adapter was made for.
         source: a folder that `save_adapter` wrote, another program's adapter (see `read_adapter`), or where there is
-            neither, a hub repository "owner/name".
+            neither, a hub repository "owner/name[@revision]".
         name: what the adapter is called on this model.
         activate: whether it becomes the active one; it does in any case where none is active.
         replace: take the place of an adapter of that name, which stays if the new one cannot be read or added.
@@ -126,19 +125,20 @@ def _check_parts(found: Reading, model: PreTrainedModel, source: object) -> None
 
 
 def find_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of an adapter; where `source` is no path here but "owner/name", its files come from the hub.
+    """Where an adapter lies; where `source` is no path here but "owner/name", its files come from the hub.
+
+    "owner/name@revision" is a revision too.
 
     Raises:
-        AdapterError: the hub has no such repository or cannot be reached.
+        AdapterError: the hub has no such repository or revision, or cannot be reached; or two revisions are given.
     """
-    folder = Path(source).expanduser()
-    if os.path.lexists(folder) or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{source} is not an adapter: it is no folder, and the hub gave none ({first_sentence(error)[:-1]})."
-        ) from None
+    path = Path(source).expanduser()
+    found = hub_name(source) if isinstance(source, str) and not os.path.lexists(path) else None
+    if found is None:
+        return path
+    if revision is not None and found[1] not in (None, revision):
+        raise AdapterError(f"{source} names a revision, and revision is '{revision}': give one.")
+    folder = download(found[0], revision or found[1], HUB_FILES)
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{source} has no {CONFIG_FILE}: give a repository that push_adapter wrote.")
+    return folder

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from llama_adapter.base import resolve_model
+from llama_adapter.base import pretrained
 from llama_adapter.core.families import text_config
 from llama_adapter.errors import ModelError
 from llama_adapter.settings import shown
@@ -56,8 +56,10 @@ def base_defaults(model: str, config: PretrainedConfig) -> GenerationConfig:
 
 
 def _read(model: str) -> dict[str, Any]:
-    """The file's values; none where the base has no such file."""
-    place = resolve_model(model)
+    """The file's values; none where the base has no such file, as GGUF files have none."""
+    place, gguf = pretrained(model)
+    if gguf:
+        return {}
     path: Path | str | None = Path(place, FILE)
     if not Path(place).is_dir():
         try:

@@ -30,7 +30,7 @@ from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.defaults import base_defaults
 from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.writing import Prompt, Writer
-from llama_adapter.settings import Precision
+from llama_adapter.settings import Precision, Quantization
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,12 @@ class SessionPlan:
     writer: Writer
     defaults: GenerationConfig
 
-    def load(self, device: torch.device | str, precision: Precision = "auto", load_in_4bit: bool = False) -> Session:
+    def load(
+        self,
+        device: torch.device | str,
+        precision: Precision = "auto",
+        quantization: Quantization | None = None,
+    ) -> Session:
         """Read the weights; see `load_session`."""
         try:
             device = torch.device(device)
@@ -257,7 +262,7 @@ class SessionPlan:
         for name, config in self.configs.items():
             if isinstance(config.condition, ConditionConfig):
                 perceptions[name] = _perception(config.condition, device, perceptions)
-        base = load_base(self.model, device, precision, load_in_4bit)
+        base = load_base(self.model, device, precision, quantization)
         base.generation_config = self.defaults
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
         for name, folder in self.folders.items():
@@ -270,23 +275,23 @@ def load_session(
     adapters: Mapping[str, str],
     device: torch.device | str,
     precision: Precision = "auto",
-    load_in_4bit: bool = False,
+    quantization: Quantization | None = None,
     template: WrittenAs | None = None,
 ) -> Session:
     """Load a base and its adapters; all files are checked before the base's weights are read.
 
     Args:
         model: folder, hub name or 'bundled'; None takes the base that the first adapter was made for.
-        adapters: name -> folder, or another program's adapter.
+        adapters: name -> folder, "owner/name[@revision]" on the hub, or another program's adapter.
         device: where the base goes.
         precision: of the base.
-        load_in_4bit: quantise the base with bitsandbytes.
+        quantization: what its linears are rounded to, "4bit", "8bit" (bitsandbytes) or "int8" (torchao).
         template: prompt format; None takes the adapter's own, else the tokenizer's chat template where it has one.
 
     Raises:
         LlamaAdapterError: a base or adapter that is missing, damaged or does not fit the other.
     """
-    return plan_session(model, adapters, template).load(device, precision, load_in_4bit)
+    return plan_session(model, adapters, template).load(device, precision, quantization)
 
 
 def plan_session(model: str | None, adapters: Mapping[str, str], template: WrittenAs | None = None) -> SessionPlan:
@@ -294,13 +299,14 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     for name in adapters:
         check_name(name)
     hints = Hints(None if model is None else shape_of(load_config(model)))
-    found = {name: read_adapter(find_adapter(folder), hints) for name, folder in adapters.items()}
+    folders = {name: str(find_adapter(source)) for name, source in adapters.items()}
+    found = {name: read_adapter(folder, hints) for name, folder in folders.items()}
     configs = {name: reading.config for name, reading in found.items()}
     if model is None:
-        model = _base_of(next(iter(adapters.values())), next(iter(configs.values()))) if adapters else "bundled"
+        model = _base_of(next(iter(folders.values())), next(iter(configs.values()))) if adapters else "bundled"
     base = load_config(model)
     shape = shape_of(base)
-    for name, folder in adapters.items():
+    for name, folder in folders.items():
         check_base(configs[name], shape, folder)
     tokenizer, limits = load_tokenizer(model), Limits.of(base)
     if warning := limits.warning(tokenizer):
@@ -312,7 +318,7 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
     writer = Writer(tokenizer, templates, limits)
-    return SessionPlan(model, dict(adapters), configs, writer, base_defaults(model, base))
+    return SessionPlan(model, folders, configs, writer, base_defaults(model, base))
 
 
 def _base_of(folder: str, config: AdapterConfig) -> str:

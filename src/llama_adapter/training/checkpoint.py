@@ -6,6 +6,7 @@ adapter_model.safetensors, adapter_config.json
 last/                           the newest checkpoint: an adapter too, and
 last/training_state.safetensors parameters, optimiser moments and step in one file, so that they never disagree
 metrics.jsonl                   one line a step, one a validation
+README.md                       the adapter's card, at the end
 loss.png, gates.png             at the end
 tensorboard/                    event files
 """
@@ -29,13 +30,15 @@ from torch import Tensor, nn
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import TrainingError
 from llama_adapter.files import write_atomically, writing
+from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from llama_adapter.training.config import TrainConfig, load_recipe
 
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
-    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache", "epochs", "max_steps",
+    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache", "push_to_hub",
+    "epochs", "max_steps",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than before: they do not change what is learnt, or, the last two, make
 the run longer (`RunFolder.check_length`). From where it stands a longer run goes on as if it had been so long from its
@@ -134,6 +137,9 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "loss.png", "gates.png", "recipe.yaml"):
             (self.path / name).unlink(missing_ok=True)
+        card = self.path / CARD_FILE
+        if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
+            card.unlink()
 
     def _check_same(self, config: TrainConfig) -> None:
         before = load_recipe(str(self.recipe), {})

@@ -24,15 +24,17 @@ from llama_adapter.settings import (
     Place,
     Positive,
     Precision,
+    Quantization,
     Seed,
     Sound,
     check,
+    one_quantization,
     parse,
 )
 
 log = logging.getLogger(__name__)
 
-BasePrecision = Literal["auto", "fp8"]
+BasePrecision = Literal["auto", "fp8", "int8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
@@ -50,7 +52,7 @@ class TrainConfig:
     """
 
     model: Place | None = setting(
-        None, "Base model: a folder, a hub name, or 'bundled'.", "Model and data", stands_for=BUNDLED
+        None, "Base model: a folder, a GGUF file, a hub name, or 'bundled'.", "Model and data", stands_for=BUNDLED
     )
     data: tuple[Place, ...] = setting(
         ("bundled",),
@@ -137,10 +139,12 @@ class TrainConfig:
         "auto", "Of the frozen base; 'auto' is bf16 on hardware that has it. Adapters stay fp32.", "Running"
     )
     base_precision: BasePrecision = setting(
-        "auto", "Of the base's linear layers: as they are loaded, or 'fp8' for speed (NVIDIA Ada, Hopper or newer).",
+        "auto", "Of the base's linear layers: as they are loaded, 'fp8' for speed (NVIDIA Ada, Hopper or newer), "
+        "'int8' for memory (torchao).",
         "Running",
     )  # fmt: skip
-    load_in_4bit: bool = setting(False, "Quantise the base with bitsandbytes (CUDA).", "Running")
+    load_in_4bit: bool = setting(False, "Quantise the base to NF4 with bitsandbytes.", "Running")
+    load_in_8bit: bool = setting(False, "Quantise the base to LLM.int8() with bitsandbytes.", "Running")
     packing: bool = setting(
         True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
     )
@@ -153,6 +157,9 @@ class TrainConfig:
     )
     resume: bool = setting(
         False, "Continue the run in --output-dir; with more --epochs or --max-steps also a finished one.", "Running"
+    )
+    push_to_hub: str | None = setting(
+        None, "Push the adapter to this repository, OWNER/NAME, at the end; a new one is private.", "Running"
     )
     overwrite: bool = setting(False, "Delete the run in --output-dir first.", "Running")
 
@@ -177,8 +184,11 @@ class TrainConfig:
             yield f"trackers are {', '.join(self.trackers)}: pass 'none' or the others"
         if sound("condition", "data"):
             yield from idle_settings(vars(self)).values()
-        if self.base_precision == "fp8" and self.load_in_4bit is True:
-            yield "base_precision fp8 and load_in_4bit exclude each other: pass one of them"
+        if sound("base_precision", "load_in_4bit", "load_in_8bit"):
+            try:
+                self.quantization  # noqa: B018
+            except ConfigError as error:
+                yield str(error)
         if sound("adapter_len", "adapter_layers", "gate_activation", "template", "model", *V2_FIELDS):
             try:
                 parts = self.adapter_config().has_parts
@@ -198,6 +208,11 @@ class TrainConfig:
         if given is None and name == "warmup_epochs":
             return min(STANDS_FOR[name], 0.4 * self.epochs)  # the paper's share, 2 of 5 epochs
         return STANDS_FOR[name] if given is None else given
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base's linears are rounded while they are loaded."""
+        return one_quantization(self.load_in_4bit, self.load_in_8bit, self.base_precision)
 
     @property
     def peak_lr(self) -> float:

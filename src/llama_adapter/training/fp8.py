@@ -129,8 +129,10 @@ def require_fp8(device: torch.device, config: PretrainedConfig) -> None:
     """Check, before weights are read, that a base of this configuration can be computed in FP8 on `device`.
 
     Raises:
-        ModelError: it is a device without FP8, or a base without nn.Linear.
+        ModelError: it is a device without FP8, or a base without nn.Linear or quantised already.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("--base-precision fp8 needs a base in bf16 or fp32, and this one is quantised: leave it out.")
     if text_config(config).model_type == "gpt2":
         raise ModelError("--base-precision fp8 needs a base made of nn.Linear, and gpt2 has Conv1D: leave it out.")
     if device.type == "cpu":

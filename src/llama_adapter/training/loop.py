@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,16 @@ from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
+from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
 from llama_adapter.data.limits import Limits
-from llama_adapter.errors import Interrupted, TrainingError
+from llama_adapter.errors import AdapterError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
+from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.progress import progress_bar
+from llama_adapter.training.card import write_run_card
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
@@ -89,6 +92,8 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
         folder.check(config)
+        if config.push_to_hub:
+            open_repository(config.push_to_hub)
     (now,) = broadcast_object_list([folder.now(config)])
     data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
     check_written_alike(start, data.raw)
@@ -101,7 +106,8 @@ def train(config: TrainConfig) -> TrainResult:
     resolve_layers(adapter_config, base)  # again, with the condition's layers
     perception = None if condition is None else look(condition, config, data, accelerator)
 
-    model = load_base(config.value("model"), accelerator.device, config.precision, config.load_in_4bit)
+    model = load_base(config.value("model"), accelerator.device, config.precision, config.quantization)
+    check_backward(model)
     if config.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
     if config.gradient_checkpointing:
@@ -327,8 +333,15 @@ class Run:
                 f"--resume --output-dir {self.folder.path} --trackers none."
             ) from None
 
+    def _push(self, repository: str) -> None:
+        try:
+            log.info("pushed: %s", push_adapter(self.folder.path, repository))
+        except AdapterError as error:
+            again = f"llama-adapter push {self.folder.path} {repository}"
+            raise AdapterError(f"{error} The run is finished and kept; try again: {again}") from None
+
     def finish(self) -> TrainResult:
-        """Write the pictures and sum the run up."""
+        """Write the pictures and the card, push where that is asked for, and sum the run up."""
         self.accelerator.end_training()
         history = self.folder.history() if self.is_main else []
         if self.is_main:
@@ -340,7 +353,7 @@ class Run:
                 plot_gates(gates, self.folder.path / "gates.png")
         losses = [line["loss"] for line in history if "loss" in line]
         val_losses = [line["val_loss"] for line in history if "val_loss" in line]
-        return TrainResult(
+        result = TrainResult(
             output_dir=self.folder.path,
             steps=self.progress.step,
             train_loss=losses[-1] if losses else None,
@@ -348,3 +361,8 @@ class Run:
             best_val_loss=min(val_losses, default=None),
             best_step=self.progress.best_step,
         )
+        if self.is_main:
+            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            if self.config.push_to_hub:
+                self._push(self.config.push_to_hub)
+        return result
