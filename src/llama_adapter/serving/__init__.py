@@ -1,0 +1,1 @@
+"""One base and its adapters behind OpenAI's HTTP interface."""
