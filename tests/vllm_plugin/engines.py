@@ -1,9 +1,16 @@
-"""Tiny bases with adapters, vLLM's engine on them, and what transformers says to the same tokens."""
+"""Tiny bases with adapters, vLLM's engine on them, and what transformers says to the same tokens.
+
+vLLM rewrites classes of transformers in its own process: whatever needs transformers as it is runs `apart`.
+"""
 
 import gc
+import multiprocessing
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,38 +162,89 @@ def answers(llm: Any, tokens: Sequence[list[int]], adapters: Sequence[Any], new:
     return found
 
 
+@dataclass
 class Compared:
     """What transformers and llama_adapter say to the tokens that an engine said.
 
     Attributes:
         equal, total: tokens that are the reference's likeliest, of all.
         worst: largest difference of a log probability.
-        effect: largest difference that adapters make to the base's log probability.
+        effect: largest difference that adapters make to the base's log probabilities.
     """
 
-    def __init__(self, base: Path | str, found: Sequence[dict[str, Any]]) -> None:
-        self.equal = self.total = 0
-        self.worst = self.effect = 0.0
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        for folder in {one["adapter"] for one in found} - {None}:
-            load_adapter(model, folder, name=_name(folder))
-        adapted = any(one["adapter"] for one in found)
-        for one in found:
-            ids, start = one["prompt"] + one["tokens"], len(one["prompt"])
-            names = {"adapter_names": one["adapter"] and _name(one["adapter"])} if adapted else {}
-            with torch.inference_mode():
-                scores = model(torch.tensor([ids]), **names).logits[0, start - 1 : -1].float().log_softmax(-1)
-                if one["adapter"]:
-                    bare = model(torch.tensor([ids]), adapter_names=None).logits[0, start - 1 : -1].log_softmax(-1)
-                    self.effect = max(self.effect, (bare - scores).abs().max().item())
-            mine = scores.gather(1, torch.tensor(one["tokens"])[:, None])[:, 0]
-            self.worst = max(self.worst, (mine - torch.tensor(one["logprobs"])).abs().max().item())
-            self.equal += int((scores.argmax(-1) == torch.tensor(one["tokens"])).sum())
-            self.total += len(one["tokens"])
+    equal: int = 0
+    total: int = 0
+    worst: float = 0.0
+    effect: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.equal}/{self.total} tokens, logprobs {self.worst:.1e}, effect {self.effect:.1f}"
 
 
-def _name(folder: str) -> str:
-    return Path(folder).name
+def compared(base: Path | str, found: Sequence[dict[str, Any]]) -> Compared:
+    """Answers against the reference."""
+    result = Compared()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for folder in {one["adapter"] for one in found} - {None}:
+        load_adapter(model, folder, name=Path(folder).name)
+    adapted = any(one["adapter"] for one in found)
+    for one in found:
+        ids, start = one["prompt"] + one["tokens"], len(one["prompt"])
+        names = {"adapter_names": one["adapter"] and Path(one["adapter"]).name} if adapted else {}
+        with torch.inference_mode():
+            scores = model(torch.tensor([ids]), **names).logits[0, start - 1 : -1].float().log_softmax(-1)
+            if one["adapter"]:
+                bare = model(torch.tensor([ids]), adapter_names=None).logits[0, start - 1 : -1].log_softmax(-1)
+                result.effect = max(result.effect, (bare - scores).abs().max().item())
+        mine = scores.gather(1, torch.tensor(one["tokens"])[:, None])[:, 0]
+        result.worst = max(result.worst, (mine - torch.tensor(one["logprobs"])).abs().max().item())
+        result.equal += int((scores.argmax(-1) == torch.tensor(one["tokens"])).sum())
+        result.total += len(one["tokens"])
+    return result
+
+
+def write_loras(base: Path, folder: Path, count: int) -> list[str]:
+    """PEFT's LoRA on every linear, open."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for number in range(count):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+        adapted.save_pretrained(folder / f"l{number}")
+    return [str(folder / f"l{number}") for number in range(count)]
+
+
+def likeliest_with_lora(base: Path, found: Sequence[dict[str, Any]]) -> int:
+    """How many tokens of LoRA's answers are those of PEFT."""
+    from peft import PeftModel
+
+    equal = 0
+    for one in found:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        adapted = PeftModel.from_pretrained(model, one["adapter"])
+        with torch.inference_mode():
+            logits = adapted(torch.tensor([one["prompt"] + one["tokens"]])).logits[0, len(one["prompt"]) - 1 : -1]
+        equal += int((logits.argmax(-1) == torch.tensor(one["tokens"])).sum())
+    return equal
+
+
+def write_adapter(base: Path, folder: Path, **config: Any) -> str:
+    """One adapter of this configuration, with closed gates."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    add_adapter(model, AdapterConfig(**{"adapter_len": 4, "adapter_layers": 2, **config}))
+    return str(save_adapter(model, folder))
+
+
+@cache
+def _other_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def apart(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function of this module gives in a process where vLLM is not."""
+    return _other_process().submit(function, *args, **kwargs).result()

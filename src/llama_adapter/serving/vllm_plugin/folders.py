@@ -51,8 +51,8 @@ def read_servable(folder: str | Path, shape: dict[str, int | str]) -> AdapterCon
     wanted = [name for name in ("norms", "linear_scale", "linear_bias") if getattr(config, name)]
     if wanted:
         raise AdapterError(
-            f"{folder} has {', '.join(wanted)}, and vLLM keeps one of each for all requests: it serves prompts, gate_scale "
-            "and LoRA; use llama-adapter serve."
+            f"{folder} has {', '.join(wanted)}, and vLLM keeps one of each for all requests: it serves prompts, "
+            "gate_scale and LoRA; use llama-adapter serve."
         )
     return config
 

@@ -1,7 +1,7 @@
 """The second softmax for tokens that each belong to an adapter of their own, or to none, as one opaque operator.
 
-`torch.ops.llama_adapter.gated_prompts`. On CUDA nothing here waits for the device or looks at a value, so that CUDA graphs
-may record it; torch.compile sees one node. Needs torch alone.
+`torch.ops.llama_adapter.gated_prompts`. On CUDA nothing here waits for the device or looks at a value, so that CUDA
+graphs may record it; torch.compile sees one node. Needs torch alone.
 
 Shape letters: T tokens, S slots, H query heads, N key heads, K prompts, D head_dim.
 """

@@ -1,8 +1,8 @@
 """An attention layer that adds each token's adapter: the slots of vLLM's LoRA manager, holding prompts.
 
 A prompt's keys and values are what the model's own attention makes of it, without the rotation: the attention module
-runs on the prompt as if it were text, but its rotation is the identity and the layer that would attend takes down what it
-gets. So key norms of any name, clipping, fused and quantised projections and the rank's own shard need no table.
+runs on the prompt as if it were text, but its rotation is the identity and the layer that would attend takes down what
+it gets. So key norms of any name, clipping, fused and quantised projections and the rank's own shard need no table.
 """
 
 import inspect
@@ -99,7 +99,8 @@ class AttentionWithPrompts(BaseLayerWithLoRA):
         states = torch.randn(2, hidden_size, generator=generator)
         here, there = self.keys_and_values(states), self.keys_and_values(states, position=11)
         size = self.base_layer.num_kv_heads * self.base_layer.head_size
-        if any(found.numel() != 2 * size or not torch.allclose(found, other) for found, other in zip(here, there)):  # noqa: B905
+        alike = all(torch.allclose(found, other) for found, other in zip(here, there, strict=True))
+        if not alike or any(found.numel() != len(states) * size for found in here):
             raise UnsupportedModelError(
                 f"The keys of {type(self.parent).__name__} cannot be had without their rotation in this vLLM."
             )
@@ -111,15 +112,14 @@ class AttentionWithPrompts(BaseLayerWithLoRA):
             UnsupportedModelError: the attention module wants arguments that nobody knows here.
         """
         states = states.to(self.prompt_key)
-        arguments: dict[str, Any] = {}
-        names = inspect.signature(self.parent.forward).parameters
+        arguments = {}
         batched = any(kind.__module__.startswith("transformers.") for kind in type(self.parent).__mro__)
-        given = {"hidden_states": states[None] if batched else states, "attention_mask": None}
+        given: dict[str, Any] = {"hidden_states": states[None] if batched else states, "attention_mask": None}
         given["positions"] = torch.full((len(states),), position, device=states.device)
         if self.rotary_width is not None:
             identity = states.new_ones(1, len(states), self.rotary_width)
             given["position_embeddings"] = (identity, torch.zeros_like(identity))
-        for name, parameter in names.items():
+        for name, parameter in inspect.signature(self.parent.forward).parameters.items():
             if name in given:
                 arguments[name] = given[name]
             elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:

@@ -46,8 +46,8 @@ class AdapterModelManager(LRUCacheLoRAModelManager):
         return not module_name.endswith("." + TARGET) and super()._match_target_modules(module_name)
 
     def _create_lora_modules(self) -> None:
-        # vLLM's LoRA on a CPU indexes its matrices with -1 for tokens of the base, which is the last slot: one more, never
-        # filled, keeps those tokens the base's.
+        # vLLM's LoRA on a CPU indexes its matrices with -1 for tokens of the base, which is the last slot: one more,
+        # never filled, keeps those tokens the base's.
         self._spare = int(self.device.type == "cpu")
         super()._create_lora_modules()
         self._spare = 0
@@ -80,7 +80,8 @@ class AdapterModelManager(LRUCacheLoRAModelManager):
         wanted = set(range(self.vllm_config.model_config.hf_text_config.num_hidden_layers))
         if not found.keys() <= wanted or (parallel == 1 and found.keys() != wanted):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has {len(found)} softmax attention layers and {len(wanted)} layers in this vLLM."
+                f"{type(self.model).__name__} has {len(found)} softmax attention layers in this vLLM, and "
+                f"{len(wanted)} layers."
             )
         return found
 
@@ -178,8 +179,8 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
         if not lora_request.load_inplace and self._contents.get(key, content) != content:
             # The prefix cache knows these requests by the content that was there first.
             raise AdapterError(
-                f"{folder} changed since adapter '{lora_request.lora_name}' was loaded, and --max-cpu-loras was too few to "
-                "keep that: load it again with load_inplace, or under another name."
+                f"{folder} changed since adapter '{lora_request.lora_name}' was loaded, and --max-cpu-loras was too "
+                "few to keep that: load it again with load_inplace, or under another name."
             )
         adapter = self._adapter_manager.read(folder, lora_request.lora_int_id)
         if digest(folder) != content:

@@ -1,4 +1,4 @@
-"""What of vLLM is replaced, and the check that it is still there. Nothing of vLLM is imported before `register` runs."""
+"""What of vLLM is replaced, and the check that it is still there. None of it is imported before `register` runs."""
 
 import importlib
 import os
@@ -9,8 +9,11 @@ from typing import Any
 from llama_adapter.errors import LlamaAdapterError, MissingExtraError
 
 RAN_ON = "0.32"
-NAMES = (
-    ("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager", "_load_adapter _apply_adapters remove_adapter"),
+INTERNALS = (
+    (
+        "vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager",
+        "_load_adapter _apply_adapters remove_adapter",
+    ),
     (
         "vllm.lora.model_manager", "LRUCacheLoRAModelManager",
         "_match_target_modules _create_lora_modules _create_merged_loras_inplace _get_punica_wrapper create_dummy_lora "
@@ -40,8 +43,8 @@ def register() -> None:
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        MovedError: vLLM has moved something that the plugin stands on; vLLM then does not start, rather than answer without
-            adapters.
+        MovedError: vLLM has moved something that the plugin stands on; vLLM then does not start, rather than answer
+            without adapters.
     """
     check_names()
     from vllm.v1.worker import lora_model_runner_mixin
@@ -67,7 +70,7 @@ def check_names() -> None:
         import vllm
     except ImportError:
         raise MissingExtraError("vllm", "vllm", "The vLLM plugin") from None
-    for module, name, attributes in NAMES:
+    for module, name, attributes in INTERNALS:
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
@@ -79,8 +82,8 @@ def check_names() -> None:
 
 def _refuse(vllm: Any, name: str) -> None:
     raise MovedError(
-        f"vLLM {getattr(vllm, '__version__', '')} has no {name}, on which llama-adapter's plugin stands: install vLLM {RAN_ON}, "
-        "on which it was run, or leave the plugin out with VLLM_PLUGINS=''."
+        f"vLLM {getattr(vllm, '__version__', '')} has no {name}, on which llama-adapter's plugin stands: install vLLM "
+        f"{RAN_ON}, on which it was run, or leave the plugin out with VLLM_PLUGINS=''."
     ) from None
 
 

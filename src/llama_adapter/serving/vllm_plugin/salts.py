@@ -1,8 +1,8 @@
 """What keeps vLLM's prefix cache from handing out keys and values that an adapter's older content made.
 
-vLLM tells cached blocks apart by an adapter's name and path. Here the content's digest is added, as the engine's process
-saw it when the adapter was loaded, and a number that grows whenever an adapter is replaced in place: a request that was
-hashed before such a replacement and computed after it then has blocks that nobody finds again.
+vLLM tells cached blocks apart by an adapter's name and path. Here the content's digest is added, as the engine's
+process saw it when the adapter was loaded, and a number that grows whenever an adapter is replaced in place: a request
+that was hashed before such a replacement and computed after it then has blocks that nobody finds again.
 """
 
 import threading
