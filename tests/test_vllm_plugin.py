@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import torch
 from tiny import adapted, tiny_llama
 
 from llama_adapter import AdapterConfig, add_adapter, save_adapter
+from llama_adapter.base import load_tokenizer
+from llama_adapter.data.formats import Message
+from llama_adapter.data.templates import render_prompt
 from llama_adapter.errors import AdapterError, ConfigError, MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.serving.vllm_plugin import gated, launch, register
+from llama_adapter.serving.vllm_plugin.chat import alpaca_template
 from llama_adapter.serving.vllm_plugin.folders import digest, is_ours, rank_of
 from llama_adapter.serving.vllm_plugin.salts import Salts
 
@@ -227,6 +232,16 @@ class TestCommand:
         with pytest.raises(MissingExtraError, match=r"llama-adapter\[vllm\]"):
             launch.command(str(base), {})
 
+    def test_chats_are_written_as_in_training_or_refused(self, base, experts):
+        for name, template in (("plain", "alpaca"), ("long", "chat"), ("lora", "raw")):
+            path = experts / name / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "template": template}))
+        line = launch.command(str(base), {"a": str(experts / "plain"), "b": str(experts / "lora")})
+        assert "### Response:" in self.value(line, "--chat-template")
+        assert "--chat-template" not in launch.command(str(base), {"a": str(experts / "long")})
+        with pytest.raises(ConfigError, match="vLLM has one for a whole server"):
+            launch.command(str(base), {"a": str(experts / "plain"), "b": str(experts / "long")})
+
     def test_more_prompts_than_vllm_has_room_for(self, tmp_path):
         model = tiny_llama()
         adapted(model, adapter_len=513)
@@ -234,6 +249,27 @@ class TestCommand:
         with pytest.raises(ConfigError, match="513 prompts"):
             launch.slots_for([str(folder)])
         assert launch.slots_for([str(tmp_path)]) == {}
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        "u:Hi",
+        "s:Be brief.\n u:Hi a:Hello. u:Bye",
+        "u:One u:two a:three</s> u:'four' {{ 5 }}",
+    ],
+)
+def test_the_alpaca_template_is_that_of_training(base, chat):
+    tokenizer, roles = load_tokenizer(str(base)), {"u": "user", "a": "assistant", "s": "system"}
+    messages = [Message(roles[part[0]], part[2:]) for part in re.split(" (?=[uas]:)", chat)]
+    text = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in messages],
+        chat_template=alpaca_template(tokenizer),
+        tokenize=False,
+    )
+    wanted = render_prompt(messages, "alpaca", tokenizer).text
+    assert text == "<s>" + wanted
+    assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer(wanted).input_ids
 
 
 def test_the_package_needs_no_vllm_until_it_registers():

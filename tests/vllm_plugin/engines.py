@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from runs import tiny_tokenizer
-from tiny import ROPE, open_gates
+from tiny import open_gates
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, save_adapter
@@ -26,23 +26,24 @@ COMMON = {
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "initializer_range": 0.08, "tie_word_embeddings": False,
 }  # fmt: skip
+TIED = {"tie_word_embeddings": True}
 MHA = {"num_key_value_heads": 4}
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, dict] = {
     "arcee": {},
-    "cohere": {"use_qk_norm": True},
-    "cohere2": SLIDING,
+    "cohere": {"use_qk_norm": True, **TIED},
+    "cohere2": {**SLIDING, **TIED},
     "ernie4_5": {},
     "exaone4": SLIDING,
     "gemma": {},
-    "gemma2": {**SLIDING, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40},
+    "gemma2": {**SLIDING, **TIED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40},
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 40},
     "glm": {},
     "glm4": {},
     "gpt2": {},
     "gpt_neox": {"rotary_pct": 0.5, **MHA},
-    "gpt_oss": {**ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
     "granite": {"attention_multiplier": 0.2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {},
@@ -119,8 +120,9 @@ def engine(base: Path | str, **settings: Any):
     values = {key: value for key, value in {**values, **settings}.items() if value is not None}
     if values.get("tensor_parallel_size", 1) == 1:
         values["distributed_executor_backend"] = "uni"
-    llm = LLM(str(base), **values)
+    llm = None
     try:
+        llm = LLM(str(base), **values)
         yield llm
     finally:
         del llm

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llama_adapter.base import load_config, resolve_model
+from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import check_name
 from llama_adapter.errors import AdapterError, ConfigError, LlamaAdapterError, MissingExtraError
 from llama_adapter.formats.native import find_adapter, read_config
+from llama_adapter.serving.vllm_plugin.chat import chat_template
 from llama_adapter.serving.vllm_plugin.folders import is_ours, rank_of, read_servable
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,7 +44,8 @@ def command(
         MissingExtraError: vLLM is not installed.
         ModelError, UnsupportedModelError: the base cannot be read, or not be adapted.
         AdapterError: an adapter is damaged, made for another base, or has what vLLM has no place for.
-        ConfigError: there is no such `adapter_dir`, or an adapter has more prompts than vLLM has room for.
+        ConfigError: there is no such `adapter_dir`, an adapter has more prompts than vLLM has room for, or adapters
+            were trained with unlike templates.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("vllm", "vllm", "--backend vllm")
@@ -54,16 +57,19 @@ def command(
         if name == served:
             raise AdapterError(f"'{name}' is what the bare base is called: choose another name.")
         folders[name] = str(find_adapter(source))
-        read_servable(folders[name], shape)
-    found = [*folders.values(), *_servable_in(adapter_dir, shape)]
+    configs = {name: read_servable(folder, shape) for name, folder in folders.items()} | _servable_in(
+        adapter_dir, shape
+    )
+    template = chat_template(model, configs)
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model(model)]
     line += ["--served-model-name", served, "--host", host, "--port", str(port)]
     line += ["--enable-lora"]
-    slots = slots_for(found)
-    for name in ("max_lora_rank", "max_loras", "max_cpu_loras"):
-        line += ["--" + name.replace("_", "-"), str(slots[name])]
-    if not any(read_config(folder).lora_rank for folder in found):
+    for name, number in _slots([rank_of(config) for config in configs.values()]).items():
+        line += ["--" + name.replace("_", "-"), str(number)]
+    if not any(config.lora_rank for config in configs.values()):
         line += ["--lora-target-modules", "attn"]
+    if template is not None:
+        line += ["--chat-template", template]
     if folders:
         line += ["--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
     return [*line, *options]
@@ -85,29 +91,28 @@ def slots_for(folders: Sequence[str]) -> dict[str, bool | int]:
         ConfigError: one has more prompts than vLLM has room for.
     """
     ranks = [rank_of(read_config(folder)) for folder in folders if is_ours(folder)]
-    if folders and not ranks:
-        return {}
-    rank = next((rank for rank in RANKS if rank >= max(ranks, default=16)), None)
+    return {"enable_lora": True, **_slots(ranks)} if ranks else {}
+
+
+def _slots(ranks: Sequence[int]) -> dict[str, int]:
+    needed, slots = max(ranks, default=16), min(max(len(ranks), 1), MOST_SLOTS)
+    rank = next((rank for rank in RANKS if rank >= needed), None)
     if rank is None:
-        raise ConfigError(
-            f"An adapter has {max(ranks)} prompts a layer (or LoRA's r), and vLLM has room for {RANKS[-1]}."
-        )
-    slots = min(max(len(folders), 1), MOST_SLOTS)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": max(len(folders), slots)}
+        raise ConfigError(f"An adapter has {needed} prompts a layer (or LoRA's r), and vLLM has room for {RANKS[-1]}.")
+    return {"max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": max(len(ranks), slots)}
 
 
-def _servable_in(directory: str | None, shape: dict[str, int | str]) -> list[str]:
+def _servable_in(directory: str | None, shape: dict[str, int | str]) -> dict[str, AdapterConfig]:
     """The adapters in a directory that fit the base; whoever asks for another is told why then."""
     if directory is None:
-        return []
+        return {}
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise ConfigError(f"--adapter-dir {directory} is no folder: give one whose subfolders are adapters.")
-    found = []
+    found = {}
     for folder in sorted(path.iterdir()):
         try:
-            read_servable(folder, shape)
-            found.append(str(folder))
+            found[folder.name] = read_servable(folder, shape)
         except LlamaAdapterError:
             continue
     return found

@@ -87,7 +87,7 @@ class AdapterModelManager(LRUCacheLoRAModelManager):
 
     def _wrap(self, number: int, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
-        rotary = next((m.inv_freq.shape[-1] * 2 for m in self.model.modules() if hasattr(m, "inv_freq")), None)
+        rotary = next((b.shape[-1] * 2 for key, b in self.model.named_buffers() if key.endswith("inv_freq")), None)
         layer = AttentionWithPrompts(
             module, self.model.get_submodule(parent), child, rotary,
             self.lora_slots, self.lora_config.max_lora_rank, self.vllm_config.model_config.dtype,
