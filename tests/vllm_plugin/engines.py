@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from runs import tiny_tokenizer
 from tiny import open_gates
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llama_adapter import AdapterConfig, add_adapter, load_adapter, save_adapter
 
@@ -32,8 +32,8 @@ SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_atte
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, dict] = {
     "arcee": {},
-    "cohere": {"use_qk_norm": True, **TIED},
-    "cohere2": {**SLIDING, **TIED},
+    "cohere": {"use_qk_norm": True, "logit_scale": 1.0, **TIED},
+    "cohere2": {"logit_scale": 1.0, **SLIDING, "sliding_window": 512, **TIED},
     "ernie4_5": {},
     "exaone4": SLIDING,
     "gemma": {},
@@ -186,7 +186,9 @@ class Compared:
 def compared(base: Path | str, found: Sequence[dict[str, Any]]) -> Compared:
     """Answers against the reference."""
     result = Compared()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    capped = getattr(AutoConfig.from_pretrained(base), "attn_logit_softcapping", None)
+    attention = {"attn_implementation": "eager"} if capped else {}  # transformers' sdpa leaves the cap out
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **attention).eval()
     for folder in {one["adapter"] for one in found} - {None}:
         load_adapter(model, folder, name=Path(folder).name)
     adapted = any(one["adapter"] for one in found)
@@ -240,6 +242,16 @@ def write_adapter(base: Path, folder: Path, **config: Any) -> str:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     add_adapter(model, AdapterConfig(**{"adapter_len": 4, "adapter_layers": 2, **config}))
     return str(save_adapter(model, folder))
+
+
+def greedy_text(base: Path, folder: Path | None, text: str, new: int) -> str:
+    """What transformers goes on with after a text whose special tokens are written out."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if folder is not None:
+        load_adapter(model, folder)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,3 +221,16 @@ def quantise(base, folder):
     settings["config_groups"] = {"group_0": group}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
     return folder / "int8", folder / "floats"
+
+
+@pytest.mark.parametrize("kind", ["tensor parallel", "compiled"])
+def test_in_a_process_of_its_own(kind, llama, many, tmp_path):
+    """Two processes with half of the heads each; torch.compile, which vLLM leaves out on a CPU with LoRA."""
+    script = Path(__file__).with_name("alone.py")
+    output, folders = tmp_path / "found.json", [str(folder) for folder in many[:2]]
+    line = [sys.executable, str(script), kind, str(llama), str(output), *folders]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if kind == "compiled":
+        assert "torch.compile" in done.stderr + done.stdout
+    check(llama, json.loads(output.read_text()), 576, kind)

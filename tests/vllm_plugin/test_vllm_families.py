@@ -7,15 +7,23 @@ from llama_adapter.core.families import FAMILIES as TABLE
 
 
 def test_the_whole_table_is_here():
-    assert FAMILIES.keys() == TABLE.keys()
+    assert FAMILIES.keys() == TABLE.keys() >= NOT_HERE.keys()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+NOT_HERE = {
+    **dict.fromkeys(
+        ("gpt_oss", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe"),
+        "vLLM computes experts by Triton where LoRA is enabled, which needs a GPU",
+    ),
+    "gpt2": "vLLM's GPT-2 does not support LoRA",
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_HERE))
 def test_a_family(family, tmp_path):
     base = apart(write_family, family, tmp_path / "base")
     folders = apart(write_adapters, base, tmp_path)
-    options = {"model_impl": "transformers"} if family == "gpt2" else {}
-    with engine(base, **options) as llm:
+    with engine(base) as llm:
         rows = requests([None, *folders]) * 4
         found = answers(llm, prompts(len(rows)), rows)
     result = apart(compared, base, found)

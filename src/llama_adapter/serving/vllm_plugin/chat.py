@@ -32,8 +32,8 @@ def chat_template(model: str, configs: Mapping[str, AdapterConfig]) -> str | Non
     of_kind = {config.template: name for name, config in configs.items()}
     if "alpaca" in of_kind and "chat" in of_kind:
         raise ConfigError(
-            f"'{of_kind['alpaca']}' was trained with the alpaca template and '{of_kind['chat']}' with the tokenizer's own, "
-            "and vLLM has one for a whole server: start two, or use --backend embedded."
+            f"'{of_kind['alpaca']}' was trained with the alpaca template and '{of_kind['chat']}' with the tokenizer's "
+            "own, and vLLM has one for a whole server: start two, or use --backend embedded."
         )
     return alpaca_template(load_tokenizer(model)) if "alpaca" in of_kind else None
 
