@@ -183,12 +183,12 @@ class Compared:
         return f"{self.equal}/{self.total} tokens, logprobs {self.worst:.1e}, effect {self.effect:.1f}"
 
 
-def compared(base: Path | str, found: Sequence[dict[str, Any]]) -> Compared:
+def compared(base: Path | str, found: Sequence[dict[str, Any]], dtype: torch.dtype = torch.float32) -> Compared:
     """Answers against the reference."""
     result = Compared()
     capped = getattr(AutoConfig.from_pretrained(base), "attn_logit_softcapping", None)
     attention = {"attn_implementation": "eager"} if capped else {}  # transformers' sdpa leaves the cap out
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **attention).eval()
     for folder in {one["adapter"] for one in found} - {None}:
         load_adapter(model, folder, name=Path(folder).name)
     adapted = any(one["adapter"] for one in found)
@@ -198,7 +198,7 @@ def compared(base: Path | str, found: Sequence[dict[str, Any]]) -> Compared:
         with torch.inference_mode():
             scores = model(torch.tensor([ids]), **names).logits[0, start - 1 : -1].float().log_softmax(-1)
             if one["adapter"]:
-                bare = model(torch.tensor([ids]), adapter_names=None).logits[0, start - 1 : -1].log_softmax(-1)
+                bare = model(torch.tensor([ids]), adapter_names=None).logits[0, start - 1 : -1].float().log_softmax(-1)
                 result.effect = max(result.effect, (bare - scores).abs().max().item())
         mine = scores.gather(1, torch.tensor(one["tokens"])[:, None])[:, 0]
         result.worst = max(result.worst, (mine - torch.tensor(one["logprobs"])).abs().max().item())

@@ -61,7 +61,7 @@ def test_the_bundled_base(tmp_path):
 def test_twelve_adapters_in_four_slots_with_eviction_chunks_and_a_prefix_cache(llama, many):
     prompt = prompts(1, 100)[0] * 2
     options = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "enable_prefix_caching": True}
-    with engine(llama, max_cpu_loras=6, block_size=16, **options) as llm:
+    with engine(llama, max_cpu_loras=6, block_size=32, **options) as llm:
         rows = requests([None, *many]) * 2
         rows = rows[::3] + rows[1::3] + rows[2::3]
         first = answers(llm, [prompt] * len(rows), rows, 16)
@@ -88,7 +88,7 @@ def test_a_reload_under_the_same_name_uses_no_blocks_of_the_old_content(llama, m
         shutil.copytree(source, folder)
 
     prompt = prompts(1, 100)[0] * 2
-    with engine(llama, enable_prefix_caching=True, block_size=16) as llm:
+    with engine(llama, enable_prefix_caching=True, block_size=32) as llm:
         core, said = llm.llm_engine, []
 
         def ask(request):
@@ -166,7 +166,7 @@ def test_what_cannot_be_served_is_refused_by_name_and_the_engine_lives(llama, ma
         saved("foreign", other): "hidden_size 64 against 128",
         str(tmp_path / "pictures"): "has a condition",
         str(tmp_path / "peft"): "is no adapter of llama-adapter's",
-        str(tmp_path / "half"): "has no adapter_model.safetensors",
+        str(tmp_path / "half"): "adapter_model.safetensors cannot be read",
     }
     for name in ("pictures", "peft", "half"):
         shutil.copytree(many[0], tmp_path / name)
@@ -183,41 +183,59 @@ def test_what_cannot_be_served_is_refused_by_name_and_the_engine_lives(llama, ma
     check(llama, found, 16, "after refusals")
 
 
-def test_an_int8_base(llama, many, tmp_path):
-    """W8A8 with activations quantised as they come: compared with the same weights in floats."""
-    quantised, floats = quantise(llama, tmp_path)
-    with engine(quantised) as llm:
-        rows = requests([None, *many[:2]]) * 4
-        found = answers(llm, prompts(len(rows)), rows)
-    base = apart(compared, floats, [one for one in found if one["adapter"] is None])
-    ours = apart(compared, floats, [one for one in found if one["adapter"]])
-    print(f"\nint8: base {base}; adapters {ours}")
-    assert ours.worst < 3 * base.worst
-    assert ours.worst < 0.2 * ours.effect
+def test_half_precision(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = Path(resolve_model("bundled"))
+    folders, tokenizer = apart(write_adapters, base, tmp_path), AutoTokenizer.from_pretrained(base)
+    with engine(base, dtype="bfloat16") as llm:
+        rows = requests([None, *folders])
+        found = answers(llm, [tokenizer(text).input_ids for text in TEXTS for _ in rows], rows * 4)
+    bare = apart(compared, base, [one for one in found if one["adapter"] is None], dtype=torch.bfloat16)
+    ours = apart(compared, base, [one for one in found if one["adapter"]], dtype=torch.bfloat16)
+    print(f"\nbf16: base {bare}; adapters {ours}")
     assert ours.equal / ours.total > 0.9
+    assert ours.worst < 0.05 * ours.effect
 
 
-def quantise(base, folder):
-    """The base with int8 weights in compressed-tensors' layout, and with what those stand for."""
-    tensors, numbers = load_file(base / "model.safetensors"), {}
-    for key, weight in tensors.items():
+def test_an_int8_base(tmp_path):
+    """W8A8, activations quantised as they come, against the same weights in floats, from which vLLM's own linears are
+    3 to 5 % away: prompts take those, as text does."""
+    from transformers import AutoTokenizer
+
+    original = Path(resolve_model("bundled"))
+    folders, tokenizer = apart(write_adapters, original, tmp_path), AutoTokenizer.from_pretrained(original)
+    base, floats = quantised(original, tmp_path)
+    with engine(base) as llm:
+        rows = requests([None, *folders])
+        texts = [tokenizer(text).input_ids for text in TEXTS for _ in rows]
+        found = [*answers(llm, texts, rows * 4), *answers(llm, texts, rows * 4)]
+    bare = apart(compared, floats, [one for one in found if one["adapter"] is None])
+    ours = apart(compared, floats, [one for one in found if one["adapter"]])
+    print(f"\nint8: base {bare}; adapters {ours}")
+    assert bare.equal / bare.total > 0.9
+    assert ours.equal / ours.total > 0.7
+    assert ours.worst < 0.1 * ours.effect
+
+
+def quantised(base, folder):
+    """The base with int8 weights in compressed-tensors' layout, and with the floats that those stand for."""
+    numbers, floats = load_file(base / "model.safetensors"), load_file(base / "model.safetensors")
+    for key, weight in floats.items():
         if weight.dim() == 2 and "proj" in key:
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            numbers[key] = (weight / scale).round().clamp(-127, 127).to(torch.int8)
-            numbers[key + "_scale"] = scale
-            tensors[key] = numbers[key].float() * scale
-        else:
-            numbers[key] = weight
-    for name, content in (("floats", tensors), ("int8", numbers)):
+            scale = numbers[key + "_scale"] = weight.float().abs().amax(1, keepdim=True) / 127
+            numbers[key] = (weight / scale).round().to(torch.int8)
+            floats[key] = numbers[key].float() * scale
+    for name, tensors in (("int8", numbers), ("floats", floats)):
         shutil.copytree(base, folder / name)
-        save_file(content, folder / name / "model.safetensors", metadata={"format": "pt"})
-    path = folder / "int8" / "config.json"
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
     kind = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
         "targets": ["Linear"], "weights": {**kind, "strategy": "channel", "dynamic": False},
         "input_activations": {**kind, "strategy": "token", "dynamic": True},
     }  # fmt: skip
     settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    path = folder / "int8" / "config.json"
     settings["config_groups"] = {"group_0": group}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
     return folder / "int8", folder / "floats"
@@ -231,6 +249,6 @@ def test_in_a_process_of_its_own(kind, llama, many, tmp_path):
     line = [sys.executable, str(script), kind, str(llama), str(output), *folders]
     done = subprocess.run(line, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    if kind == "compiled":
-        assert "torch.compile" in done.stderr + done.stdout
-    check(llama, json.loads(output.read_text()), 576, kind)
+    values = json.loads(output.read_text())
+    assert bool(values["graphs"]) == (kind == "compiled")
+    check(llama, values["found"], 576, kind)

@@ -46,14 +46,15 @@ from llama_adapter.serving.vllm_plugin.gated_triton import on_cuda
 torch.manual_seed(0)
 for T, S, H, N, K, D, cap, dtype, worst in [
     (37, 5, 4, 2, 16, 64, 0.0, torch.float32, 2e-6), (37, 5, 4, 4, 10, 96, 0.0, torch.float32, 2e-6),
-    (20, 3, 8, 2, 7, 128, 30.0, torch.float32, 2e-6), (20, 3, 8, 2, 7, 128, 0.0, torch.bfloat16, 2e-2),
+    (20, 3, 8, 2, 7, 128, 30.0, torch.float32, 1e-5),  # scores near 0 lose what 30 + 1e-6 loses
+    (20, 3, 8, 2, 7, 128, 0.0, torch.bfloat16, 2e-2),
     (0, 3, 8, 2, 7, 32, 0.0, torch.float32, 0),
 ]:
     q, k, v = (torch.randn(shape, dtype=dtype) for shape in ((T, H * D), (S, N, K, D), (S, H, K, D)))
     lengths = torch.randint(0, K + 1, (S,), dtype=torch.int32)
     for slots in (torch.randint(-1, S, (T + 5,)), torch.arange(T + 5) // 8 % (S + 1) - 1):
         want = torch.ops.llama_adapter.gated_prompts(q, k, v, lengths, slots, D ** -0.5, cap)
-        got = on_cuda(q.view(T, H, D), k, v, lengths, slots[:T], D ** -0.5, cap).view(T, -1)
+        got = on_cuda(q.view(T, H, D), k, v, lengths, slots[:T], D ** -0.5, cap).view(T, H * D)
         assert torch.equal(got[slots[:T] < 0], torch.zeros_like(got[slots[:T] < 0]))
         if T:
             assert (want - got).abs().max() <= worst, (want - got).abs().max()
