@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,11 @@ def _salt_the_prefix_cache() -> None:
         salt = salts.of(request.lora_request) if request.lora_request else None
         return keys if salt is None else [*keys, ("llama_adapter", salt, "")]
 
+    @wraps(add)  # messages to the engine are decoded by these signatures
     def add_lora(self: Any, lora_request: Any) -> Any:
         return salts.loading(lora_request, lambda: add(self, lora_request))
 
+    @wraps(remove)
     def remove_lora(self: Any, lora_id: int) -> Any:
         salts.forget(lora_id)
         return remove(self, lora_id)
