@@ -28,7 +28,11 @@ def keep_compiling():
 
 def main():
     kind, base, output, *folders = sys.argv[1:]
-    settings = {"tensor_parallel_size": 2} if kind == "tensor parallel" else {"enforce_eager": False}
+    settings = {
+        "tensor parallel": {"tensor_parallel_size": 2},
+        "speculative": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+        "compiled": {"enforce_eager": False},
+    }[kind]
     if kind == "compiled":
         keep_compiling()
     with engine(base, **settings) as llm:

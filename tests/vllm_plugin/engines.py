@@ -118,7 +118,7 @@ def engine(base: Path | str, **settings: Any):
         "disable_log_stats": True,
     }  # fmt: skip
     values = {key: value for key, value in {**values, **settings}.items() if value is not None}
-    if values.get("tensor_parallel_size", 1) == 1:
+    if "tensor_parallel_size" not in values:
         values["distributed_executor_backend"] = "uni"
     llm = None
     try:
