@@ -1,6 +1,6 @@
 # make demo    set up, train on the bundled base, show answers before and after; then the same about pictures
 # make test    set up, run the test suite
-# make test-vllm  set up vLLM for the CPU in .venv-vllm (Python 3.11, 3.5 GB), run the plugin's tests (about twelve minutes)
+# make test-vllm  set up vLLM for the CPU in .venv-vllm (Python 3.11, 3.5 GB), run the plugin's tests (about fifteen minutes)
 # make evidence  set up, measure the paper's claims on the bundled base; rebuild docs/evidence.md and docs/pictures.md
 #                (about two hours)
 # make bench   set up, measure speed beside PEFT and LoRA on the CPU (about sixteen minutes)
