@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,7 +73,7 @@ def parsed(*line):
     return make_arg_parser(FlexibleArgumentParser()).parse_args(line)
 
 
-def test_lora_modules_alone_switches_on_what_they_need(tmp_path):
+def test_lora_modules_alone_switches_on_what_they_need(tmp_path, capsys):
     patches.register()
     base = apart(write_family, "llama", tmp_path / "base")
     folders = apart(write_adapters, base, tmp_path, 2, adapter_len=20)
@@ -81,6 +82,11 @@ def test_lora_modules_alone_switches_on_what_they_need(tmp_path):
     assert (args.enable_lora, args.max_lora_rank, args.max_loras, args.max_cpu_loras) == (True, 32, 2, 2)
     args = parsed("--max-loras", "7", "--max-lora-rank", "64", "--lora-modules", *modules)
     assert (args.enable_lora, args.max_lora_rank, args.max_loras) == (True, 64, 7)
+    Path(folders[0], "adapter_config.json").write_text('{"format_version": 7}')
+    with pytest.raises(SystemExit) as ended:
+        parsed("--lora-modules", *modules)
+    assert ended.value.code == 2
+    assert "format_version is 7" in capsys.readouterr().err
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     args = parsed("--lora-modules", f"c={tmp_path / 'peft'}")

@@ -1,6 +1,7 @@
 """What of vLLM is replaced, and the check that it is still there. None of it is imported before `register` runs."""
 
 import importlib
+import logging
 import os
 import sys
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import Any
 
 from llama_adapter.errors import LlamaAdapterError, MissingExtraError
 
+log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's own, which has handlers in all of its processes
 RAN_ON = "0.32"
 INTERNALS = (
     (
@@ -75,17 +77,19 @@ def check_names() -> None:
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
-            _refuse(vllm, f"{module}.{name}")
+            raise _moved(vllm, f"{module}.{name}") from None
         for attribute in attributes.split():
             if not hasattr(found, attribute):
-                _refuse(vllm, f"{module}.{name}.{attribute}")
+                raise _moved(vllm, f"{module}.{name}.{attribute}")
+    if not vllm.__version__.startswith(RAN_ON):
+        log.warning("llama-adapter's plugin was run on vLLM %s, and this is %s.", RAN_ON, vllm.__version__)
 
 
-def _refuse(vllm: Any, name: str) -> None:
-    raise MovedError(
-        f"vLLM {getattr(vllm, '__version__', '')} has no {name}, on which llama-adapter's plugin stands: install vLLM "
-        f"{RAN_ON}, on which it was run, or leave the plugin out with VLLM_PLUGINS=''."
-    ) from None
+def _moved(vllm: Any, name: str) -> MovedError:
+    return MovedError(
+        f"vLLM {vllm.__version__} has no {name}, on which llama-adapter's plugin stands: install vLLM {RAN_ON}, on "
+        "which it was run, or leave the plugin out with VLLM_PLUGINS=''."
+    )
 
 
 def _tell_compiled_graphs_apart() -> None:
@@ -149,7 +153,11 @@ def _let_lora_modules_do() -> None:
 
     def call(self: Any, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         without(self, parser, namespace, values, option_string)
-        for name, value in slots_for([one.path for one in getattr(namespace, self.dest)]).items():
+        try:
+            needed = slots_for([one.path for one in getattr(namespace, self.dest)])
+        except LlamaAdapterError as error:
+            parser.error(str(error))
+        for name, value in needed.items():
             if getattr(namespace, name, None) == parser.get_default(name):
                 setattr(namespace, name, value)
 
