@@ -1,11 +1,13 @@
 """The real server, started by the command that `llama-adapter serve --backend vllm` starts, with the real client."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -24,21 +26,13 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = apart(write_family, "llama", tmp_path_factory.mktemp("base"))
-    folder = tmp_path_factory.mktemp("experts")
-    apart(write_adapters, base, folder, 6, template="alpaca")
-    (folder / "broken").mkdir()
-    (folder / "broken" / "adapter_config.json").write_text('{"format_version": 1}')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager"]
-    given = {name: str(folder / name) for name in ("n0", "n1")}
-    line = command(str(base), given, adapter_dir=str(folder), port=port, served_model_name="base", options=options)
-    surroundings = {**os.environ, **environment(str(folder)), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = tmp_path_factory.mktemp("log") / "server.log"
+OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager"]
+
+
+@contextlib.contextmanager
+def started(line, port, log, more=None):
+    """A server in processes of its own, once it answers; its address."""
+    surroundings = {**os.environ, **(more or {}), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(line, env=surroundings, stdout=file, stderr=file, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -48,13 +42,42 @@ def server(tmp_path_factory):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(1)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120)
-        yield SimpleNamespace(
-            base=base, folder=folder, url=url, client=client, http=httpx.Client(base_url=url, timeout=120)
-        )
+        yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def client_of(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A base, and a folder of six adapters and a broken one."""
+    base = apart(write_family, "llama", tmp_path_factory.mktemp("base"))
+    folder = tmp_path_factory.mktemp("experts")
+    apart(write_adapters, base, folder, 6, template="alpaca")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text('{"format_version": 1}')
+    return base, folder
+
+
+@pytest.fixture(scope="module")
+def server(experts, tmp_path_factory):
+    base, folder = experts
+    given, port = {name: str(folder / name) for name in ("n0", "n1")}, free_port()
+    line = command(str(base), given, adapter_dir=str(folder), port=port, served_model_name="base", options=OPTIONS)
+    with started(line, port, tmp_path_factory.mktemp("log") / "log", environment(str(folder))) as url:
+        http = httpx.Client(base_url=url, timeout=120)
+        yield SimpleNamespace(base=base, folder=folder, url=url, client=client_of(url), http=http)
 
 
 def _healthy(url):
@@ -159,3 +182,15 @@ def test_errors_have_openais_shape_and_our_sentence(server, tmp_path):
         with pytest.raises(openai.BadRequestError):
             server.client.chat.completions.create(**options)
     assert _healthy(server.url)
+
+
+def test_lora_modules_are_all_that_is_typed(experts, tmp_path):
+    base, folder = experts
+    port = free_port()
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
+    line += [*OPTIONS, "--lora-modules", f"poet={folder / 'n0'}", f"clerk={folder / 'n1'}"]
+    with started(line, port, tmp_path / "log") as url:
+        for name, source in (("poet", "n0"), ("clerk", "n1"), (str(base), "base")):
+            reply = client_of(url).completions.create(model=name, prompt="moon", temperature=0, max_tokens=8)
+            server = SimpleNamespace(base=base, folder=folder)
+            assert reply.choices[0].text == alone(server, source, "<s>moon", 8)
