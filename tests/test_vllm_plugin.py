@@ -119,16 +119,16 @@ class TestSalts:
 
     def test_the_salt_is_of_what_was_loaded_until_it_is_loaded_again(self, poet):
         salts, seen = Salts(lambda path: path), []
-        assert salts.loading(request(poet), lambda: "done") == "done"
+        assert salts.loading(request(poet), lambda: "done", list) == "done"
         seen.append(salts.of(request(poet)))
         self.write(poet, 1)
         assert salts.of(request(poet)) == seen[0]
-        salts.loading(request(poet), lambda: None)  # the workers have it already
+        salts.loading(request(poet), lambda: None, list)  # the workers have it already
         assert salts.of(request(poet)) == seen[0]
-        salts.loading(request(poet, inplace=True), lambda: None)
+        salts.loading(request(poet, inplace=True), lambda: None, list)
         seen.append(salts.of(request(poet, inplace=True)))
         self.write(poet, 2)
-        salts.loading(request(poet, number=2), lambda: None)
+        salts.loading(request(poet, number=2), lambda: None, list)
         seen.append(salts.of(request(poet, number=2)))
         salts.forget(2)
         seen.append(salts.of(request(poet, number=2)))
@@ -138,7 +138,7 @@ class TestSalts:
         salts, seen = Salts(lambda path: path), []
         for number in (1, 2, 1):
             self.write(poet, number)
-            salts.loading(request(poet, inplace=True), lambda: None)
+            salts.loading(request(poet, inplace=True), lambda: None, list)
             seen.append(salts.of(request(poet)))
         assert len(set(seen)) == 3
 
@@ -148,19 +148,32 @@ class TestSalts:
 
     def test_what_is_not_ours_has_none(self, tmp_path):
         salts = Salts(lambda path: path)
-        assert salts.loading(request(tmp_path), lambda: 3) == 3
+        assert salts.loading(request(tmp_path), lambda: 3, list) == 3
         assert salts.of(request(tmp_path)) is None
 
     def test_files_that_change_while_they_are_loaded_are_refused(self, poet):
+        dropped = []
         with pytest.raises(AdapterError, match="changed while it was loaded"):
-            Salts(lambda path: path).loading(request(poet), lambda: self.write(poet, 1))
+            Salts(lambda path: path).loading(request(poet), lambda: self.write(poet, 1), lambda: dropped.append(1))
+        assert dropped == [1]
+
+    def test_files_that_change_while_a_load_fails_leave_no_worker_with_them(self, poet):
+        dropped = []
+
+        def load():
+            self.write(poet, 1)
+            raise ValueError("changed while it was read")
+
+        with pytest.raises(ValueError, match="while it was read"):
+            Salts(lambda path: path).loading(request(poet), load, lambda: dropped.append(1))
+        assert dropped == [1]
 
     def test_a_load_that_fails_leaves_the_salt(self, poet):
         salts = Salts(lambda path: path)
         before = salts.of(request(poet))
         self.write(poet, 1)
         with pytest.raises(ZeroDivisionError):
-            salts.loading(request(poet, inplace=True), lambda: 1 // 0)
+            salts.loading(request(poet, inplace=True), lambda: 1 // 0, list)
         assert salts.of(request(poet)) == before
 
 

@@ -152,6 +152,13 @@ def test_the_second_versions_gate_scale_and_lora(llama, tmp_path):
     with engine(llama, lora_target_modules=None, max_loras=3) as llm:
         rows = requests([None, *both, str(tmp_path / "low-rank")]) * 3
         found = answers(llm, prompts(len(rows)), rows, 16)
+        for key in ("lora.layers.1.mlp.gate_proj.B", "lora.layers.1.self_attn.v_proj.B"):
+            tensors = load_file(Path(both[0]) / "adapter_model.safetensors")
+            tensors[key] = torch.cat([tensors[key], tensors[key]])
+            wider = shutil.copytree(both[0], tmp_path / key)
+            save_file(tensors, wider / "adapter_model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(Exception, match=f"{len(tensors[key])} outputs on {key[5:-2]}"):
+                llm.llm_engine.add_lora(requests([str(wider)], first=50)[0])
     check(llama, found, 12 * 16, "gate_scale and LoRA")
 
 

@@ -141,15 +141,36 @@ class AdapterModelManager(LRUCacheLoRAModelManager):
             return  # another rank's of a pipeline
         root = self.prompted[number][0].split(f".{number}.")[0].rpartition(".")[0]
         name = f"{root}.{path}" if root else path
-        if name not in self.modules and not any(name in parts for parts in self.packed_modules.values()):
+        sizes = self._sizes_of(name)
+        if sizes is None:
             raise AdapterError(
                 f"{folder} has LoRA on {path}, for which this engine has no slots: leave out --lora-target-modules, or "
                 "serve it with llama-adapter serve."
             )
         factor = 1.0 if config.lora_alpha is None else config.lora_alpha / config.lora_rank
         a, b = tensors[f"lora.{path}.A"], tensors[f"lora.{path}.B"] * factor
+        if (a.shape[1], b.shape[0]) != sizes:
+            raise AdapterError(
+                f"{folder} has LoRA of {a.shape[1]} inputs and {b.shape[0]} outputs on {path}, and this base's has "
+                f"{sizes[0]} and {sizes[1]}: load it on the base it was trained on."
+            )
         dtype = self.lora_config.lora_dtype
         adapter.loras[name] = LoRALayerWeights(name, config.lora_rank, config.lora_rank, a.to(dtype), b.to(dtype))
+
+    def _sizes_of(self, name: str) -> tuple[int, int] | None:
+        """Inputs and outputs, over all ranks, of a linear that has slots for LoRA, alone or in a fused one."""
+        fused, place = next(
+            ((one, parts.index(name)) for one, parts in self.packed_modules.items() if name in parts), (name, None)
+        )
+        linear = getattr(self.modules.get(fused), "base_layer", None)
+        if linear is None:
+            return None
+        if place is None:
+            return linear.input_size, linear.output_size
+        if hasattr(linear, "total_num_kv_heads"):  # its own sizes count a rank's copies of keys and values
+            heads = linear.total_num_heads if place == 0 else linear.total_num_kv_heads
+            return linear.input_size, heads * linear.head_size
+        return linear.input_size, linear.output_sizes[place]
 
 
 class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
@@ -160,6 +181,8 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._contents: dict[tuple[int, str], str] = {}
+        self._places: dict[int, str] = {}
+        """Where the adapters of these numbers were replaced from."""
         self._adapter_manager: Any
 
     def _apply_adapters(self, lora_requests: Any) -> None:
@@ -167,6 +190,16 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
         super()._apply_adapters({msgspec.structs.replace(one, load_inplace=False) for one in lora_requests if one})
 
     def _load_adapter(self, lora_request: Any) -> Any:
+        number = lora_request.lora_int_id
+        if lora_request.load_inplace:
+            loaded = self._read_adapter(lora_request)
+            self._places[number] = lora_request.lora_path
+            return loaded
+        # A request from before a replacement may still name the place that was before.
+        place = self._places.get(number, lora_request.lora_path)
+        return self._read_adapter(msgspec.structs.replace(lora_request, lora_path=place))
+
+    def _read_adapter(self, lora_request: Any) -> Any:
         folder = get_adapter_absolute_path(lora_request.lora_path)
         if not is_ours(folder):
             if self.lora_config.target_modules == [TARGET]:
@@ -191,6 +224,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
     def remove_adapter(self, adapter_id: int) -> bool:
         """Take an adapter off; its number may then stand for another."""
         self._contents = {key: content for key, content in self._contents.items() if key[0] != adapter_id}
+        self._places.pop(adapter_id, None)
         return super().remove_adapter(adapter_id)
 
 

@@ -129,7 +129,9 @@ def _salt_the_prefix_cache() -> None:
 
     @wraps(add)  # messages to the engine are decoded by these signatures
     def add_lora(self: Any, lora_request: Any) -> Any:
-        return salts.loading(lora_request, lambda: add(self, lora_request))
+        return salts.loading(
+            lora_request, lambda: add(self, lora_request), lambda: remove(self, lora_request.lora_int_id)
+        )
 
     @wraps(remove)
     def remove_lora(self: Any, lora_id: int) -> Any:

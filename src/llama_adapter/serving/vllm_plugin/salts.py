@@ -6,6 +6,7 @@ that was hashed before such a replacement and computed after it then has blocks 
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from llama_adapter.errors import AdapterError
@@ -38,14 +39,23 @@ class Salts:
         folder = self.locate(request.lora_path)
         return digest(folder) if is_ours(folder) else None
 
-    def loading(self, request: Any, load: Any) -> Any:
+    def loading(self, request: Any, load: Callable[[], Any], drop: Callable[[], Any]) -> Any:
         """Run `load`, which reads the request's adapter in every worker, and keep the salt of what they read.
 
         Raises:
-            AdapterError: the files changed meanwhile.
+            AdapterError: the files changed meanwhile; as the workers may have read unlike contents, `drop` has then
+                taken the adapter from all of them.
         """
         before = self.content(request)
-        done = load()
+        try:
+            done = load()
+        finally:
+            changed = self._changed(request, before)
+            if changed:
+                self.forget(request.lora_int_id)
+                drop()
+        if changed:
+            raise AdapterError(f"{request.lora_path} changed while it was loaded: load it again.")
         key = (request.lora_int_id, request.lora_path)
         with self._lock:
             if key in self._salts and not request.load_inplace:
@@ -53,8 +63,6 @@ class Salts:
             if request.load_inplace:
                 self._turns[request.lora_int_id] = self._turns.get(request.lora_int_id, 0) + 1
             self._salts[key] = self._made(request, before)
-        if before is not None and self.content(request) != before:
-            raise AdapterError(f"{request.lora_path} changed while it was loaded: load it again.")
         return done
 
     def forget(self, number: int) -> None:
@@ -62,6 +70,12 @@ class Salts:
         with self._lock:
             self._turns[number] = self._turns.get(number, 0) + 1
             self._salts = {key: salt for key, salt in self._salts.items() if key[0] != number}
+
+    def _changed(self, request: Any, before: str | None) -> bool:
+        try:
+            return self.content(request) != before
+        except AdapterError:
+            return True
 
     def _made(self, request: Any, content: str | None) -> str | None:
         turn = self._turns.get(request.lora_int_id, 0)
