@@ -495,3 +495,49 @@ def test_draining_ends_what_runs_and_takes_no_more(base):
         ask.join()
         closing.join()
         assert replies[0].usage.completion_tokens == 200
+
+
+# the other backend
+
+
+def test_vllm_takes_the_place_of_this_process_with_everything_said(base, folder, tmp_path, monkeypatch, capsys):
+    from llama_adapter.cli import main
+
+    started = []
+
+    def gone(*given):
+        started.append(given)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object() if name == "vllm" else None)
+    (tmp_path / "key").write_text("secret\n")
+    words = ["serve", "--backend", "vllm", "--model", str(base), "-a", f"poet={folder / 'expert-0'}", "--port", "9"]
+    monkeypatch.setattr("os.execve", gone)
+    with pytest.raises(SystemExit):
+        main([*words, "--precision", "fp32", "--api-key-file", str(tmp_path / "key"), "--max-rows", "4"])
+    ((program, line, environment),) = started
+    text = " ".join(line)
+    assert program == line[0]
+    assert f"--model {base}" in text
+    assert f"--lora-modules poet={folder / 'expert-0'}" in text
+    assert "--port 9" in text
+    assert "--dtype float32 --max-num-seqs 4" in text
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in text
+    for flag, value in (("--deadline", "5"), ("--max-tokens", "7"), ("--template", "alpaca")):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, flag, value])
+        assert ended.value.code == 2
+        assert f"{flag} has no effect with --backend vllm: leave it out" in capsys.readouterr().err
+
+
+def test_a_missing_vllm_is_one_sentence(base, monkeypatch, capsys):
+    from llama_adapter.cli import main
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--backend", "vllm", "--model", str(base)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "--backend vllm needs 'vllm', which is not installed: pip install 'llama-adapter[vllm]'.\n"
+    )

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--adapter-dir {args.adapter_dir} is no folder: give one whose subfolders are adapters.")
     adapters = options.name_adapters(args.adapter)
     if args.backend == "vllm":
-        raise ConfigError("--backend vllm is not there yet: leave it out.")
+        _become_vllm(args, config)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -76,6 +76,42 @@ def run(args: argparse.Namespace) -> None:
     session = options.load(planned, args)
     base = args.served_model_name or planned.model
     serve(session, config, listening, base, adapters, lambda url: print(f"listening on {url}", file=sys.stderr))
+
+
+NOT_VLLMS = (
+    "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_waiting", "max_tokens", "deadline",
+)  # fmt: skip
+"""Flags that vLLM has no like for."""
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
+    """Check everything, then let vLLM's own server take the place of this process.
+
+    Raises:
+        ConfigError: a flag that vLLM has no like for, or several keys.
+        LlamaAdapterError: see `serving.vllm_plugin.launch.command`.
+    """
+    from llama_adapter.cli import build_parser
+    from llama_adapter.serving.vllm_plugin.launch import command, environment
+
+    default = build_parser(["serve"]).parse_args(["serve"])
+    for name in NOT_VLLMS:
+        if getattr(args, name) != getattr(default, name):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with --backend vllm: leave it out.")
+    if config.admin_key is not None:
+        raise ConfigError("--backend vllm knows no admin key, and takes orders from whoever may ask: leave it out.")
+    if len(config.api_keys) > 1:
+        raise ConfigError("--backend vllm takes one API key: write one into the file.")
+    planned = options.plan(args)
+    line = command(
+        planned.model, planned.folders, adapter_dir=args.adapter_dir, host=args.host, port=args.port,
+        served_model_name=args.served_model_name,
+        options=["--dtype", DTYPES[args.precision], "--max-num-seqs", str(args.max_rows)],
+    )  # fmt: skip
+    keys = {"VLLM_API_KEY": config.api_keys[0]} if config.api_keys else {}
+    sys.stderr.flush()
+    os.execve(line[0], line, {**os.environ, **environment(args.adapter_dir), **keys})
 
 
 def _keys(file: str | None, variable: str) -> tuple[str, ...]:

@@ -1,0 +1,32 @@
+"""Adapters by name from one folder: `LLAMA_ADAPTER_DIR=experts/ VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve ...`.
+
+vLLM asks when a request names a model that it does not know, loads what it is told, and keeps it.
+"""
+
+import re
+from pathlib import Path
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver
+
+from llama_adapter.serving.vllm_plugin.folders import is_ours
+
+
+class FolderResolver(LoRAResolver):
+    """Finds the adapter `name` in the subfolder of that name.
+
+    Args:
+        folder: holds a subfolder per adapter; none is opened before it is asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().resolve()
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See `vllm.lora.resolver.LoRAResolver`; a name that leads out of the folder is nobody's."""
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", lora_name):
+            return None
+        found = (self.folder / lora_name).resolve()
+        if not found.is_relative_to(self.folder) or found == self.folder or not is_ours(found):
+            return None
+        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(found))  # vLLM gives it its number
