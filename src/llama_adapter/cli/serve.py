@@ -82,7 +82,7 @@ NOT_VLLMS = (
     "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_waiting", "max_tokens", "deadline",
 )  # fmt: skip
 """Flags that vLLM has no like for."""
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
@@ -107,7 +107,7 @@ def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
     line = command(
         planned.model, planned.folders, adapter_dir=args.adapter_dir, host=args.host, port=args.port,
         served_model_name=args.served_model_name,
-        options=["--dtype", DTYPES[args.precision], "--max-num-seqs", str(args.max_rows)],
+        options=["--dtype", VLLM_DTYPES[args.precision], "--max-num-seqs", str(args.max_rows)],
     )  # fmt: skip
     keys = {"VLLM_API_KEY": config.api_keys[0]} if config.api_keys else {}
     sys.stderr.flush()

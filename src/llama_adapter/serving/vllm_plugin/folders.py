@@ -19,7 +19,7 @@ def is_ours(folder: str | Path) -> bool:
         return False
 
 
-def digest(folder: str | Path) -> str:
+def folder_digest(folder: str | Path) -> str:
     """SHA-256 of an adapter's two files, in hex.
 
     Raises:

@@ -17,7 +17,7 @@ from llama_adapter.core.families import family_of, shape_of
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
 from llama_adapter.errors import AdapterError, UnsupportedModelError
 from llama_adapter.formats.native import read_tensors
-from llama_adapter.serving.vllm_plugin.folders import digest, is_ours, rank_of, read_servable
+from llama_adapter.serving.vllm_plugin.folders import folder_digest, is_ours, rank_of, read_servable
 from llama_adapter.serving.vllm_plugin.layer import AttentionWithPrompts
 
 TARGET = "attn"
@@ -208,7 +208,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
                     "has no slots for others: leave it out."
                 )
             return super()._load_adapter(lora_request)
-        key, content = (lora_request.lora_int_id, lora_request.lora_path), digest(folder)
+        key, content = (lora_request.lora_int_id, lora_request.lora_path), folder_digest(folder)
         if not lora_request.load_inplace and self._contents.get(key, content) != content:
             # The prefix cache knows these requests by the content that was there first.
             raise AdapterError(
@@ -216,7 +216,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
                 "few to keep that: load it again with load_inplace, or under another name."
             )
         adapter = self._adapter_manager.read(folder, lora_request.lora_int_id)
-        if digest(folder) != content:
+        if folder_digest(folder) != content:
             raise AdapterError(f"{folder} changed while it was read: load it again.")
         self._contents[key] = content
         return adapter

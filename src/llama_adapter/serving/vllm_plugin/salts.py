@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_adapter.errors import AdapterError
-from llama_adapter.serving.vllm_plugin.folders import digest, is_ours
+from llama_adapter.serving.vllm_plugin.folders import folder_digest, is_ours
 
 
 class Salts:
@@ -37,7 +37,7 @@ class Salts:
     def content(self, request: Any) -> str | None:
         """Digest of what lies in a request's folder now; None where it is not ours."""
         folder = self.locate(request.lora_path)
-        return digest(folder) if is_ours(folder) else None
+        return folder_digest(folder) if is_ours(folder) else None
 
     def loading(self, request: Any, load: Callable[[], Any], drop: Callable[[], Any]) -> Any:
         """Run `load`, which reads the request's adapter in every worker, and keep the salt of what they read.
