@@ -165,7 +165,7 @@ def test_one_gate_for_all_heads_of_the_first_release_needs_the_base_s_heads(tmp_
     theirs = {"adapter_query.weight": torch.randn(6, 8), **{f"layers.{i}.attention.gate": torch.full((1,), 0.5 + i)
               for i in range(3)}}  # fmt: skip
     torch.save(theirs, tmp_path / "r.pth")
-    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: convert it"):
         read_adapter(tmp_path / "r.pth")
     shape = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 4, "head_dim": 2}  # fmt: skip
@@ -189,7 +189,6 @@ PICTURE = {"kind": "visual_prompt", "tower": "t", "tower_width": 6, "blocks": 1,
         ({}, {"condition": ConditionConfig(**PICTURE, layers=1)}, "without early fusion"),
         ({}, {"norms": True, "gate_activation": "identity"}, r"its gates are always used as tanh\(g\) in V2"),
         ({}, {"gate_scale": True}, "new_gate comes with LoRA alone"),
-        ({}, {"lora_rank": 2, "lora_targets": NAMES}, "LoRA comes with new_gate"),
         ({}, {"lora_rank": 2, "lora_targets": NAMES, "lora_alpha": 4.0, "gate_scale": True}, "no factor alpha / r"),
         ({}, {"linear_scale": NAMES}, "scales belong to its dialog model"),
         ({}, {"linear_bias": NAMES}, "it has no biases on wk and wv"),
@@ -451,7 +450,7 @@ def test_the_dialog_checkpoint_scales_inputs_and_adds_biases_and_goes_back(v1, t
     shape, tensors = read_fixture("v1")
     chat = chat_tensors(shape)
     torch.save({"model": chat}, tmp_path / "chat65b.pth")
-    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: convert it"):
         read_adapter(tmp_path / "chat65b.pth")
     v1[0].save_pretrained(tmp_path / "base")
     account = convert(tmp_path / "chat65b.pth", tmp_path / "ours", base=str(tmp_path / "base"), verify=True)
@@ -700,7 +699,8 @@ def test_v2_on_a_base_with_another_mlp_is_refused_before_anything_is_written(tmp
     path = v2_file(tmp_path, "v2", tensors, shape)
     tiny_llama(hidden_size=64, num_hidden_layers=4, num_key_value_heads=4, intermediate_size=160).save_pretrained(
         tmp_path / "base")  # fmt: skip
-    error = fail(capsys, "convert", path, "--output", tmp_path / "out", "--base", tmp_path / "base")
+    out = ("--output", tmp_path / "out", "--block-heads", 4)
+    error = fail(capsys, "convert", path, *out, "--base", tmp_path / "base")
     assert "mlp.gate_proj.bias is (192,), and should be (160,)" in error
     assert not (tmp_path / "out").exists()
 
