@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from official_files import adapter_of, base_of, read_fixture, same_file
+from official_files import FIXTURES, adapter_of, base_of, read_fixture, same_file
 from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, adapted, tiny_llama, tokens
 
@@ -344,6 +344,22 @@ def test_litgpt_to_ours_to_litgpt(tmp_path, kv_heads):
     assert (logits(tiny_llama(num_key_value_heads=kv_heads), tokens()) - expected).abs().max() > 1e-2
     convert(tmp_path / "ours", tmp_path / "back", to="litgpt", verify=True)
     same_file(torch.load(tmp_path / "back" / "lit_model.pth.adapter", weights_only=True)["model"], content)
+
+
+@pytest.mark.parametrize(("version", "file"), [("v1", "lit_model.pth.adapter"), ("v2", "lit_model.pth.adapter_v2")])
+def test_litgpt_s_own_outputs(tmp_path, version, file):
+    """What LitGPT 0.5.13 gave for a base with one key-value head, the only kind that it cuts rightly."""
+    stored = load_file(FIXTURES / "litgpt_0.5.13.safetensors")
+    base = {key[5:]: t for key, t in stored.items() if key.startswith("base.")}
+    prefix = f"{version}.adapter."
+    torch.save({"model": {key.removeprefix(prefix): t for key, t in stored.items() if key.startswith(prefix)}},
+               tmp_path / file)  # fmt: skip
+    model = tiny_llama(num_key_value_heads=1)
+    model.load_state_dict(base)
+    assert (logits(model, stored["tokens"]) - stored[f"{version}.logits"]).abs().max() > 1e-1
+    load_adapter(model, tmp_path / file)
+    torch.testing.assert_close(logits(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
 
 
 def test_litgpt_s_older_gates(tmp_path):

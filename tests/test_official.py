@@ -1,6 +1,7 @@
 """The authors' files as other people's tools leave them: other shapes, names, dtypes and containers, same adapter."""
 
 import argparse
+import shutil
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from safetensors.torch import save_file
 from test_convert import decoded, logits, seeing
 from tiny import tiny_llama
 
-from llama_adapter import LlamaAdapterError, load_adapter
+from llama_adapter import LlamaAdapterError, TrainConfig, load_adapter, load_session, train
+from llama_adapter.base import resolve_model
 from llama_adapter.core.families import shape_of
 from llama_adapter.formats.convert import convert, digest
 from llama_adapter.formats.load import read_adapter
 from llama_adapter.formats.stored import Hints
+from llama_adapter.training.start import settle
 
 TANH = Hints(gate_activation="tanh")
 
@@ -152,3 +155,36 @@ def test_a_training_checkpoint_of_the_second_version(tmp_path):
     model = base_of(shape, tensors)
     load_adapter(model, tmp_path / "checkpoint-3.pth", block_heads=shape["v_num_heads"])
     torch.testing.assert_close(seeing(model, tensors, logits), tensors["logits"], atol=1e-4, rtol=0)
+
+
+def without_weights(tmp_path, **changes):
+    """A base's configuration and tokenizer of the V2 fixture's shape: whoever reads weights fails."""
+    shape, tensors = read_fixture("v2_lora")
+    config = base_of(shape, tensors).config
+    for key, value in changes.items():
+        setattr(config, key, value)
+    config.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{resolve_model('bundled')}/{name}", tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_parts_of_another_base_are_refused_before_weights_are_read(tmp_path):
+    """`generate`, `chat`, `serve` and `evaluate` plan a session; `train --init-from` checks where it starts."""
+    v2(tmp_path, lambda model, config: config.update(v_num_heads=4))
+    source, base = str(tmp_path / "v2.pth"), without_weights(tmp_path, intermediate_size=160)
+    message = r"v2.pth does not fit this base: .* is \(192,\), and should be \(160,\)"
+    with pytest.raises(LlamaAdapterError, match=message):
+        load_session(base, {"v2": source}, "cpu")
+    (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "b"}]')
+    config = TrainConfig(init_from=source, model=base, data=(str(tmp_path / "d.json"),), output_dir=str(tmp_path / "o"))
+    with pytest.raises(LlamaAdapterError, match=message):
+        train(config)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_that_goes_on_from_a_foreign_file_says_what_was_taken_as_usual(tmp_path, caplog):
+    torch.save(v1(), tmp_path / "release.pth")
+    start = settle(TrainConfig(init_from=str(tmp_path / "release.pth"), output_dir=str(tmp_path / "o")))[1]
+    assert start.config.gate_activation == "identity"
+    assert "release.pth: The file does not say the gates' activation: identity" in caplog.text

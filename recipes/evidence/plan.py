@@ -88,4 +88,4 @@ def gap() -> list[Trial]:
 
 def v2() -> list[Trial]:
     """The second version's parts."""
-    return [t for label, options in V2.items() for t in seeds("v2", label, options)]
+    return [Trial("v2", label, seed, LR, options=options) for seed in SEEDS for label, options in V2.items()]
