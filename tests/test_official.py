@@ -74,13 +74,47 @@ def test_an_old_pickle_runs_nothing_and_is_not_read_when_cut_short(tmp_path):
         read_adapter(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize(("rows", "opened", "expected"), [(8, 2, (4, 2)), (20, 4, (5, 4)), (9, 2, (3, 3))])
-def test_the_gates_that_are_open_say_which_layers_have_prompts(tmp_path, rows, opened, expected):
-    """K L rows in 4 layers: as many layers as have gates that training moved, where that can be."""
+def rows_of(tmp_path, rows, opened):
+    """A file with so many rows of prompts whose top layers of 4 have open gates."""
     gates = {f"layers.{i}.attention.gate": torch.full((1, 4, 1, 1), float(i >= 4 - opened)) for i in range(4)}
     torch.save({"adapter_query.weight": torch.randn(rows, 64), **gates}, tmp_path / "a.pth")
-    config = read_adapter(tmp_path / "a.pth", TANH).config
+    return tmp_path / "a.pth"
+
+
+@pytest.mark.parametrize(
+    ("rows", "opened", "expected"), [(8, 2, (4, 2)), (20, 4, (10, 2)), (9, 4, (3, 3)), (20, 1, (20, 1)), (7, 4, (7, 1))]
+)
+def test_how_prompts_are_divided_among_layers(tmp_path, rows, opened, expected):
+    """Layers whose gates training opened say it, else the usual 10, else the only way there is."""
+    config = read_adapter(rows_of(tmp_path, rows, opened), TANH).config
     assert (config.adapter_len, config.adapter_layers) == expected
+
+
+def test_prompts_that_can_be_divided_in_several_ways_are_not_guessed(tmp_path):
+    path = rows_of(tmp_path, 12, 4)
+    with pytest.raises(LlamaAdapterError, match=r"12 rows of prompts are divided .* --adapter-len, such as 3 or 6"):
+        read_adapter(path, TANH)
+    assert read_adapter(path, Hints(gate_activation="tanh", adapter_len=4)).config.adapter_layers == 3
+
+
+@pytest.mark.parametrize("hints", [TANH, Hints(gate_activation="tanh", adapter_len=3)])
+def test_prompts_without_open_gates_mean_that_layers_are_missing(tmp_path, hints):
+    with pytest.raises(LlamaAdapterError, match=r"cannot be K=3 a layer in the top 2 of 4 layers that have open gates"):
+        read_adapter(rows_of(tmp_path, 9, 2), hints)
+
+
+def test_trained_parameters_that_were_saved_as_such(tmp_path):
+    """`{name: p for name, p in model.named_parameters() if p.requires_grad}`, as the authors' exporter has it."""
+    torch.save({key: torch.nn.Parameter(t) for key, t in v1().items()}, tmp_path / "parameters.pth")
+    torch.save(v1(), tmp_path / "tensors.pth")
+    assert len({digest(read_adapter(path, TANH).tensors) for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to_sparse(), lambda t: t.to("meta")])
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, change):
+    torch.save({**v1(), "adapter_query.weight": change(v1()["adapter_query.weight"])}, tmp_path / "a.pth")
+    with pytest.raises(LlamaAdapterError, match=r"'adapter_query.weight' is no plain tensor"):
+        read_adapter(tmp_path / "a.pth", TANH)
 
 
 def test_a_base_with_grouped_keys_and_values(tmp_path):
@@ -111,7 +145,7 @@ def test_a_projector_that_is_not_the_authors_width_needs_its_heads(tmp_path):
     shape, _ = v2(tmp_path)
     with pytest.raises(LlamaAdapterError, match=r"which is 48 wide .*: convert it with --block-heads"):
         read_adapter(tmp_path / "v2.pth")
-    with pytest.raises(LlamaAdapterError, match="has 5 prompts a layer: leave --adapter-len 3 out"):
+    with pytest.raises(LlamaAdapterError, match=r"has 5 prompts a layer: leave --adapter-len out"):
         read_adapter(tmp_path / "v2.pth", Hints(block_heads=4, adapter_len=3))
     v2(tmp_path, lambda model, config: config.update(v_num_heads=shape["v_num_heads"]))
     assert read_adapter(tmp_path / "v2.pth").config.condition.block_heads == 4

@@ -182,18 +182,29 @@ def _sizes(
 def _lengths(
     stored: Stored, rows: int, layers: int, known: Any, opened: list[int], notes: list[str]
 ) -> tuple[int, int]:
-    """K and L of prompts that stand in one matrix of K x L rows; `opened` are layers whose gates are not 0."""
+    """K and L of prompts that stand in one matrix of K x L rows; `opened` are layers whose gates are not 0.
+
+    Raises:
+        AdapterError: the rows can be divided in several ways, or in none that fits the gates.
+    """
+    # Training opens the gates of every layer with prompts; those below were never trained, and most files have them.
+    trained = layers - min(opened, default=layers)
+    trained = trained if 0 < trained < layers else layers
     if known is None:
-        trained = layers - min(opened, default=layers)  # gates below those of the prompts were never trained
-        fits = [rows // count for count in range(min(layers, rows), 0, -1) if rows % count == 0]
-        known = 10 if 10 in fits else fits[0]
-        known = rows // trained if trained and rows % trained == 0 else known
+        fits = [rows // count for count in range(2, layers + 1) if rows % count == 0] or [rows]
+        known = 10 if 10 in fits else fits[0] if len(fits) == 1 else None
+        known = rows // trained if trained < layers and rows % trained == 0 else known
+        if known is None:
+            raise AdapterError(
+                f"{stored.path} does not say how its {rows} rows of prompts are divided among {layers} layers: "
+                f"convert it with --adapter-len, such as {fits[-1]} or {fits[0]}."
+            )
         notes.append(f"The file does not say how long its prompts are: {rows} rows are taken as K={known} in "
                      f"L={rows // known} layers; convert --adapter-len says otherwise.")  # fmt: skip
-    if type(known) is not int or known < 1 or rows % known or rows // known > layers:
+    if type(known) is not int or known < 1 or rows % known or rows // known > trained:
         raise AdapterError(
-            f"{stored.path}: prompts of {rows} rows in {layers} layers cannot be K={shown(known)} a layer: pass the "
-            "--adapter-len that it was trained with."
+            f"{stored.path}: prompts of {rows} rows cannot be K={shown(known)} a layer in the top {trained} of "
+            f"{layers} layers that have open gates: it is incomplete, or was trained with another --adapter-len."
         )
     return known, rows // known
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_adapter.base import first_sentence
 from llama_adapter.core.config import AdapterConfig, GateActivation
@@ -84,11 +84,18 @@ class Stored:
         self.path = path
         while found and (wrapper := next((w for w in WRAPPERS if all(str(key).startswith(w) for key in found)), None)):
             found = {str(key).removeprefix(wrapper): value for key, value in found.items()}
-        self.tensors = {key: value for key, value in found.items() if isinstance(key, str) and type(value) is Tensor}
+        self.tensors = {
+            key: value.detach()
+            for key, value in found.items()
+            if isinstance(key, str) and type(value) in (Tensor, nn.Parameter)
+            if value.layout == torch.strided and not value.is_meta
+        }
         self.beside = {str(key): value for key, value in (beside or {}).items()}
         others = [shown(key) for key in found if key not in self.tensors]
         if others:
-            raise AdapterError(f"{path}: {others[0]} is no tensor, where only tensors belong: copy the file again.")
+            raise AdapterError(
+                f"{path}: {others[0]} is no plain tensor, and nothing else belongs there: copy the file again."
+            )
         self.taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
