@@ -503,7 +503,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
     beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
     lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
-    beside |= {"lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
+    beside |= {"parts_lr": lora, "lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
     beside |= {"visual_len": visual, "visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
     parser = build_parser()
     for field in dataclasses.fields(TrainConfig):

@@ -145,7 +145,7 @@ def test_a_projector_that_is_not_the_authors_width_needs_its_heads(tmp_path):
     shape, _ = v2(tmp_path)
     with pytest.raises(LlamaAdapterError, match=r"which is 48 wide .*: convert it with --block-heads"):
         read_adapter(tmp_path / "v2.pth")
-    with pytest.raises(LlamaAdapterError, match=r"has 5 prompts a layer: leave --adapter-len out"):
+    with pytest.raises(LlamaAdapterError, match=r"has 5 prompts a layer: leave --adapter-len 3 out"):
         read_adapter(tmp_path / "v2.pth", Hints(block_heads=4, adapter_len=3))
     v2(tmp_path, lambda model, config: config.update(v_num_heads=shape["v_num_heads"]))
     assert read_adapter(tmp_path / "v2.pth").config.condition.block_heads == 4
