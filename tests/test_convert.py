@@ -664,8 +664,15 @@ def test_a_bad_file_is_one_sentence_and_nothing_is_written(release, tmp_path, ca
 
 
 def test_a_folder_of_meta_s_base_names_the_command(tmp_path, capsys):
-    (tmp_path / "consolidated.00.pth").touch()
-    assert "convert_llama_weights_to_hf --input_dir" in fail(capsys, "convert", tmp_path, "--output", tmp_path / "out")
+    (tmp_path / "meta").mkdir()
+    weights, out = tmp_path / "meta" / "consolidated.00.pth", tmp_path / "out"
+    weights.touch()
+    for command in (
+        ("convert", tmp_path / "meta", "--output", out), ("generate", "--model", tmp_path / "meta", "Hi"),
+        ("generate", "--model", weights, "Hi"), ("train", "--model", tmp_path / "meta", "--output-dir", out),
+    ):  # fmt: skip
+        assert f"convert_llama_weights_to_hf --input_dir {tmp_path / 'meta'} " in fail(capsys, *command)
+    assert not out.exists()
 
 
 def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
