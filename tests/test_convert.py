@@ -692,6 +692,7 @@ def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
         (lambda c, t: c.update(adapter_layers=10**9), "does not hold prompts and gates of the top 1000000000 layers"),
         (lambda c, t: c.update(adapter_len=7), r"adaption_prompt is float32 \[1, 4, 32\], not float \[1, 7, 32\]"),
         (lambda c, t: c.update(base_model_name_or_path=None), "does not name its base, which says how many heads"),
+        (lambda c, t: c.update(base_model_name_or_path=""), "does not name its base, which says how many heads"),
         (lambda c, t: c.update(base_model_name_or_path="./nowhere"), "'./nowhere' does not exist"),
         (lambda c, t: t.pop(f"{PEFT_LAYER}adaption_gate"), "has no tensor layers.2.self_attn.adaption_gate"),
         (lambda c, t: t.update(more=torch.ones(1)), "such as 'more'"),

@@ -1,6 +1,7 @@
 """The authors' files as other people's tools leave them: other shapes, names, dtypes and containers, same adapter."""
 
 import argparse
+import math
 import shutil
 
 import pytest
@@ -10,11 +11,13 @@ from safetensors.torch import save_file
 from test_convert import decoded, logits, seeing
 from tiny import tiny_llama
 
-from llama_adapter import LlamaAdapterError, TrainConfig, load_adapter, load_session, train
+from llama_adapter import AdapterConfig, LlamaAdapterError, TrainConfig, load_adapter, load_session, train
 from llama_adapter.base import resolve_model
+from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.families import shape_of
 from llama_adapter.formats.convert import convert, digest
 from llama_adapter.formats.load import read_adapter
+from llama_adapter.formats.official_names import LINEARS, Sizes, pairs
 from llama_adapter.formats.stored import Hints
 from llama_adapter.training.start import settle
 
@@ -139,6 +142,20 @@ def v2(tmp_path, change=lambda model, config: None):
     change(model, config)
     torch.save({"model": model, "config": config}, tmp_path / "v2.pth")
     return shape, tensors
+
+
+@pytest.mark.parametrize(("rank", "keys", "numbers"), [(0, 363, 63_095_552), (16, 843, 103_072_544)])
+def test_the_published_files_have_so_many_keys_and_numbers(rank, keys, numbers):
+    """BIAS-7B and LORA-BIAS-7B; they hold the gates of the layer without prompts too."""
+    condition = ConditionConfig(kind="visual_prompt", tower="t", tower_width=768)
+    biases = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config = AdapterConfig(
+        adapter_layers=31, norms=True, linear_bias=biases, condition=condition, lora_rank=rank,
+        lora_targets=tuple(LINEARS) if rank else (), gate_scale=bool(rank),
+    )  # fmt: skip
+    theirs = [pair.their_shape for pair in pairs(config, Sizes(32, 4096, 32, 32, 128, 11008), "llama.")]
+    shapes = [*theirs, *condition.shapes(4096, 10).values(), (310, 4096), (1, 32, 1, 1), *[(1, 1, 1, 1)] * bool(rank)]
+    assert (len(shapes), sum(map(math.prod, shapes))) == (keys, numbers)
 
 
 def test_a_projector_that_is_not_the_authors_width_needs_its_heads(tmp_path):
