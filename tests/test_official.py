@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from test_convert import decoded, logits, seeing
 from tiny import tiny_llama
 
-from llama_adapter import AdapterConfig, LlamaAdapterError, TrainConfig, load_adapter, load_session, train
+from llama_adapter import (
+    AdapterConfig,
+    LlamaAdapterError,
+    TrainConfig,
+    add_adapter,
+    load_adapter,
+    load_session,
+    save_adapter,
+    train,
+)
 from llama_adapter.base import resolve_model
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.families import shape_of
@@ -239,3 +248,21 @@ def test_a_run_that_goes_on_from_a_foreign_file_says_what_was_taken_as_usual(tmp
     start = settle(TrainConfig(init_from=str(tmp_path / "release.pth"), output_dir=str(tmp_path / "o")))[1]
     assert start.config.gate_activation == "identity"
     assert "release.pth: The file does not say the gates' activation: identity" in caplog.text
+
+
+def test_lora_without_new_gate_is_theirs_too(tmp_path):
+    """Their loader starts new_gate at 1 and takes files that lack it."""
+    model = tiny_llama(num_key_value_heads=4)
+    config = AdapterConfig(adapter_len=4, adapter_layers=2, lora_rank=2, lora_targets=("q_proj", "o_proj"))
+    with torch.no_grad():
+        for parameter in add_adapter(model, config).parameters():
+            parameter.normal_()
+    save_adapter(model, tmp_path / "ours")
+    account = convert(tmp_path / "ours", tmp_path / "theirs", to="official", verify=True)
+    content = torch.load(tmp_path / "theirs" / account["files"][0], weights_only=True)
+    assert content["config"] == {"w_bias": False, "w_lora": True, "lora_rank": 2}
+    assert not [key for key in content["model"] if "new_gate" in key]
+    back = tiny_llama(num_key_value_heads=4)
+    load_adapter(back, tmp_path / "theirs" / account["files"][0], adapter_len=4)
+    ids = torch.arange(12)[None]
+    assert torch.equal(logits(back, ids), logits(model, ids))

@@ -66,7 +66,7 @@ def trials() -> list[Trial]:
     plan += [Trial("zero-init, six layers", seed, changes={"tower_depths": []}) for seed in SEEDS]
     plan += [Trial("random gates, last layer", seed, gate_start=1.0) for seed in SEEDS]
     plan += [Trial("text only", seed, changes={"condition": None}) for seed in SEEDS]
-    plan += [Trial("early fusion", 0, changes=EARLY), Trial("visual prompt on every layer", 0, changes=VISUAL)]
+    plan += [Trial("early fusion, half as long", 0, changes={**EARLY, "epochs": 3, "warmup_epochs": 0.3})]
     plan += [Trial("two things", 0, "two"), Trial("two things, visual prompt", 0, "two", VISUAL)]
     return plan
 
