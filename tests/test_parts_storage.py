@@ -80,7 +80,9 @@ def test_inspect_without_prompts_has_no_gates(tmp_path, capsys):
     add(model, "chat", **CHAT)
     save_adapter(model, tmp_path)
     main(["inspect", str(tmp_path)])
-    assert "biases" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "biases" in out
+    assert "no prompts and no gates" in out
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(tmp_path), "--plot", str(tmp_path / "gates.png")])
 

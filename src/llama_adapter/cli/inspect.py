@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     description = "Show an adapter's parameters, bytes and how far its gates have opened."
     parser = add_command(commands, "inspect", run, description, EXAMPLES)
     parser.add_argument(
-        "folder", metavar="ADAPTER", help="adapter folder, or an adapter of the authors, PEFT or LitGPT"
+        "folder", metavar="ADAPTER", help="adapter folder or hub name, or an adapter of the authors, PEFT or LitGPT"
     )
     parser.add_argument(
         "--plot", type=path_of, metavar="PNG", help="write the layer-by-head picture of the gates there"
@@ -59,8 +59,11 @@ def _print(found: dict[str, Any]) -> None:
         f"base        {config['base_model_name_or_path']} ({config['base_shape'].get('model_type', 'unknown')})",
         soft_wrap=True,
     )
-    console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
-    console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    if config["adapter_layers"]:
+        console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
+        console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    else:
+        console.print(f"adapter     no prompts and no gates; template {config['template']}")
     if found["format"] != "llama-adapter":
         console.print(f"format      {found['format']}")
     for note in found["notes"]:

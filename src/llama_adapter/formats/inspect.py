@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llama_adapter.core.zero_init import GATE_ACTIVATIONS
-from llama_adapter.formats.load import read_adapter
+from llama_adapter.formats.load import find_adapter, read_adapter
 from llama_adapter.formats.native import WEIGHTS_FILE
 
 
@@ -26,7 +26,8 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterError: the folder holds no sound adapter.
     """
-    found = read_adapter(folder)
+    place = find_adapter(folder)
+    found = read_adapter(place)
     config, tensors = found.config, found.tensors
     activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
@@ -50,7 +51,7 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "config": config.to_dict(),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "parts": _sizes(tensors),
-        "bytes": _bytes(Path(folder)),
+        "bytes": _bytes(place),
         "layers": layers,
     }
 
