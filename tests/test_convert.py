@@ -360,6 +360,35 @@ def test_litgpt_s_own_outputs(tmp_path, version, file):
     load_adapter(model, tmp_path / file)
     torch.testing.assert_close(logits(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
     torch.testing.assert_close(decoded(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    convert(tmp_path / file, tmp_path / "ours", base=base)
+    convert(tmp_path / "ours", tmp_path / "back", to="litgpt", base=base, verify=True)
+    same_file(*(torch.load(f / file, weights_only=True)["model"] for f in (tmp_path / "back", tmp_path)))
+
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"norms": True}, "has norms and biases of all linears"),
+        (
+            {"norms": True, "linear_bias": SEVEN, "lora_rank": 1, "lora_targets": ("q_proj",)},
+            "neither scales of inputs",
+        ),
+        ({"norms": True, "linear_bias": SEVEN}, "wants a bias of lm_head, whose size only a file"),
+        ({"adapter_layers": 0, "norms": True}, "has no adapters without prompts"),
+    ],
+)
+def test_what_litgpt_cannot_say_is_refused_by_name(tmp_path, config, reason):
+    model = tiny_llama()
+    add_adapter(model, AdapterConfig(**{"adapter_len": 4, "adapter_layers": 2, **config}))
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(LlamaAdapterError, match=f"This adapter cannot be LitGPT's: .*{reason}"):
+        convert(tmp_path / "ours", tmp_path / "lit", to="litgpt")
+    assert not (tmp_path / "lit").exists()
 
 
 def test_litgpt_s_older_gates(tmp_path):
