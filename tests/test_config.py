@@ -119,6 +119,7 @@ def test_every_allowed_seed_gives_an_order_of_the_data():
         ({"trackers": ("none", "wandb")}, "trackers are none, wandb: pass 'none' or the others"),
         ({"tower": "bundled"}, "tower has no effect without a condition: pass --condition image, or leave it out"),
         ({"condition_lr": 0.1}, "condition_lr has no effect without a condition"),
+        ({"parts_lr": 0.1}, "parts_lr has no effect without norms, linear_scale, linear_bias and lora_rank"),
         ({"feature_cache": "x"}, "feature_cache has no effect without a condition"),
         ({"condition": "image", "visual_width": 8}, "visual_width has no effect with condition image: leave it out"),
         (
@@ -463,6 +464,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "tower": ("t", "t"),
         "tower_depths": ("3", (3,)),
         "condition_lr": ("0.01", 0.01),
+        "parts_lr": ("0.01", 0.01),
         "condition_width": ("8", 8),
         "condition_activation": ("silu", "silu"),
         "absent": ("learnt", "learnt"),
@@ -503,7 +505,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
     beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
     lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
-    beside |= {"lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
+    beside |= {"parts_lr": lora, "lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
     beside |= {"visual_len": visual, "visual_blocks": visual, "visual_width": visual, "visual_heads": visual}
     parser = build_parser()
     for field in dataclasses.fields(TrainConfig):

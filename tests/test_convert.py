@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from official_files import adapter_of, base_of, read_fixture, same_file
+from official_files import FIXTURES, adapter_of, base_of, read_fixture, same_file
 from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, adapted, tiny_llama, tokens
 
@@ -165,7 +165,7 @@ def test_one_gate_for_all_heads_of_the_first_release_needs_the_base_s_heads(tmp_
     theirs = {"adapter_query.weight": torch.randn(6, 8), **{f"layers.{i}.attention.gate": torch.full((1,), 0.5 + i)
               for i in range(3)}}  # fmt: skip
     torch.save(theirs, tmp_path / "r.pth")
-    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: convert it"):
         read_adapter(tmp_path / "r.pth")
     shape = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 4, "head_dim": 2}  # fmt: skip
@@ -189,7 +189,6 @@ PICTURE = {"kind": "visual_prompt", "tower": "t", "tower_width": 6, "blocks": 1,
         ({}, {"condition": ConditionConfig(**PICTURE, layers=1)}, "without early fusion"),
         ({}, {"norms": True, "gate_activation": "identity"}, r"its gates are always used as tanh\(g\) in V2"),
         ({}, {"gate_scale": True}, "new_gate comes with LoRA alone"),
-        ({}, {"lora_rank": 2, "lora_targets": NAMES}, "LoRA comes with new_gate"),
         ({}, {"lora_rank": 2, "lora_targets": NAMES, "lora_alpha": 4.0, "gate_scale": True}, "no factor alpha / r"),
         ({}, {"linear_scale": NAMES}, "scales belong to its dialog model"),
         ({}, {"linear_bias": NAMES}, "it has no biases on wk and wv"),
@@ -347,6 +346,51 @@ def test_litgpt_to_ours_to_litgpt(tmp_path, kv_heads):
     same_file(torch.load(tmp_path / "back" / "lit_model.pth.adapter", weights_only=True)["model"], content)
 
 
+@pytest.mark.parametrize(("version", "file"), [("v1", "lit_model.pth.adapter"), ("v2", "lit_model.pth.adapter_v2")])
+def test_litgpt_s_own_outputs(tmp_path, version, file):
+    """What LitGPT 0.5.13 gave for a base with one key-value head, the only kind that it cuts rightly."""
+    stored = load_file(FIXTURES / "litgpt_0.5.13.safetensors")
+    base = {key[5:]: t for key, t in stored.items() if key.startswith("base.")}
+    prefix = f"{version}.adapter."
+    torch.save({"model": {key.removeprefix(prefix): t for key, t in stored.items() if key.startswith(prefix)}},
+               tmp_path / file)  # fmt: skip
+    model = tiny_llama(num_key_value_heads=1)
+    model.load_state_dict(base)
+    assert (logits(model, stored["tokens"]) - stored[f"{version}.logits"]).abs().max() > 1e-1
+    load_adapter(model, tmp_path / file)
+    torch.testing.assert_close(logits(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded(model, stored["tokens"]), stored[f"{version}.logits"], atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    convert(tmp_path / file, tmp_path / "ours", base=base)
+    convert(tmp_path / "ours", tmp_path / "back", to="litgpt", base=base, verify=True)
+    same_file(*(torch.load(f / file, weights_only=True)["model"] for f in (tmp_path / "back", tmp_path)))
+
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"norms": True}, "has norms and biases of all linears"),
+        (
+            {"norms": True, "linear_bias": SEVEN, "lora_rank": 1, "lora_targets": ("q_proj",)},
+            "neither scales of inputs",
+        ),
+        ({"norms": True, "linear_bias": SEVEN}, "wants a bias of lm_head, whose size only a file"),
+        ({"adapter_layers": 0, "norms": True}, "has no adapters without prompts"),
+    ],
+)
+def test_what_litgpt_cannot_say_is_refused_by_name(tmp_path, config, reason):
+    model = tiny_llama()
+    add_adapter(model, AdapterConfig(**{"adapter_len": 4, "adapter_layers": 2, **config}))
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(LlamaAdapterError, match=f"This adapter cannot be LitGPT's: .*{reason}"):
+        convert(tmp_path / "ours", tmp_path / "lit", to="litgpt")
+    assert not (tmp_path / "lit").exists()
+
+
 def test_litgpt_s_older_gates(tmp_path):
     torch.save({"model": litgpt_content(shape=(1, 4, 1, 1))}, tmp_path / "lit_model.pth.adapter")
     newer = {key: t.reshape(1, 1, 4, 1) if "gating" in key else t for key, t in litgpt_content().items()}
@@ -451,7 +495,7 @@ def test_the_dialog_checkpoint_scales_inputs_and_adds_biases_and_goes_back(v1, t
     shape, tensors = read_fixture("v1")
     chat = chat_tensors(shape)
     torch.save({"model": chat}, tmp_path / "chat65b.pth")
-    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: pass --base"):
+    with pytest.raises(LlamaAdapterError, match="does not say how many attention heads its base has: convert it"):
         read_adapter(tmp_path / "chat65b.pth")
     v1[0].save_pretrained(tmp_path / "base")
     account = convert(tmp_path / "chat65b.pth", tmp_path / "ours", base=str(tmp_path / "base"), verify=True)
@@ -604,8 +648,8 @@ BAD = {
     "code": (lambda p: torch.save({"a": Evil()}, p), r"holds code \(posix.system\), which is never run"),
     "a class": (lambda p: torch.save({"a": Hints()}, p), r"holds code \(llama_adapter.formats.stored.Hints\)"),
     "a list": (lambda p: torch.save([1], p), "holds list, not tensors by name"),
-    "a number": (changed(lambda c: c.update(x=1)), "'x' is no tensor"),
-    "numbered": (changed(lambda c: c.update({1: torch.ones(1)})), "1 is no tensor"),
+    "a number": (changed(lambda c: c.update(x=1)), "'x' is no plain tensor"),
+    "numbered": (changed(lambda c: c.update({1: torch.ones(1)})), "1 is no plain tensor"),
     "missing gate": (changed(lambda c: c.pop("layers.2.attention.gate")), "has no tensor layers.2.attention.gate"),
     "missing gates": (changed(lambda c: [c.pop(k) for k in list(c) if "gate" in k]), "has no gates"),
     "extra": (changed(lambda c: c.update(more=torch.ones(2))), r"has 1 tensors that .* such as \['more'\]"),
@@ -649,8 +693,15 @@ def test_a_bad_file_is_one_sentence_and_nothing_is_written(release, tmp_path, ca
 
 
 def test_a_folder_of_meta_s_base_names_the_command(tmp_path, capsys):
-    (tmp_path / "consolidated.00.pth").touch()
-    assert "convert_llama_weights_to_hf --input_dir" in fail(capsys, "convert", tmp_path, "--output", tmp_path / "out")
+    (tmp_path / "meta").mkdir()
+    weights, out = tmp_path / "meta" / "consolidated.00.pth", tmp_path / "out"
+    weights.touch()
+    for command in (
+        ("convert", tmp_path / "meta", "--output", out), ("generate", "--model", tmp_path / "meta", "Hi"),
+        ("generate", "--model", weights, "Hi"), ("train", "--model", tmp_path / "meta", "--output-dir", out),
+    ):  # fmt: skip
+        assert f"convert_llama_weights_to_hf --input_dir {tmp_path / 'meta'} " in fail(capsys, *command)
+    assert not out.exists()
 
 
 def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
@@ -670,6 +721,7 @@ def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
         (lambda c, t: c.update(adapter_layers=10**9), "does not hold prompts and gates of the top 1000000000 layers"),
         (lambda c, t: c.update(adapter_len=7), r"adaption_prompt is float32 \[1, 4, 32\], not float \[1, 7, 32\]"),
         (lambda c, t: c.update(base_model_name_or_path=None), "does not name its base, which says how many heads"),
+        (lambda c, t: c.update(base_model_name_or_path=""), "does not name its base, which says how many heads"),
         (lambda c, t: c.update(base_model_name_or_path="./nowhere"), "'./nowhere' does not exist"),
         (lambda c, t: t.pop(f"{PEFT_LAYER}adaption_gate"), "has no tensor layers.2.self_attn.adaption_gate"),
         (lambda c, t: t.update(more=torch.ones(1)), "such as 'more'"),
@@ -700,7 +752,8 @@ def test_v2_on_a_base_with_another_mlp_is_refused_before_anything_is_written(tmp
     path = v2_file(tmp_path, "v2", tensors, shape)
     tiny_llama(hidden_size=64, num_hidden_layers=4, num_key_value_heads=4, intermediate_size=160).save_pretrained(
         tmp_path / "base")  # fmt: skip
-    error = fail(capsys, "convert", path, "--output", tmp_path / "out", "--base", tmp_path / "base")
+    out = ("--output", tmp_path / "out", "--block-heads", 4)
+    error = fail(capsys, "convert", path, *out, "--base", tmp_path / "base")
     assert "mlp.gate_proj.bias is (192,), and should be (160,)" in error
     assert not (tmp_path / "out").exists()
 

@@ -80,7 +80,9 @@ def test_inspect_without_prompts_has_no_gates(tmp_path, capsys):
     add(model, "chat", **CHAT)
     save_adapter(model, tmp_path)
     main(["inspect", str(tmp_path)])
-    assert "biases" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "biases" in out
+    assert "no prompts and no gates" in out
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(tmp_path), "--plot", str(tmp_path / "gates.png")])
 
@@ -233,6 +235,14 @@ def test_only_prompts_gates_and_lora_decay(base, data, tmp_path):
     assert len(decay) == len(adapter.parameters())
     for key, parameter in adapter.named_parameters():
         assert decay[id(parameter)] == (0.0 if key.startswith(("norms.", "linears.")) else 0.5), key
+
+
+def test_norms_scales_biases_and_lora_have_a_rate_of_their_own(base, data, tmp_path):
+    adapter = add_adapter(tiny_llama(), AdapterConfig(adapter_len=4, adapter_layers=2, **ALL))
+    optimizer = build_optimizer(adapter, recipe(base, data, tmp_path, **ALL, lr=0.1, parts_lr=0.01))
+    factor = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
+    for key, parameter in adapter.named_parameters():
+        assert factor[id(parameter)] == pytest.approx(1.0 if key.startswith("layers.") else 0.1), key
 
 
 def test_a_trainer_s_checkpoint_holds_the_parts(tmp_path):

@@ -376,7 +376,7 @@ def test_too_little_memory_is_one_sentence(fail, monkeypatch, error, caught):
 NUMBERS = [
     "adapter_len", "adapter_layers", "max_length", "batch_size", "micro_batch_size", "epochs", "max_steps", "lr",
     "warmup_epochs", "base_lr", "min_lr", "weight_decay", "max_grad_norm", "seed", "val_size", "eval_every",
-    "save_every", "condition_width", "condition_lr", "visual_blocks", "visual_width", "visual_heads",
+    "save_every", "condition_width", "condition_lr", "parts_lr", "visual_blocks", "visual_width", "visual_heads",
 ]  # fmt: skip
 
 

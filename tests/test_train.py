@@ -104,8 +104,13 @@ def test_gradient_checkpointing_does_not_change_the_result(base, data, tmp_path)
     assert_close(last(tmp_path / "a"), last(tmp_path / "b"), atol=1e-6)
 
 
-def test_two_processes_end_where_one_does(base, data, tmp_path):
-    train(recipe(base, data, tmp_path / "one", trackers=("tensorboard",)))
+LINEARS = ("q_proj", "down_proj")
+PARTS = {"norms": True, "linear_scale": LINEARS, "linear_bias": LINEARS, "lora_rank": 2, "lora_targets": LINEARS}
+
+
+@pytest.mark.parametrize("parts", [{}, pytest.param(PARTS, marks=pytest.mark.slow)], ids=["prompts", "parts"])
+def test_two_processes_end_where_one_does(base, data, tmp_path, parts):
+    train(recipe(base, data, tmp_path / "one", trackers=("tensorboard",), **parts))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "llama_adapter", "train", str(tmp_path / "one" / "recipe.yaml")]
     command += ["--output-dir", str(tmp_path / "two")]

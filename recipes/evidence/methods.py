@@ -17,6 +17,8 @@ from llama_adapter import AdapterConfig, add_adapter
 from llama_adapter.data.batches import micro_batches
 from llama_adapter.training.packing import packed_rows
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -24,18 +26,18 @@ class Prepared:
 
     Attributes:
         model: what is called; PEFT wraps the base.
-        groups: parameters with the factor on the learning rate that each group takes.
+        groups: AdamW's groups of parameters, each with the `factor` on the learning rate that it takes.
         batches: how a batch becomes micro-batches; packed where that is possible, as `llama-adapter train` does.
     """
 
     model: Any
-    groups: list[tuple[list[nn.Parameter], float]]
+    groups: list[dict[str, Any]]
     batches: Callable[..., Iterator[Any]] = micro_batches
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return [parameter for parameters, _ in self.groups for parameter in parameters]
+        return [parameter for group in self.groups for parameter in group["params"]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Options:
         gate_start: standard deviation of the gates' first values; 0 is the paper's zero-init.
         prompt_scale: standard deviation of the prompts' first values.
         gate_lr: factor on the gates' learning rate.
-        train_norms: also train the base's RMSNorm weights (LLaMA-Adapter V2).
-        train_biases: also train a new bias on every linear layer (LLaMA-Adapter V2).
-        rank: of LoRA.
+        norms: own norms beside the prompts (LLaMA-Adapter V2).
+        scale_bias: a scale and a bias of every linear beside them.
+        lora: rank of LoRA on every linear beside them; 0 is none.
+        rank: of LoRA alone.
     """
 
     adapter_len: int = 10
@@ -58,17 +61,23 @@ class Options:
     gate_start: float = 0.0
     prompt_scale: float = 1.0
     gate_lr: float = 1.0
-    train_norms: bool = False
-    train_biases: bool = False
+    norms: bool = False
+    scale_bias: bool = False
+    lora: int = 0
     rank: int = 2
 
 
 def zero_init(model: PreTrainedModel, options: Options) -> Prepared:
     """This project's adapter."""
-    biases = [_add_bias(m) for m in model.modules() if isinstance(m, nn.Linear)] if options.train_biases else []
     adapter = add_adapter(
-        model, AdapterConfig(adapter_len=options.adapter_len, adapter_layers=options.adapter_layers, template="alpaca")
-    )
+        model,
+        AdapterConfig(
+            adapter_len=options.adapter_len, adapter_layers=options.adapter_layers, template="alpaca",
+            norms=options.norms, linear_scale=LINEARS if options.scale_bias else (),
+            linear_bias=LINEARS if options.scale_bias else (), lora_rank=options.lora,
+            lora_targets=LINEARS if options.lora else (),
+        ),
+    )  # fmt: skip
     prompts = [layer.prompt for layer in adapter.layers.values()]
     gates = [layer.gate for layer in adapter.layers.values()]
     with torch.no_grad():
@@ -76,12 +85,15 @@ def zero_init(model: PreTrainedModel, options: Options) -> Prepared:
             prompt.mul_(options.prompt_scale)
         for gate in gates:
             gate.normal_(0, options.gate_start)
-    norms = [m.weight for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"] if options.train_norms else []
-    extra = [*norms, *biases]
-    for parameter in extra:
-        parameter.requires_grad_(True)
-    # V2's extra weights start at the base's values: they take a tenth of the prompts' rate.
-    return Prepared(model, [(prompts, 1.0), (gates, options.gate_lr), (extra, 0.1)], packed_rows)
+    groups: list[dict[str, Any]] = [
+        {"params": prompts, "factor": 1.0},
+        {"params": gates, "factor": options.gate_lr},
+    ]
+    # V2's extra weights start at the base's values: they take a tenth of the prompts' rate, and do not decay to 0.
+    for decay, lora in ({"weight_decay": 0.0}, False), ({}, True):
+        extra = [p for k, part in adapter.modules.items() if k.startswith("lora.") == lora for p in part.parameters()]
+        groups.append({"params": extra, "factor": 0.1, **decay})
+    return Prepared(model, groups, packed_rows)
 
 
 def lora(model: PreTrainedModel, options: Options) -> Prepared:
@@ -116,9 +128,4 @@ METHODS: dict[str, Callable[[PreTrainedModel, Options], Prepared]] = {
 
 
 def _trainable(model: Any) -> Prepared:
-    return Prepared(model, [([p for p in model.parameters() if p.requires_grad], 1.0)])
-
-
-def _add_bias(linear: nn.Linear) -> nn.Parameter:
-    linear.bias = nn.Parameter(torch.zeros(linear.out_features))
-    return linear.bias
+    return Prepared(model, [{"params": [p for p in model.parameters() if p.requires_grad], "factor": 1.0}])

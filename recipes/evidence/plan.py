@@ -25,15 +25,19 @@ GAP = {
     "gates at three times the rate": Options(gate_lr=3.0),
     "prompts start at 0.1": Options(prompt_scale=0.1),
     "prompts start at 3": Options(prompt_scale=3.0),
-    "and norms (V2)": Options(train_norms=True),
-    "and norms and biases (V2)": Options(train_norms=True, train_biases=True),
 }
 """What might close a gap to LoRA."""
+V2 = {
+    "and norms": Options(norms=True),
+    "and scales and biases": Options(norms=True, scale_bias=True),
+    "and LoRA": Options(norms=True, scale_bias=True, lora=2),
+}
+"""LLaMA-Adapter V2, part by part beside the prompts."""
 
 
 def trials() -> list[Trial]:
     """The whole plan, the most important first."""
-    return [*side_by_side(), *gates(), *layers(), *lengths(), *epochs(), *gap(), *learning_rates()]
+    return [*side_by_side(), *gates(), *layers(), *lengths(), *epochs(), *gap(), *v2(), *learning_rates()]
 
 
 def seeds(group: str, label: str, options: Options, epochs: float | None = None) -> list[Trial]:
@@ -79,4 +83,9 @@ def epochs() -> list[Trial]:
 
 def gap() -> list[Trial]:
     """What might help the adapter."""
-    return [t for label, options in GAP.items() for t in seeds("gap", label, options) if t.seed == 0 or "V2" in label]
+    return [Trial("gap", label, SEEDS[0], LR, options=options) for label, options in GAP.items()]
+
+
+def v2() -> list[Trial]:
+    """The second version's parts."""
+    return [Trial("v2", label, seed, LR, options=options) for seed in SEEDS for label, options in V2.items()]

@@ -70,7 +70,7 @@ def run_missing(wanted: list[Trial], jobs: int) -> None:
     for trial in wanted:
         if trial.key() not in done and trial.key() not in [other.key() for other in missing]:
             missing.append(trial)
-    threads, of = max(1, (os.cpu_count() or 1) // jobs), digest()
+    threads, of = max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) // jobs), digest()
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         running = {pool.submit(run, trial): trial for trial in missing}
         for future in tqdm(as_completed(running), total=len(missing), unit="trial"):

@@ -89,7 +89,7 @@ def fit(
     prepared: Prepared, config: Any, train: list[Encoded], val: list[Encoded]
 ) -> tuple[list[float], list[tuple[int, float]]]:
     """The recipe's schedule over a method's parameters; returns the loss of every step and some validations."""
-    groups = [{"params": parameters, "factor": factor} for parameters, factor in prepared.groups if parameters]
+    groups = [group for group in prepared.groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     total = config.total_steps(steps_per_epoch(len(train), config.batch_size))
     every, curve, validations = max(1, total // VALIDATIONS), [], []

@@ -41,6 +41,8 @@ WORK = ROOT / "runs" / "pictures"
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
 VISUAL = {"condition": "visual_prompt", "tower_depths": [], "visual_blocks": 2, "visual_width": 128, "visual_heads": 4}
+EARLY = {**VISUAL, "adapter_layers": 7, "condition_layers": 1}
+"""Early fusion, as LLaMA-Adapter V2 has it: the first layer reads the picture, the others their prompts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def trials() -> list[Trial]:
     plan += [Trial("zero-init, six layers", seed, changes={"tower_depths": []}) for seed in SEEDS]
     plan += [Trial("random gates, last layer", seed, gate_start=1.0) for seed in SEEDS]
     plan += [Trial("text only", seed, changes={"condition": None}) for seed in SEEDS]
+    plan += [Trial("early fusion, half as long", 0, changes={**EARLY, "epochs": 3, "warmup_epochs": 0.3})]
     plan += [Trial("two things", 0, "two"), Trial("two things, visual prompt", 0, "two", VISUAL)]
     return plan
 

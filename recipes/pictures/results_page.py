@@ -26,7 +26,9 @@ digit's colours never occur in training, so that what goes with what there point
 """
 EXPLANATION = """
 `without` asks the same adapter without the picture, `another's` shows the picture of another question. `text` are the
-questions of the set that have no picture: short tales and facts of the base's world.
+questions of the set that have no picture: short tales and facts of the base's world. Rows without a range are of one
+seed. Early fusion is LLaMA-Adapter V2's: the first layer reads a visual prompt alone, the other seven their prompts;
+it was trained for half as many steps.
 
 ## Two things in a picture
 

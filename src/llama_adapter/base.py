@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,6 +35,13 @@ from llama_adapter.settings import BUNDLED, Precision, Quantization
 ModelKind = Literal["base", "tower"]
 READS_GGUF = "5.23.0"
 """Older releases (5.17 was tried) read a GGUF's tokenizer without its `add_bos_token`: texts lack their first token."""
+META_BASE = (
+    "{} is a base in Meta's layout: with transformers 4 run 'python -m "
+    "transformers.models.llama.convert_llama_weights_to_hf --input_dir {} --model_size 7B --llama_version 2 "
+    "--output_dir NEW', with its size and version, and pass --model NEW."
+)
+"""Of the path that was given, and its folder. The converter is not in transformers 5."""
+META_FILE = r"consolidated\.\d+(-of-\d+\.model)?\.pth"
 
 
 def resolve_model(name: str, kind: ModelKind = "base") -> str:
@@ -50,7 +58,11 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
             raise ModelError(
                 f"{path / pointers[0]} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder."
             )
+        if is_meta_base(path):
+            raise ModelError(META_BASE.format(path, path))
         return str(path)
+    if path.exists() and re.fullmatch(META_FILE, path.name):
+        raise ModelError(META_BASE.format(path, path.parent))
     if path.exists():
         raise ModelError(f"The {kind} '{name}' is a file: give the folder that holds its config.json.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -58,6 +70,12 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
             f"The {kind} '{name}' does not exist: give a folder with a config.json, a hub name or 'bundled'."
         )
     return name
+
+
+def is_meta_base(folder: Path) -> bool:
+    """Whether a folder has a base's weights as Meta's code wrote them, and no config.json beside them."""
+    names = [file.name for file in folder.iterdir()]
+    return "config.json" not in names and any(re.fullmatch(META_FILE, name) for name in names)
 
 
 def is_here(name: str) -> bool:

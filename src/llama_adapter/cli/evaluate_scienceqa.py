@@ -94,9 +94,11 @@ def _looks(args: argparse.Namespace) -> bool:
     """Whether pictures are needed: a bare base, and an adapter trained on text alone, see none."""
     from llama_adapter.base import load_config
     from llama_adapter.core.families import shape_of
-    from llama_adapter.formats.load import read_adapter
+    from llama_adapter.formats.load import find_adapter, read_adapter
     from llama_adapter.formats.stored import Hints
 
     folders = options.name_adapters(args.adapter).values()
     hints = Hints(shape_of(load_config(args.model)) if args.model and folders else None)
-    return not args.blind and any(read_adapter(folder, hints).config.condition is not None for folder in folders)
+    return not args.blind and any(
+        read_adapter(find_adapter(folder), hints).config.condition is not None for folder in folders
+    )

@@ -61,8 +61,11 @@ def _print(found: dict[str, Any]) -> None:
         f"base        {config['base_model_name_or_path']} ({config['base_shape'].get('model_type', 'unknown')})",
         soft_wrap=True,
     )
-    console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
-    console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    if config["adapter_layers"]:
+        console.print(f"adapter     K={config['adapter_len']} prompts in the top L={config['adapter_layers']} layers")
+        console.print(f"gate        {config['gate_activation']}; template {config['template']}")
+    else:
+        console.print(f"adapter     no prompts and no gates; template {config['template']}")
     if found["format"] != "llama-adapter":
         console.print(f"format      {found['format']}")
     for note in found["notes"]:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_adapter.base import load_base, load_config
+from llama_adapter.base import empty_base, load_base, load_config
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import add_adapter, get_adapter, remove_adapter, use_adapter
 from llama_adapter.errors import AdapterError
@@ -59,7 +58,7 @@ def convert(
         raise AdapterError(f"{folder} exists and is not empty: give --output a new folder.")
     if base is not None:
         hints = replace(hints, base_shape=shape_of(load_config(base)), base=base)
-    found = read_adapter(find_adapter(source), hints, None if base is None else _without_weights(base))
+    found = read_adapter(find_adapter(source), hints, None if base is None else empty_base(load_config(base)))
     if base is not None:
         config = replace(found.config, base_model_name_or_path=base, base_shape=hints.base_shape)
         found = replace(found, config=config)
@@ -73,13 +72,6 @@ def convert(
     if verify:
         account["verified"] = _verify(found, folder, base)
     return account
-
-
-def _without_weights(base: str) -> PreTrainedModel:
-    """The base's modules, which say what norms and linears it has and how large they are."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(base))
-    return model
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:

@@ -3,18 +3,13 @@
 import os
 from pathlib import Path
 
+from llama_adapter.base import META_BASE, is_meta_base
 from llama_adapter.errors import AdapterError, ModelError
 from llama_adapter.formats.litgpt import read_litgpt
 from llama_adapter.formats.official import PREFIX, QUERY, read_official
 from llama_adapter.formats.peft import PEFT_TYPE, read_peft
 from llama_adapter.formats.stored import Hints, Reading, Stored, open_stored, read_json
 from llama_adapter.settings import shown
-
-META_BASE = (
-    "{} is a base in Meta's layout, not an adapter: with transformers 4 run 'python -m "
-    "transformers.models.llama.convert_llama_weights_to_hf --input_dir FOLDER --model_size 7B --output_dir NEW', and "
-    "pass --model NEW."
-)
 
 
 def read_foreign(source: str | os.PathLike[str], hints: Hints) -> Reading | None:
@@ -29,8 +24,8 @@ def read_foreign(source: str | os.PathLike[str], hints: Hints) -> Reading | None
         if os.path.lexists(path / "adapter_config.json"):
             config = read_json(path / "adapter_config.json")
             return read_peft(path, hints) if config.get("peft_type") == PEFT_TYPE else None
-        if any(path.glob("consolidated.*.pth")):
-            raise ModelError(META_BASE.format(path))
+        if is_meta_base(path):
+            raise ModelError(META_BASE.format(path, path))
         files = sorted([*path.glob("lit_model.pth.adapter*"), *path.glob("*.pth")])
         if not files:
             return None
@@ -45,7 +40,7 @@ def read_foreign(source: str | os.PathLike[str], hints: Hints) -> Reading | None
     if QUERY in stored or PREFIX in stored or any(key.endswith(".attention.wq_scale") for key in stored.tensors):
         return read_official(stored, hints)
     if "tok_embeddings.weight" in stored:
-        raise ModelError(META_BASE.format(path))
+        raise ModelError(META_BASE.format(path, path.parent))
     raise AdapterError(_unknown(stored))
 
 

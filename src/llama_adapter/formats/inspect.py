@@ -27,8 +27,8 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterError: the folder holds no sound adapter.
     """
-    folder = find_adapter(folder)
-    found = read_adapter(folder)
+    place = find_adapter(folder)
+    found = read_adapter(place)
     config, tensors = found.config, found.tensors
     activate = GATE_ACTIVATIONS[config.gate_activation]
     layers = []
@@ -52,7 +52,7 @@ def describe_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "config": config.to_dict(),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "parts": _sizes(tensors),
-        "bytes": _bytes(Path(folder)),
+        "bytes": _bytes(place),
         "layers": layers,
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llama_adapter.base import load_config
@@ -24,6 +25,7 @@ NORM_NAMES = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
 LINEAR_NAMES = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
                 "mlp.proj": "mlp.down_proj"}  # fmt: skip
 QKV = ("q_proj", "k_proj", "v_proj")
+BIASED = (*QKV, *(own.rpartition(".")[2] for own in LINEAR_NAMES.values()))
 CUT_WRONGLY = (
     "LitGPT 0.5 itself reads a prompt's keys and values from wrong rows unless the base has one key-value head: there "
     "its own outputs differ from these."
@@ -79,7 +81,8 @@ def read_litgpt(stored: Stored, hints: Hints) -> Reading:
     one = shape.get("num_key_value_heads") == 1
     left = sorted(stored.beside)
     kind = f"LitGPT adapter{' v2' if version2 else ''}"
-    return Reading(kind, config, tensors, len(stored.taken), left, [] if one else [CUT_WRONGLY])
+    facts = {"litgpt": {"vocabulary": len(stored.tensors["lm_head.adapter_bias"])}} if version2 else {}
+    return Reading(kind, config, tensors, len(stored.taken), left, [] if one else [CUT_WRONGLY], facts)
 
 
 def _shape_beside(path: Path) -> dict[str, Any]:
@@ -112,8 +115,7 @@ def _read_parts(stored: Stored, tensors: dict[str, Tensor], shape: Mapping[str, 
             tensors[f"linears.{ours}{own}.bias"] = _bias(stored, theirs + name)
     if _bias(stored, "lm_head").any():
         raise AdapterError(f"{stored.path} has a bias on lm_head, which adapters here do not reach.")
-    names = (*QKV, *(own.rpartition(".")[2] for own in LINEAR_NAMES.values()))
-    return {"norms": True, "linear_bias": names}
+    return {"norms": True, "linear_bias": BIASED}
 
 
 def _bias(stored: Stored, linear: str, size: int | None = None) -> Tensor:
@@ -135,10 +137,19 @@ def write_litgpt(reading: Reading) -> tuple[str, dict[str, Any]]:
     """
     config, tensors = reading.config, reading.tensors
     shape: Mapping[str, Any] = config.base_shape or {}
+    size = reading.facts.get("litgpt", {}).get("vocabulary")
+    values = any(key.endswith("v_proj.bias") and bool(tensor.any()) for key, tensor in tensors.items())
+    version2 = config.norms and {*config.linear_bias} == {*BIASED}
     reasons = {
         "a condition has no place in it": config.condition is not None,
         "it has no adapters without prompts": not config.adapter_layers,
-        "its second version wants a scale and bias of lm_head, which adapters here do not have": config.has_parts,
+        "its second version has norms and biases of all linears, and neither scales of inputs nor LoRA": bool(
+            (config.has_parts and not version2) or config.linear_scale or config.lora_rank
+        ),
+        "it takes biases on values for prompts too, and adapters here do not": values,
+        "its second version wants a bias of lm_head, whose size only a file that came from LitGPT tells": bool(
+            version2 and type(size) is not int
+        ),
     }
     for reason, broken in reasons.items():
         if broken:
@@ -150,4 +161,17 @@ def write_litgpt(reading: Reading) -> tuple[str, dict[str, Any]]:
             gate = gate * tensors[f"layers.{i}.gate_scale"]
         content[f"transformer.h.{i}.attn.gating_factor"] = gate[None, None, :, None].clone()
         content[f"transformer.h.{i}.attn.adapter_wte.weight"] = tensors[f"layers.{i}.prompt"]
-    return "lit_model.pth.adapter", {"model": content}
+    if not version2:
+        return "lit_model.pth.adapter", {"model": content}
+    content["transformer.ln_f.weight"] = tensors["norms.norm.weight"]
+    biases = {"lm_head": torch.zeros(size)}
+    for i in range(shape["num_hidden_layers"]):
+        theirs, ours = f"transformer.h.{i}.", f"layers.{i}."
+        for name, own in NORM_NAMES.items():
+            content[f"{theirs}{name}.weight"] = tensors[f"norms.{ours}{own}.weight"]
+        cut = [tensors[f"linears.{ours}self_attn.{name}.bias"] for name in QKV]
+        biases |= {f"{theirs}attn.qkv": torch.cat(cut)}
+        biases |= {theirs + name: tensors[f"linears.{ours}{own}.bias"] for name, own in LINEAR_NAMES.items()}
+    for linear, bias in biases.items():
+        content[f"{linear}.adapter_bias"], content[f"{linear}.adapter_scale"] = bias, torch.ones_like(bias)
+    return "lit_model.pth.adapter_v2", {"model": content}

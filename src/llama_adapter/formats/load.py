@@ -2,11 +2,13 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama_adapter.core.config import GateActivation
+from llama_adapter.core.config import AdapterConfig, GateActivation
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import active_adapter, add_adapter
 from llama_adapter.core.parts import part_shapes
@@ -101,7 +103,7 @@ def read_adapter(
         if hints.base_shape is not None:
             check_base(found.config, hints.base_shape, source)
         if model is not None:
-            _check_parts(found, model, source)
+            check_parts_fit(found.config, found.tensors, model, source)
     if hints.gate_activation not in (None, found.config.gate_activation):
         raise AdapterError(
             f"The gates in {source} ({found.kind}) are used with {found.config.gate_activation}, not with "
@@ -110,12 +112,19 @@ def read_adapter(
     return found
 
 
-def _check_parts(found: Reading, model: PreTrainedModel, source: object) -> None:
+def check_parts_fit(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], model: PreTrainedModel, source: object
+) -> None:
+    """Refuse an adapter whose norms, scales, biases or LoRA are not of the sizes of a base, weights or not.
+
+    Raises:
+        AdapterError: naming the first that differs.
+    """
     try:
-        wanted = tensor_shapes(found.config) | part_shapes(found.config, model)
+        wanted = tensor_shapes(config) | part_shapes(config, model)
     except ConfigError as error:
         raise AdapterError(f"{source}: {error}") from None
-    shapes = {key: tuple(tensor.shape) for key, tensor in found.tensors.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wrong = next((key for key in sorted(wanted.keys() | shapes) if wanted.get(key) != shapes.get(key)), None)
     if wrong is not None:
         raise AdapterError(

@@ -218,7 +218,8 @@ def read_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
             values = json.loads((file.metadata() or {}).get(FACTS, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    facts = values if isinstance(values, dict) else {}
+    return {key: value for key, value in facts.items() if isinstance(value, dict)}
 
 
 def _check_header(found: Mapping[str, Any], config: AdapterConfig, path: Path, model: PreTrainedModel | None) -> None:

@@ -1,14 +1,13 @@
 """The authors' files: V1 (prompts and gates), V2 multi-modal, V2's dialog model (chat65b) and ImageBind's.
 
-One table, `pairs`, pairs their names with ours; the readers and the writers go over it. Their rotation turns pairs of
-neighbours, transformers' turns halves, so what comes out of wq and wk has its rows in another order (`to_halves`).
+`official_names.pairs` pairs their names with ours; the reader and the writer go over it.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +15,11 @@ from torch import Tensor
 from llama_adapter.conditions.official import condition_keys, official_condition
 from llama_adapter.core.config import AdapterConfig, GateActivation
 from llama_adapter.errors import AdapterError
+from llama_adapter.formats.official_names import LINEARS, Sizes, pairs, to_halves, to_pairs
 from llama_adapter.formats.stored import Hints, Reading, Stored
 from llama_adapter.settings import shown
 
 QUERY, PREFIX = "adapter_query.weight", "prefix_query.weight"
-LINEARS = {
-    "q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
-    "gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3",
-}  # fmt: skip
-NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 BASE_TENSORS = re.compile(
     r"(llama\.|llma\.)?(tok_embeddings\.weight|output\.weight|norm\.weight|rope\.freqs"
     r"|layers\.\d+\.(attention\.(w[qkvo]|inner_attention\.rope\.freqs)|feed_forward\.w[123]|attention_norm|ffn_norm)(\.weight)?)"
@@ -35,89 +30,6 @@ UNUSED_GATE = r"(llama\.|llma\.)?layers\.\d+\.attention\.(gate|new_gate)"
 """Gates of layers without prompts, and scales of gates that ImageBind's code does not use."""
 LARGEST_GATE = 1024
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Pair(NamedTuple):
-    """One tensor: its names, its shape in their file and in ours, and the heads whose rows change their order."""
-
-    theirs: str
-    ours: str
-    their_shape: tuple[int, ...]
-    our_shape: tuple[int, ...]
-    heads: int = 0
-
-
-class Sizes(NamedTuple):
-    """Dimensions of the base that the pairs need; `wide` is that of the MLP."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    wide: int = 0
-
-    def of(self, linear: str) -> tuple[int, int]:
-        """(in, out) of a linear layer."""
-        attention = self.heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, attention), "o_proj": (attention, self.hidden),
-            "gate_proj": (self.hidden, self.wide), "up_proj": (self.hidden, self.wide),
-            "down_proj": (self.wide, self.hidden),
-        }.get(linear, (self.hidden, self.kv_heads * self.head_dim))  # fmt: skip
-
-
-def to_halves(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads x D, ...] from Meta's order, pairs side by side, to transformers', halves one after the other."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def to_pairs(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of `to_halves`."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def pairs(config: AdapterConfig, sizes: Sizes, prefix: str) -> Iterator[Pair]:
-    """All tensors of an adapter but the prompts, which the authors keep in one matrix.
-
-    Args:
-        config: what the adapter has.
-        sizes: of its base.
-        prefix: "" or "llama.", before their names of the decoder's parts.
-    """
-    for i in range(sizes.layers - (config.adapter_layers or 0), sizes.layers):
-        theirs = f"{prefix}layers.{i}.attention."
-        yield Pair(f"{theirs}gate", f"layers.{i}.gate", (1, sizes.heads, 1, 1), (sizes.heads,))
-        if config.gate_scale:
-            yield Pair(f"{theirs}new_gate", f"layers.{i}.gate_scale", (1, 1, 1, 1), (1,))
-    if config.norms:
-        yield Pair(f"{prefix}norm.weight", "norms.norm.weight", (sizes.hidden,), (sizes.hidden,))
-    for i in range(sizes.layers if config.has_parts else 0):
-        layer = f"{prefix}layers.{i}."
-        for ours, theirs in NORMS.items() if config.norms else ():
-            shape = (sizes.hidden,)
-            yield Pair(f"{layer}{theirs}.weight", f"norms.layers.{i}.{ours}.weight", shape, shape)
-        for name, theirs in LINEARS.items():
-            yield from _of_linear(config, sizes, name, layer + theirs, f"layers.{i}.{_path(name)}")
-
-
-def _of_linear(config: AdapterConfig, sizes: Sizes, name: str, theirs: str, path: str) -> Iterator[Pair]:
-    into, out = sizes.of(name)
-    turned = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name, 0)
-    if name in config.linear_scale:
-        yield Pair(f"{theirs}_scale", f"linears.{path}.scale", (into,), (into,))
-    if name in config.linear_bias:
-        bias = f"{theirs}_bias" if config.linear_scale else f"{theirs}.bias"
-        yield Pair(bias, f"linears.{path}.bias", (out,), (out,), turned)
-    if name in config.lora_targets:
-        lora = re.sub(r"\.(w.)$", r".lora_\1", theirs)
-        rank = config.lora_rank
-        yield Pair(f"{lora}_l1.weight", f"lora.{path}.A", (rank, into), (rank, into))
-        yield Pair(f"{lora}_l2.weight", f"lora.{path}.B", (out, rank), (out, rank), turned)
-
-
-def _path(linear: str) -> str:
-    return ("self_attn." if LINEARS[linear].startswith("attention") else "mlp.") + linear
 
 
 def read_official(stored: Stored, hints: Hints) -> Reading:
@@ -161,18 +73,19 @@ def _config(
 ) -> AdapterConfig:  # fmt: skip
     """The configuration; what was taken as usual goes to `notes`."""
     shapes = {key: tuple(tensor.shape) for key, tensor in stored.tensors.items()}
-    condition = official_condition(shapes, None, hints.block_heads or 16)
-    visual = condition is not None and condition.kind == "visual_prompt"
-    if condition is not None and visual and hints.block_heads is None:
-        notes.append(
-            f"The file does not say the attention heads of its projector: {condition.block_heads}, as the authors'; "
-            "--block-heads says otherwise."
-        )
+    condition = official_condition(shapes, None, _block_heads(stored, args, hints, notes))
     adapter_len, layers = 10, 0
     if prompts is not None:
-        known = 1 if prompts == PREFIX else stored.shape("visual_query.weight", 2)[0] if visual else None
-        known = hints.adapter_len or known or args.get("adapter_len")
-        adapter_len, layers = _lengths(stored, stored.shape(prompts, 2)[0], sizes.layers, known, notes)
+        known = 1 if prompts == PREFIX else None
+        known = stored.shape("visual_query.weight", 2)[0] if "visual_query.weight" in stored else known
+        if known and hints.adapter_len not in (None, known):
+            raise AdapterError(
+                f"{stored.path} has {known} prompts a layer: leave --adapter-len {hints.adapter_len} out."
+            )
+        known = known or hints.adapter_len or args.get("adapter_len")
+        gates = {i: stored.tensors.get(f"{prefix}layers.{i}.attention.gate") for i in range(sizes.layers)}
+        opened = [i for i, gate in gates.items() if gate is not None and bool(gate.any())]
+        adapter_len, layers = _lengths(stored, stored.shape(prompts, 2)[0], sizes.layers, known, opened, notes)
     version1 = not (prefix or condition or parts)
     return AdapterConfig(
         adapter_len=adapter_len,
@@ -184,9 +97,34 @@ def _config(
             "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": sizes.head_dim,
         },
         condition=condition,
-        gate_scale=prompts == QUERY and f"{prefix}layers.{sizes.layers - 1}.attention.new_gate" in stored,
+        # With one prompt a layer the authors' code adds tanh(g) Wv P and passes new_gate over.
+        gate_scale=adapter_len > 1 and f"{prefix}layers.{sizes.layers - 1}.attention.new_gate" in stored,
         **parts,
     )  # fmt: skip
+
+
+def _block_heads(stored: Stored, args: Mapping[str, Any], hints: Hints, notes: list[str]) -> int:
+    """Attention heads of a visual projector, which no tensor tells.
+
+    Raises:
+        AdapterError: nobody says, and it is not of the authors' width.
+    """
+    plain = stored.beside.get("config")
+    said = hints.block_heads or (plain.get("v_num_heads") if isinstance(plain, dict) else None)
+    said = said or args.get("v_num_heads")
+    if "visual_query.weight" not in stored or (type(said) is int and said > 0):
+        return said if type(said) is int and said > 0 else 16
+    width = stored.shape("visual_query.weight", 2)[1]
+    if width != 768:
+        raise AdapterError(
+            f"{stored.path} does not say the attention heads of its projector, which is {width} wide and the "
+            "authors' 768: convert it with --block-heads."
+        )
+    notes.append(
+        "The file does not say the attention heads of its projector: 16, as the authors'; convert --block-heads says "
+        "otherwise."
+    )
+    return 16
 
 
 def _parts(stored: Stored, prefix: str) -> dict[str, Any]:
@@ -225,29 +163,48 @@ def _sizes(
         if math.prod(gate_shape) > 1:
             heads = math.prod(gate_shape)
     if not heads:
-        raise AdapterError(f"{stored.path} does not say how many attention heads its base has: pass --base.")
-    if hidden % heads or (math.prod(gate_shape) > 1 and gate_shape != (1, heads, 1, 1)):
+        raise AdapterError(f"{stored.path} does not say how many attention heads its base has: convert it with --base.")
+    if hidden % heads or math.prod(gate_shape) > max(gate_shape, default=1):
         raise AdapterError(f"{stored.path}: gates of shape {[*gate_shape]} do not fit prompts of width {hidden}.")
+    kv_heads = given.get("num_key_value_heads", heads)
+    for suffix in ("wk.weight", "wk.bias", "wk_bias", "lora_wk_l2.weight"):
+        rows = [*getattr(stored.tensors.get(f"{top}attention.{suffix}"), "shape", ())][:1]
+        kv_heads = rows[0] * heads // hidden if rows else kv_heads
     wide = 0
     for suffix in ("w1.bias", "w3.bias", "w1_bias", "w3_bias", "w2_scale", "lora_w1_l2.weight", "lora_w3_l2.weight"):
         if (name := f"{top}feed_forward.{suffix}") in stored:
             wide = stored.tensors[name].shape[0] if stored.tensors[name].dim() else 0
     if (name := f"{top}feed_forward.lora_w2_l1.weight") in stored and not wide:
         wide = stored.shape(name, 2)[1]
-    return Sizes(layers, hidden, heads, heads, hidden // heads, wide), gate_shape
+    return Sizes(layers, hidden, heads, kv_heads, hidden // heads, wide), gate_shape
 
 
-def _lengths(stored: Stored, rows: int, layers: int, known: Any, notes: list[str]) -> tuple[int, int]:
-    """K and L of prompts that stand in one matrix of K x L rows."""
+def _lengths(
+    stored: Stored, rows: int, layers: int, known: Any, opened: list[int], notes: list[str]
+) -> tuple[int, int]:
+    """K and L of prompts that stand in one matrix of K x L rows; `opened` are layers whose gates are not 0.
+
+    Raises:
+        AdapterError: the rows can be divided in several ways, or in none that fits the gates.
+    """
+    # Training opens the gates of every layer with prompts; those below were never trained, and most files have them.
+    trained = layers - min(opened, default=layers)
+    trained = trained if 0 < trained < layers else layers
     if known is None:
-        fits = [rows // count for count in range(min(layers, rows), 0, -1) if rows % count == 0]
-        known = 10 if 10 in fits else fits[0]
+        fits = [rows // count for count in range(2, layers + 1) if rows % count == 0] or [rows]
+        known = 10 if 10 in fits else fits[0] if len(fits) == 1 else None
+        known = rows // trained if trained < layers and rows % trained == 0 else known
+        if known is None:
+            raise AdapterError(
+                f"{stored.path} does not say how its {rows} rows of prompts are divided among {layers} layers: "
+                f"convert it with --adapter-len, such as {fits[-1]} or {fits[0]}."
+            )
         notes.append(f"The file does not say how long its prompts are: {rows} rows are taken as K={known} in "
-                     f"L={rows // known} layers; --adapter-len says otherwise.")  # fmt: skip
-    if type(known) is not int or known < 1 or rows % known or rows // known > layers:
+                     f"L={rows // known} layers; convert --adapter-len says otherwise.")  # fmt: skip
+    if type(known) is not int or known < 1 or rows % known or rows // known > trained:
         raise AdapterError(
-            f"{stored.path}: prompts of {rows} rows in {layers} layers cannot be K={shown(known)} a layer: pass the "
-            "--adapter-len that it was trained with."
+            f"{stored.path}: prompts of {rows} rows cannot be K={shown(known)} a layer in the top {trained} of "
+            f"{layers} layers that have open gates: it is incomplete, or was trained with another --adapter-len."
         )
     return known, rows // known
 
@@ -263,7 +220,8 @@ def _activation(stored: Stored, args: Mapping[str, Any], hints: Hints, notes: li
         "in the layout of the authors' release, whose code takes the gates as they are")  # fmt: skip
     found: GateActivation = "tanh" if trained else "identity"
     notes.append(
-        f"The file does not say the gates' activation: {found}, as it is {why}; --gate-activation says otherwise."
+        f"The file does not say the gates' activation: {found}, as it is {why}; convert --gate-activation says "
+        "otherwise."
     )
     return found
 
@@ -338,9 +296,12 @@ def write_official(reading: Reading) -> tuple[str, dict[str, Any]]:
 
 def _as_it_was(content: dict[str, Tensor], facts: Mapping[str, Any], heads: int, gate: str, below: int) -> None:
     """Give the tensors the dtypes and shapes of the file that they came from, and back the gates that nothing uses."""
+    shape = facts.get("gate_shape")
     for key, tensor in content.items():
-        if key.endswith(".gate") and facts.get("gate_shape") == [1] and bool((tensor == tensor.flatten()[0]).all()):
-            tensor = tensor.flatten()[:1]
+        if key.endswith(".gate") and isinstance(shape, list):
+            one = math.prod(shape) == 1 and bool((tensor == tensor.flatten()[0]).all())
+            tensor = tensor.flatten()[:1].reshape(shape) if one else tensor
+            tensor = tensor.reshape(shape) if math.prod(shape) == heads else tensor
         dtype = getattr(torch, str(facts.get("dtypes", {}).get(key, "float32")), None)
         content[key] = tensor.to(dtype) if dtype in DTYPES else tensor
     unused = {gate.format(i): torch.zeros(1, heads, 1, 1) for i in range(below if content else 0)}
@@ -369,7 +330,7 @@ def _refuse(config: AdapterConfig, shape: Mapping[str, Any]) -> None:
         "modules of the adapter's own have no place in it": bool(config.modules_to_save),
         "its gates are always used as tanh(g) in V2": version2 and config.gate_activation != "tanh",
         "new_gate comes with LoRA alone": config.gate_scale and not config.lora_rank,
-        "LoRA comes with new_gate": bool(config.lora_rank) and not config.gate_scale,
+        "with one prompt a layer its code passes new_gate over": config.gate_scale and config.adapter_len == 1,
         "its LoRA has no factor alpha / r": config.lora_alpha not in (None, float(config.lora_rank)),
         "scales belong to its dialog model, which has neither prompts nor LoRA": bool(
             config.linear_scale and (config.adapter_layers or config.lora_rank)),

@@ -30,7 +30,7 @@ def read_peft(folder: Path, hints: Hints) -> Reading:
     """
     values = read_json(folder / "adapter_config.json")
     adapter_len, layers = values.get("adapter_len"), values.get("adapter_layers")
-    base = hints.base or values.get("base_model_name_or_path")
+    base = hints.base or values.get("base_model_name_or_path") or None  # PEFT writes "" for a model without a name
     if type(adapter_len) is not int or type(layers) is not int or not (base is None or isinstance(base, str)):
         raise AdapterError(
             f"{folder}: its adapter_config.json is PEFT's ('{PEFT_TYPE}'), and does not say adapter_len and "

@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_adapter.base import first_sentence
 from llama_adapter.core.config import AdapterConfig, GateActivation
 from llama_adapter.errors import AdapterError
 from llama_adapter.settings import shown
 
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name of a model's tensors."""
+OLD_PICKLE = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+"""How a file of torch.save begins that PyTorch before 1.6 wrote: a pickle of its magic number."""
 LARGEST_PICKLE, LARGEST_JSON = 2**26, 2**20
 """Bytes of what describes the tensors of a checkpoint, which for a whole LLaMA are some 100,000, and of a config."""
 
@@ -78,11 +82,20 @@ class Stored:
 
     def __init__(self, path: Path, found: Mapping[Any, Any], beside: Mapping[Any, Any] | None = None) -> None:
         self.path = path
-        self.tensors = {key: value for key, value in found.items() if isinstance(key, str) and type(value) is Tensor}
+        while found and (wrapper := next((w for w in WRAPPERS if all(str(key).startswith(w) for key in found)), None)):
+            found = {str(key).removeprefix(wrapper): value for key, value in found.items()}
+        self.tensors = {
+            key: value.detach()
+            for key, value in found.items()
+            if isinstance(key, str) and type(value) in (Tensor, nn.Parameter)
+            if value.layout == torch.strided and not value.is_meta
+        }
         self.beside = {str(key): value for key, value in (beside or {}).items()}
         others = [shown(key) for key in found if key not in self.tensors]
         if others:
-            raise AdapterError(f"{path}: {others[0]} is no tensor, where only tensors belong: copy the file again.")
+            raise AdapterError(
+                f"{path}: {others[0]} is no plain tensor, and nothing else belongs there: copy the file again."
+            )
         self.taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -137,7 +150,7 @@ def open_stored(path: Path) -> Stored:
             start = file.read(40)
         if start.startswith(b"version https://git-lfs"):
             raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder.")
-        if path.suffix == ".safetensors":
+        if start[8:9] == b"{" and not start.startswith(b"PK"):  # a header's length, then its JSON
             with safe_open(path, "pt") as file:
                 return Stored(path, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     whole = _unpickled(path)
@@ -151,19 +164,27 @@ def open_stored(path: Path) -> Stored:
 def _unpickled(path: Path) -> Any:
     """What torch.save wrote, its tensors still on disk. Nothing but tensors and plain values is made."""
     with _reading(path):
-        if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            old = file.read(len(OLD_PICKLE)) == OLD_PICKLE
+        if not old and not zipfile.is_zipfile(path):
             raise AdapterError(
                 f"{path} is not an adapter: it is no folder, and no whole file of torch.save or safetensors. "
                 "Copy it again."
             )
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                limit = LARGEST_PICKLE if entry.filename.endswith(".pkl") else path.stat().st_size
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
-                    raise AdapterError(f"{path} is no file of torch.save: its part {entry.filename[:80]} is packed.")
+        if not old:
+            _check_archive(path)
         # The training code keeps its arguments as a Namespace: a class of attributes, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=not old, weights_only=True)
+
+
+def _check_archive(path: Path) -> None:
+    """Nothing in it may be larger than it looks."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            limit = LARGEST_PICKLE if entry.filename.endswith(".pkl") else path.stat().st_size
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
+                raise AdapterError(f"{path} is no file of torch.save: its part {entry.filename[:80]} is packed.")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
-from llama_adapter.base import first_sentence, is_here, load_base, load_config, load_tokenizer
+from llama_adapter.base import empty_base, first_sentence, is_here, load_base, load_config, load_tokenizer
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import AdapterConfig, WrittenAs
@@ -22,7 +22,7 @@ from llama_adapter.core.registry import device_of
 from llama_adapter.data import Example, Media, Message, encode_all
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
-from llama_adapter.formats.load import find_adapter, load_adapter, read_adapter
+from llama_adapter.formats.load import check_parts_fit, find_adapter, load_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
 from llama_adapter.inference.choice import Row, fresh_generator
@@ -308,6 +308,8 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     shape = shape_of(base)
     for name, folder in folders.items():
         check_base(configs[name], shape, folder)
+        if configs[name].has_parts:
+            check_parts_fit(configs[name], found[name].tensors, empty_base(base), folder)
     tokenizer, limits = load_tokenizer(model), Limits.of(base)
     if warning := limits.warning(tokenizer):
         log.warning(warning)

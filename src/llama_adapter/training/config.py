@@ -130,6 +130,9 @@ class TrainConfig:
     micro_batch_size: Count = setting(8, "Examples per forward on one process.", "Optimisation")
     base_lr: Positive = setting(9e-3, "Learning rate is this x batch_size / 256.", "Optimisation")
     lr: Positive | None = setting(None, "Learning rate as it is, instead of --base-lr.", "Optimisation")
+    parts_lr: Positive | None = setting(
+        None, "Peak learning rate of norms, scales, biases and LoRA (default: as prompts).", "Optimisation"
+    )
     min_lr: NotNegative = setting(0.0, "Where the cosine decay ends, one step after the last.", "Optimisation")
     weight_decay: NotNegative = setting(0.02, "AdamW's, on prompts and gates alike.", "Optimisation")
     max_grad_norm: Positive | None = setting(None, "Clip the gradient's norm (default: never).", "Optimisation")
@@ -195,6 +198,8 @@ class TrainConfig:
             except ConfigError as error:
                 yield str(error)
             else:
+                if self.parts_lr is not None and not (parts or self.init_from):
+                    yield "parts_lr has no effect without norms, linear_scale, linear_bias and lora_rank: leave it out"
                 if parts and self.compile is True:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
         if self.condition is not None and self.adapter_layers == 0:

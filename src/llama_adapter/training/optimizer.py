@@ -14,15 +14,19 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.AdamW:
 
     Norms, scales and biases do not decay, as in the authors' code: a scale of 0 is no default to go back to.
     """
-    decaying = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
-    decaying += [p for prefix, part in adapter.modules.items() if prefix.startswith("lora.") for p in part.parameters()]
+    prompts = [parameter for layer in adapter.layers.values() for parameter in layer.parameters()]
+    lora = [p for prefix, part in adapter.modules.items() if prefix.startswith("lora.") for p in part.parameters()]
     fixed = [p for prefix, part in adapter.modules.items() if not prefix.startswith("lora.") for p in part.parameters()]
-    groups: list[dict[str, Any]] = [{"params": decaying, "factor": 1.0}] if decaying else []
-    if fixed:
-        groups.append({"params": fixed, "factor": 1.0, "weight_decay": 0.0})
+    factor = 1.0 if config.parts_lr is None else config.parts_lr / config.peak_lr
+    groups: list[dict[str, Any]] = [
+        {"params": prompts, "factor": 1.0},
+        {"params": lora, "factor": factor},
+        {"params": fixed, "factor": factor, "weight_decay": 0.0},
+    ]
     if adapter.condition is not None:
         factor = 1.0 if config.condition_lr is None else config.condition_lr / config.peak_lr
         groups.append({"params": list(adapter.condition.parameters()), "factor": factor})
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
 

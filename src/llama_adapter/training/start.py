@@ -1,6 +1,7 @@
 """What is settled before a run: the adapter that it goes on from, and whether the packages that it needs are there."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llama_adapter.base import load_config
+from llama_adapter.base import empty_base, load_config
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
 from llama_adapter.errors import ConfigError, MissingExtraError
-from llama_adapter.formats.load import find_adapter, read_adapter
+from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
 from llama_adapter.training.config import BOTTLENECK, DEFAULTS, VISUAL, TrainConfig, idle_settings, load_recipe
 
+log = logging.getLogger(__name__)
 FROM_CONDITION = {
     "tower": "tower", "tower_depths": "depths", "condition_width": "width", "condition_activation": "activation",
     "absent": "absent", "visual_blocks": "blocks", "visual_width": "block_width", "visual_heads": "block_heads",
@@ -45,6 +47,8 @@ def read_start(source: str, base: str | None = None) -> Start:
         AdapterError: there is none, it is damaged, or it is for another base.
     """
     found = read_adapter(find_adapter(source), Hints(None if base is None else shape_of(load_config(base))))
+    for note in found.notes:
+        log.warning("%s: %s", source, note)
     return Start(found.config, found.tensors)
 
 
@@ -105,10 +109,12 @@ def check_start(start: Start | None, config: TrainConfig, base: PretrainedConfig
     """Refuse an adapter that was made for another base.
 
     Raises:
-        AdapterError: naming every dimension that differs.
+        AdapterError: naming what differs.
     """
     if start is not None:
         check_base(start.config, shape_of(base), config.init_from)
+        if start.config.has_parts:
+            check_parts_fit(start.config, start.tensors, empty_base(base), config.init_from)
 
 
 def check_written_alike(start: Start | None, raw: bool) -> None:
