@@ -21,12 +21,16 @@ def bind(config: ServeConfig) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(128)
+        except OSError:
+            listening.close()
+            raise
+    except (OSError, UnicodeError) as error:  # a name with a part of more than 63 letters is the latter
         raise ConfigError(
-            f"{config.host}:{config.port} cannot be listened on ({error.strerror or error}): choose another --port, or "
+            f"{config.host}:{config.port} cannot be listened on ({getattr(error, 'strerror', None) or error}): choose another --port, or "
             "--host."
         ) from None
     return listening
