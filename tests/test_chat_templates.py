@@ -279,7 +279,8 @@ def test_tokens_across_the_edge_of_an_answer_are_counted():
 
 def test_list_of_named_templates():
     tokenizer = byte_level.__wrapped__()
-    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ messages[0].content }}{{ tools }}"}
+    first = "{{ messages[0].content }}"
+    tokenizer.chat_template = {"default": first, "tool_use": first + "{{ tools }}"}
     assert render_prompt(conversation("x"), "chat", tokenizer).text == "x"
     assert "weather" in render_prompt(conversation("x"), "chat", tokenizer, tools=(TOOL,)).text
     tokenizer.chat_template = {"rag": "", "tool_use": ""}

@@ -24,9 +24,11 @@ from llama_adapter.core.families import family_of, text_config
 from llama_adapter.core.parts import part_shapes
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.files import is_lfs_pointer
-from llama_adapter.settings import BUNDLED, Precision
+from llama_adapter.settings import BUNDLED, Precision, shown
 
 ModelKind = Literal["base", "tower"]
+MOST_LAYERS = 10_000
+"""A configuration that claims more is damaged, and building it would never end."""
 
 
 def resolve_model(name: str, kind: ModelKind = "base") -> str:
@@ -62,11 +64,14 @@ def load_config(name: str) -> PretrainedConfig:
     """The base's configuration, checked to be of a supported family; no weights are read.
 
     Raises:
-        ModelError: there is no such base.
+        ModelError: there is no such base, or it claims a number of layers that no base has.
         UnsupportedModelError: its family cannot be adapted.
     """
     config = load_any_config(name)
     family_of(config)
+    layers = text_config(config).num_hidden_layers
+    if not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"The base '{name}' has num_hidden_layers {shown(layers)}: take a whole copy of config.json.")
     return config
 
 
@@ -94,11 +99,16 @@ def load_tokenizer(name: str) -> Tokenizer:
         ModelError: the folder or hub repository has none that can be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
     except ModelError:
         raise
     except Exception as error:  # tokenizers raise bare Exception on malformed files
         raise ModelError(f"The tokenizer of '{name}' cannot be read: {first_sentence(error)}") from None
+    rules = {"chat_template": (str | dict | None, "a text"), "model_max_length": (int | float, "a number")}
+    for key, (kind, what) in rules.items():
+        if not isinstance(value := getattr(tokenizer, key), kind):
+            raise ModelError(f"{key} of the tokenizer of '{name}' is {shown(value)}: it must be {what}.")
+    return tokenizer
 
 
 def load_base(

@@ -29,9 +29,9 @@ def bind(config: ServeConfig) -> socket.socket:
             listening.close()
             raise
     except (OSError, UnicodeError) as error:  # a name with a part of more than 63 letters is the latter
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{config.host}:{config.port} cannot be listened on ({getattr(error, 'strerror', None) or error}): choose another --port, or "
-            "--host."
+            f"{config.host}:{config.port} cannot be listened on ({reason}): choose another --port, or --host."
         ) from None
     return listening
 
