@@ -288,7 +288,8 @@ def _parquet(path: Path, content: bytes) -> Records:
         from pyarrow import ArrowException, BufferReader, parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "datasets", f"reading {path}") from None
-    most, unpacked, records = max(SMALL, LARGEST_RATIO * len(content)), 0, []
+    most, unpacked = max(SMALL, LARGEST_RATIO * len(content)), 0
+    records: list[object] = []
     try:
         with parquet.ParquetFile(BufferReader(content)) as table:
             groups = range(table.metadata.num_row_groups)
