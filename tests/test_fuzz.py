@@ -392,3 +392,18 @@ def test_prompts(place, rows, name, words, flags, end):
     source = [] if name == "-" and words[0] == "generate" else ["--data" if words[0] == "evaluate" else "--file", name]
     skip = flags if source else ()
     call(place, *words, *source, *skip, "--adapter", "run", "--max-new-tokens", "2", stdin=content)
+
+
+@times(300)
+@given(
+    st.sampled_from(["config.json", "tokenizer_config.json"]),
+    st.dictionaries(st.integers(0, 60), scalars | json_values, min_size=1, max_size=2),
+)
+def test_bases(place, name, changes):
+    config = json.loads((place.base / name).read_text())
+    config |= {sorted(config)[number % len(config)]: value for number, value in changes.items()}
+    base = changed_base(place, name, json.dumps(config).encode())
+    try:
+        call(place, "validate", "--model", base, "--data", "d.json", "--val-size", "0")
+    finally:
+        shutil.copy(place.base / name, base)
