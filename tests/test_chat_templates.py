@@ -279,7 +279,8 @@ def test_tokens_across_the_edge_of_an_answer_are_counted():
 
 def test_list_of_named_templates():
     tokenizer = byte_level.__wrapped__()
-    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    first = "{{ messages[0].content }}"
+    tokenizer.chat_template = {"default": first, "tool_use": first + "{{ tools }}"}
     assert render_prompt(conversation("x"), "chat", tokenizer).text == "x"
     assert "weather" in render_prompt(conversation("x"), "chat", tokenizer, tools=(TOOL,)).text
     tokenizer.chat_template = {"rag": "", "tool_use": ""}
@@ -299,3 +300,24 @@ def test_template_that_is_no_jinja_is_nobodys_record():
 def test_answer_without_its_thought(text):
     assert without_thought(text) == "Blue."
     assert normalise(text) == "blue"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        ("{% if m.role != 'system' %}", r"leaves out message 1 \(system\)"),
+        ("{% if m.role != 'assistant' %}", r"leaves out message 3 \(assistant\)"),
+        ("{% if loop.last %}", r"leaves out message 1 \(system\)"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(left_out, words):
+    template = "{% for m in messages %}" + left_out + "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    talk = conversation("Hm?", "Oh.", "And?", system="Be brief.")
+    with pytest.raises(DataError, match=words):
+        render_prompt(talk, "chat", byte_level(chat=template))
+
+
+def test_what_a_template_only_changes_is_not_left_out():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim | tojson }}\n{% endfor %}"
+    prompt = render_prompt(conversation(' "Hm?" ', system="Be\nbrief."), "chat", byte_level(chat=template))
+    assert prompt.text == 'system: "Be\\nbrief."\nuser: "\\"Hm?\\""\n'

@@ -85,6 +85,14 @@ def test_parquet(tmp_path):
     assert read_records(str(tmp_path / "a.parquet")) == [(1, RECORD), (2, {"instruction": "Again?", "output": "Elm."})]
 
 
+def test_objects_of_a_column_do_not_get_each_other_s_keys_as_null(tmp_path):
+    tools = [[{"name": "f", "parameters": {"town": {"type": "string"}}}], [{"name": "g", "parameters": {"day": {}}}]]
+    rows = [{**RECORD, "tools": tool} for tool in tools]
+    rows[1]["tools"][0]["parameters"]["day"] = {"type": "number"}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [record for _, record in read_records(str(tmp_path / "a.parquet"))] == rows
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     source = write(tmp_path / "a.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

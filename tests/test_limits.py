@@ -14,6 +14,7 @@ from runs import tiny_tokenizer
 from test_generate import GREEDY, write_adapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from llama_adapter.base import load_config, load_tokenizer
 from llama_adapter.cli import main
 from llama_adapter.data import Message
 from llama_adapter.data.limits import Limits
@@ -331,3 +332,21 @@ def test_the_hub_s_retries_are_not_printed():
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_VERBOSITY"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "num_hidden_layers", -1),
+        ("config.json", "num_hidden_layers", 10**30),
+        ("tokenizer_config.json", "chat_template", 5),
+        ("tokenizer_config.json", "model_max_length", "x"),
+    ],
+)
+def test_what_no_base_has_is_named(base, tmp_path, file, key, value):
+    shutil.copytree(base, tmp_path / "b")
+    path = tmp_path / "b" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    load = load_config if file == "config.json" else load_tokenizer
+    with pytest.raises(ModelError, match=rf"{key}.* '?{value}"):
+        load(str(tmp_path / "b"))

@@ -22,7 +22,7 @@ from llama_adapter.errors import AdapterError, ConfigError, DataError, Interrupt
 from llama_adapter.evaluation.instructions import evaluate_instructions, read_tasks
 from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import load_session
+from llama_adapter.inference.session import SessionPlan, load_session
 from llama_adapter.inference.writing import Prompt, read_prompts
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import Run, train
@@ -330,11 +330,15 @@ def test_no_one_and_several_pictures_in_a_batch(trained, pictures):
 # wrong inputs
 
 
-def test_pictures_for_an_adapter_that_has_never_seen_any(base, pictures, tmp_path):
+def test_pictures_for_an_adapter_that_has_never_seen_any(base, pictures, tmp_path, monkeypatch):
     train(recipe(base, pictures / "data.json", tmp_path / "run", max_steps=1))
     session = load_session(None, {"run": str(tmp_path / "run")}, torch.device("cpu"))
     with pytest.raises(AdapterError, match="'run' was trained on text alone and cannot look at files"):
         asked(session, "run", [pictures / "0.png"])
+    monkeypatch.setattr(SessionPlan, "load", None)  # said before weights are read
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "colour?", "--adapter", str(tmp_path / "run"), "--image", str(pictures / "0.png")])
+    assert stop.value.code == 2
 
 
 def test_a_condition_without_anything_to_look_at(base, tower, tmp_path):

@@ -399,3 +399,7 @@ def test_no_number_of_a_recipe_is_a_traceback(name, value, base, data, capsys):
         ended = error.code
     assert ended in (0, 2)
     assert ended == 0 or capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
+
+
+def test_what_moves_the_cursor_is_escaped(fail):
+    assert "\\x1b[2J\\nx" in fail("inspect", "\033[2J\nx")

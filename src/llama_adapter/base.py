@@ -30,7 +30,7 @@ from llama_adapter.core.parts import part_shapes
 from llama_adapter.core.quantised import is_quantised
 from llama_adapter.errors import MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.files import is_lfs_pointer
-from llama_adapter.settings import BUNDLED, Precision, Quantization
+from llama_adapter.settings import BUNDLED, Precision, Quantization, shown
 
 ModelKind = Literal["base", "tower"]
 READS_GGUF = "5.23.0"
@@ -42,6 +42,8 @@ META_BASE = (
 )
 """Of the path that was given, and its folder. The converter is not in transformers 5."""
 META_FILE = r"consolidated\.\d+(-of-\d+\.model)?\.pth"
+MOST_LAYERS = 10_000
+"""A configuration that claims more is damaged, and building it would never end."""
 
 
 def resolve_model(name: str, kind: ModelKind = "base") -> str:
@@ -119,7 +121,7 @@ def load_config(name: str) -> PretrainedConfig:
     """The base's configuration, checked to be of a supported family; no weights are read.
 
     Raises:
-        ModelError: there is no such base.
+        ModelError: there is no such base, or it claims a number of layers that no base has.
         UnsupportedModelError: its family cannot be adapted.
     """
     config = load_any_config(name)
@@ -129,6 +131,9 @@ def load_config(name: str) -> PretrainedConfig:
             f"The base '{name}' is an encoder ({config.model_type}) and writes no text: adapt it from Python, with "
             "add_adapter."
         )
+    layers = text_config(config).num_hidden_layers
+    if not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"The base '{name}' has num_hidden_layers {shown(layers)}: take a whole copy of config.json.")
     return config
 
 
@@ -158,9 +163,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     source, options = pretrained(name)
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raise bare Exception on malformed files
         raise ModelError(f"The tokenizer of '{name}' cannot be read: {first_sentence(error)}") from None
+    rules = {"chat_template": (str | dict | None, "a text"), "model_max_length": (int | float, "a number")}
+    for key, (kind, what) in rules.items():
+        if not isinstance(value := getattr(tokenizer, key), kind):
+            raise ModelError(f"{key} of the tokenizer of '{name}' is {shown(value)}: it must be {what}.")
+    return tokenizer
 
 
 def load_base(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from llama_adapter import __version__
-from llama_adapter.cli.output import colours, prepare_streams
+from llama_adapter.cli.output import colours, on_one_line, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import LlamaAdapterError
 
@@ -107,5 +107,5 @@ def _fail(message: str, code: int) -> None:
     prefix = "Error: " if code == 2 else ""
     if prefix and colours(sys.stderr):
         prefix = f"\033[1;31m{prefix}\033[0m"
-    print(prefix + message, file=sys.stderr)
+    print(prefix + on_one_line(message), file=sys.stderr)
     sys.exit(code)

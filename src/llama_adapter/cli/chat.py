@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read, answer, repeat."""
     config = options.decoding_from(args)
-    images = options.existing(args.image, args.adapter)
+    images = options.existing(args.image, options.kinds_of(args.adapter))
     from llama_adapter.data.examples import check_encodable
 
     check_encodable(args.system or "", "--system")
@@ -102,7 +102,7 @@ class Conversation:
 
     def _show(self, file: str) -> str:
         try:
-            self.images = options.existing([file] if file else [], self.session.adapters, "/image")
+            self.images = options.existing([file] if file else [], self.session.perceptions, "/image")
         except (ConfigError, DataError) as error:
             return str(error)
         return f"Looking at {file}." if file else "Looking at nothing."

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -134,19 +134,19 @@ def report_skipped(sentences: Sequence[str]) -> None:
         print(f"{len(sentences)} skipped_records", file=sys.stderr)
 
 
-def existing(files: Sequence[str], adapters: Sequence[str], option: str = "--image") -> tuple[str, ...]:
+def existing(files: Sequence[str], lookers: Collection[str], option: str = "--image") -> tuple[str, ...]:
     """The files of `option`, checked to be there, and somebody to look at them, before a model is loaded.
 
     Raises:
-        ConfigError: no adapter is given.
+        ConfigError: no adapter looks at files.
         DataError: a file does not exist.
     """
-    if files and not adapters:
-        raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     files = [os.path.expanduser(file) for file in files]
     for file in files:
         if not os.path.exists(file):
             raise DataError(f"{option} {file} does not exist: check the path.")
+    if files and not lookers:
+        raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     return tuple(files)
 
 

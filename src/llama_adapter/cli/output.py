@@ -46,6 +46,11 @@ def colours(stream: Any) -> bool:
     return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
 
 
+def on_one_line(text: str) -> str:
+    """The text with escapes for what moves a terminal's cursor or cannot be seen: names from files may hold it."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def copyable(*words: object) -> str:
     """A command line of these words, quoted as a shell needs them."""
     return shlex.join([str(word) for word in words])

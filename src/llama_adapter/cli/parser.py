@@ -7,6 +7,8 @@ import sys
 import textwrap
 from typing import Any, NoReturn
 
+from llama_adapter.cli.output import on_one_line
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """As wide as the terminal; commands to copy, which are indented by two, stay on their line."""
@@ -48,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence on stderr, exit code 2."""
         message = message if len(message) < 500 else f"{message[:250]} ... {message[-100:]}"
-        print(f"Error: {message} (usage: {self.prog} --help)", file=sys.stderr)
+        print(f"Error: {on_one_line(message)} (usage: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
         api_keys=_keys(args.api_key_file, "LLAMA_ADAPTER_API_KEY"),
         admin_key=next(iter(_keys(args.admin_key_file, "LLAMA_ADAPTER_ADMIN_KEY")), None),
     )  # fmt: skip
-    if args.adapter_dir is not None and not os.path.isdir(args.adapter_dir):
-        raise ConfigError(f"--adapter-dir {args.adapter_dir} is no folder: give one whose subfolders are adapters.")
+    if config.adapter_dir is not None and not os.path.isdir(config.adapter_dir):
+        raise ConfigError(f"--adapter-dir {config.adapter_dir} is no folder: give one whose subfolders are adapters.")
     adapters = options.name_adapters(args.adapter)
     if args.backend == "vllm":
         _become_vllm(args, config)
@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> None:
         raise MissingExtraError(str(error.name), "serve", "serve") from None
     from llama_adapter.serving.run import bind, serve
 
-    listening = bind(config)  # before the base is read: a port in use is said at once
-    planned = options.plan(args)
-    session = options.load(planned, args)
-    base = args.served_model_name or planned.model
-    serve(session, config, listening, base, adapters, lambda url: print(f"listening on {url}", file=sys.stderr))
+    with bind(config) as listening:  # before the base is read: a port in use is said at once
+        planned = options.plan(args)
+        session = options.load(planned, args)
+        base = args.served_model_name or planned.model
+        serve(session, config, listening, base, adapters, lambda url: print(f"listening on {url}", file=sys.stderr))
 
 
 NOT_VLLMS = (

@@ -9,7 +9,7 @@ a record's own thought.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ class ChatTemplate:
         """The text of a conversation up to where its next answer begins.
 
         Raises:
-            DataError, ConfigError: see `write`; or it leaves the tools out.
+            DataError, ConfigError: see `write`; or it leaves the tools or a message out.
         """
         text = self.write(messages, ask=True)
         if self.tools and text == ChatTemplate(self.tokenizer, (), self.now).write(messages, ask=True):
@@ -129,6 +129,10 @@ class ChatTemplate:
         for number, message in enumerate(messages, start=1):
             if calls := message.extra.get("tool_calls"):
                 self._check_calls(calls, text, number)
+            if message.content.strip() not in text:  # trimmed, quoted, without its thought, or not there at all
+                other = [*messages[: number - 1], replace(message, content=_PLACEHOLDER), *messages[number:]]
+                if self.write(other, ask=True) == text:
+                    raise self._refusal(f"leaves out message {number} ({message.role})")
         return text
 
     def answers(self, messages: Sequence[Message]) -> list[Reply]:

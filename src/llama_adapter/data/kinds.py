@@ -108,6 +108,16 @@ def load_json(path: Path) -> Any:
     return value
 
 
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the keys that hold null, in objects at any depth.
+
+    A column's objects all have the keys of all its rows: a tool would have the parameters of every other tool, as null.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _suffix(name: str) -> str:
     """The suffix that says the kind, in lower case: ".jsonl" of "a.jsonl.gz"."""
     path = Path(name.lower())
@@ -278,7 +288,8 @@ def _parquet(path: Path, content: bytes) -> Records:
         from pyarrow import ArrowException, BufferReader, parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "datasets", f"reading {path}") from None
-    most, unpacked, records = max(SMALL, LARGEST_RATIO * len(content)), 0, []
+    most, unpacked = max(SMALL, LARGEST_RATIO * len(content)), 0
+    records: list[object] = []
     try:
         with parquet.ParquetFile(BufferReader(content)) as table:
             groups = range(table.metadata.num_row_groups)
@@ -287,7 +298,7 @@ def _parquet(path: Path, content: bytes) -> Records:
                 unpacked += batch.nbytes
                 if unpacked > most:
                     break
-                records += batch.to_pylist()
+                records += map(without_nulls, batch.to_pylist())
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(f"{path} is damaged or no parquet file ({reason[:200]}): take another copy.") from None

@@ -84,7 +84,7 @@ def found(media: Media, folder: Path) -> Media:
             if is_lfs_pointer(Path(path)):
                 raise DataError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder")
             return path
-    raise DataError(f"{shown(media)} is neither there nor in {folder}")
+    raise DataError(f"{shown(media)} is neither there nor in {os.path.abspath(folder)}")
 
 
 def count_tags(text: str) -> int:

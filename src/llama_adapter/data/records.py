@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.kinds import STDIN, Records, is_data_file, read_file
+from llama_adapter.data.kinds import STDIN, Records, is_data_file, read_file, without_nulls
 from llama_adapter.errors import DataError, MissingExtraError
 
 BUNDLED_INSTRUCTIONS = Path(__file__).parent.parent / "bundled" / "instructions.json"
@@ -51,7 +51,7 @@ def _read_hub(name: str, split: str) -> Records:
         for column, feature in (dataset.features or {}).items():
             if (encoded := _encoded(feature)) is not feature:  # one damaged file would otherwise stop the reading
                 dataset = dataset.cast_column(column, encoded)
-        return list(enumerate(dataset, start=1))
+        return list(enumerate(map(without_nulls, dataset), start=1))
     except Exception as error:  # datasets, hub and network libraries raise dozens of unrelated types here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(

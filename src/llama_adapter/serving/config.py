@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from llama_adapter.settings import Count, Positive, check
+from llama_adapter.settings import Count, Place, Positive, check
 
 MIB = 1 << 20
 
@@ -36,7 +36,7 @@ class ServeConfig:
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
-    adapter_dir: str | None = None
+    adapter_dir: Place | None = None
     max_rows: Count = 32
     max_waiting: Count = 256
     max_tokens: Count = 1024

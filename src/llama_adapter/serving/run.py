@@ -22,13 +22,17 @@ def bind(config: ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         # With the protocol named, asyncio sends every piece at once; without, each would wait 40 ms for the last one.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(128)
+        except OSError:
+            listening.close()
+            raise
+    except (OSError, UnicodeError) as error:  # a name with a part of more than 63 letters is the latter
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{config.host}:{config.port} cannot be listened on ({error.strerror or error}): choose another --port, or "
-            "--host."
+            f"{config.host}:{config.port} cannot be listened on ({reason}): choose another --port, or --host."
         ) from None
     return listening
 
