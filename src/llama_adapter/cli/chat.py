@@ -40,11 +40,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read, answer, repeat."""
     config = options.decoding_from(args)
-    images = options.existing(args.image, options.kinds_of(args.adapter))
     from llama_adapter.data.examples import check_encodable
 
     check_encodable(args.system or "", "--system")
     planned = options.plan(args)
+    images = options.existing(args.image, options.kinds_of(planned))
     if args.system and planned.writer.template([None, *planned.folders][-1]) == "raw":
         raise ConfigError("--system needs a template, and what answers takes none: leave it out, or pass --template.")
     conversation = Conversation(options.load(planned, args), config, args.system, images)

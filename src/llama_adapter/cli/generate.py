@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> None:
     if len(args.adapter) > 1:
         raise ConfigError(f"generate takes one --adapter, not {len(args.adapter)}; chat switches between several.")
     options.at_least_one(args, "batch_size")
-    images = options.existing(args.image, options.kinds_of(args.adapter))
-    if args.file is not None and (args.prompt is not None or args.input or images):
+    if args.file is not None and (args.prompt is not None or args.input or args.image):
         raise ConfigError("--file excludes a prompt, --input and --image: put them into the file, or leave --file out.")
     planned = options.plan(args)
+    images = options.existing(args.image, options.kinds_of(planned))
     name = next(iter(planned.folders), None)
     prompts = _prompts(args, images, planned, name)
     session = options.load(planned, args)
