@@ -806,3 +806,11 @@ def test_a_session_takes_them_directly(tmp_path):
     for model in (None, str(base)):
         session = load_session(model, {"peft": str(tmp_path / "peft")}, torch.device("cpu"), "fp32")
         torch.testing.assert_close(logits(session.model, tokens()), logits(theirs, tokens()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_place_of_a_checkpoint_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "adapter.pth")
+    for source in (tmp_path, tmp_path / "adapter.pth"):
+        with pytest.raises(LlamaAdapterError, match=r"is no file|is not an adapter"):
+            read_adapter(source)

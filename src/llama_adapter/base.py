@@ -54,7 +54,7 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
     """
     if name == BUNDLED:
         return str(Path(__file__).parent / "bundled" / kind)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if pointers := [file.name for file in sorted(path.iterdir()) if is_lfs_pointer(file)]:
             raise ModelError(
@@ -82,7 +82,7 @@ def is_meta_base(folder: Path) -> bool:
 
 def is_here(name: str) -> bool:
     """Whether a base's name is 'bundled', a folder or a GGUF file."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return name == BUNDLED or path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
 
 
@@ -105,7 +105,7 @@ def pretrained(name: str) -> tuple[str, dict[str, str]]:
             f"Reading {name} needs transformers {READS_GGUF} or newer, and this is {version}: "
             "pip install -U transformers."
         )
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     owner, _, rest = name.partition("/")

@@ -15,7 +15,7 @@ from importlib import import_module
 from llama_adapter import __version__
 from llama_adapter.cli.output import colours, on_one_line, prepare_streams
 from llama_adapter.cli.parser import Parser
-from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.errors import ConfigError, LlamaAdapterError
 
 COMMANDS = (
     "demo",
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         try:
             words = sys.argv[1:] if argv is None else argv
+            _check_words(words)
             args = build_parser(words).parse_args(words)
             args.run(args)
         finally:
@@ -95,6 +96,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None:
             _drop_output()
         _fail(f"{error.filename or 'The output'}: {error.strerror}. Free space, or choose another place.", 2)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Python's own callers can pass half a surrogate pair, which is neither text nor a path."""
+    for word in words:
+        try:
+            os.fsencode(word)
+        except UnicodeEncodeError:
+            raise ConfigError(f"The argument {ascii(word)[:80]} has half a character: write the other half.") from None
 
 
 def _drop_output() -> None:

@@ -77,7 +77,7 @@ def kinds_of(planned: "SessionPlan") -> "set[Kind]":
 
 def path_of(text: str) -> Path:
     """A path on the command line, in which ~ is the home folder, also behind --flag= where no shell sees it."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -109,7 +109,7 @@ def card_text(found: Mapping[str, Any], training: Mapping[str, object], datasets
 
 def public_name(name: str) -> str:
     """A base or a file as a card may name it: hub names as they are, of a path its last part alone."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     local = os.path.lexists(path) or path.is_absolute() or name.startswith((".", "~"))
     if local:
         return path.name
@@ -121,7 +121,7 @@ def base_licence(name: str) -> str | None:
     """The licence that a base's own files name, or None; of a base on the hub, what its card says."""
     if name == BUNDLED:
         return "apache-2.0"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file() and name.lower().endswith(".gguf"):
         return _of_gguf(path)
     if path.is_dir():

@@ -141,7 +141,7 @@ def find_adapter(source: str | os.PathLike[str], revision: str | None = None) ->
     Raises:
         AdapterError: the hub has no such repository or revision, or cannot be reached; or two revisions are given.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     found = hub_name(source) if isinstance(source, str) and not os.path.lexists(path) else None
     if found is None:
         return path

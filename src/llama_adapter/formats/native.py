@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         AdapterError: there is no such adapter, or the folder cannot be written to (the old files are kept then).
     """
     adapter = get_adapter(model, name)
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter.state_dict().items()}
     write_files(folder, native_files(adapter.config, tensors))
     return folder
@@ -80,7 +80,7 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         AdapterError: the folder holds none, or it is not ours.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     path = folder / CONFIG_FILE
     hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
     if os.path.isfile(folder / "config.json"):
@@ -191,7 +191,7 @@ def read_tensors(
     Raises:
         AdapterError: a file is missing, truncated or foreign, or a tensor has another shape than it should.
     """
-    path = Path(folder).expanduser() / WEIGHTS_FILE
+    path = Path(os.path.expanduser(folder)) / WEIGHTS_FILE
     _size(path, f"{folder} has no {WEIGHTS_FILE}: the copy is incomplete.")
     try:
         with path.open("rb") as file:

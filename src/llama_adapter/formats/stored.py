@@ -6,6 +6,7 @@ and is reported.
 
 import argparse
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -145,6 +146,8 @@ def open_stored(path: Path) -> Stored:
     Raises:
         AdapterError: it is truncated, holds more than tensors and plain values, or no tensors by name.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise AdapterError(f"{path} is no file: copy the adapter again.")
     with _reading(path):
         with path.open("rb") as file:
             start = file.read(40)
@@ -210,7 +213,7 @@ def _reading(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration; `{}` where there is none that can be read."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:  # a pipe would never end
             return {}
         values = json.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError):

@@ -65,7 +65,7 @@ class Experts:
         self, session: Session, scheduler: Scheduler, base: str, folders: dict[str, str], directory: str | None = None
     ) -> None:
         self.session, self.scheduler, self.base = session, scheduler, base
-        self.directory = None if directory is None else Path(directory).expanduser().resolve()
+        self.directory = None if directory is None else Path(os.path.expanduser(directory)).resolve()
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Expert]] = {}
         self._versions = itertools.count(1)

@@ -13,6 +13,7 @@ tensorboard/                    event files
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class RunFolder:
     """Reads and writes one run's folder."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.last = self.path / "last"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"

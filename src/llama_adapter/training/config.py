@@ -6,6 +6,7 @@ None and stands for the value that the help shows: only so can it be told from t
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -288,8 +289,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     file, started = path, {}
     if path is None and overrides.get("resume") in (True, "true"):
         folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
-        if (Path(folder).expanduser() / "recipe.yaml").is_file():
-            file, started = str(Path(folder).expanduser() / "recipe.yaml"), {"output_dir": folder}
+        if (Path(os.path.expanduser(folder)) / "recipe.yaml").is_file():
+            file, started = str(Path(os.path.expanduser(folder)) / "recipe.yaml"), {"output_dir": folder}
     values = {} if file is None else {**_read(file), **started}
     for name, flag in REPLACED_BY.items():
         if flag in overrides and name not in overrides:
@@ -317,7 +318,7 @@ def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> Non
 def _read(path: str) -> dict[str, Any]:
     import yaml
 
-    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(path).expanduser()
+    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -60,7 +60,7 @@ class Quickstart:
             ConfigError: something is there already.
             AdapterError: the place cannot be written.
         """
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         if os.path.lexists(file):
             raise ConfigError(f"{path} exists: give --output another name, or remove it.")
         lines = []

@@ -68,7 +68,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
         before = load_recipe(str(recipe), {}) if recipe.is_file() else config
         open_ones = [name for name in INHERITED if getattr(config, name) in (None, DEFAULTS[name])]
         return replace(config, **{name: getattr(before, name) for name in open_ones}), None
-    source, output = Path(config.init_from).expanduser().resolve(), Path(config.output_dir).expanduser().resolve()
+    source, output = Path(config.init_from).resolve(), Path(config.output_dir).resolve()
     if source.exists() and output in (source, *source.parents):
         raise ConfigError(
             f"init_from {config.init_from} lies in the output folder {config.output_dir}: choose another --output-dir, "

@@ -1,6 +1,7 @@
 """The command that starts vLLM's server on a base and its adapters, and what can be said before it runs."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,10 @@ def environment(adapter_dir: str | None) -> dict[str, str]:
     """What `command` wants in the environment: where adapters are found by name, and vLLM's leave to load them."""
     if adapter_dir is None:
         return {}
-    return {"LLAMA_ADAPTER_DIR": str(Path(adapter_dir).expanduser().resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return {
+        "LLAMA_ADAPTER_DIR": str(Path(os.path.expanduser(adapter_dir)).resolve()),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
 
 
 def slots_for(folders: Sequence[str]) -> dict[str, bool | int]:
@@ -107,7 +111,7 @@ def _servable_in(directory: str | None, shape: dict[str, int | str]) -> dict[str
     """The adapters in a directory that fit the base; whoever asks for another is told why then."""
     if directory is None:
         return {}
-    path = Path(directory).expanduser()
+    path = Path(os.path.expanduser(directory))
     if not path.is_dir():
         raise ConfigError(f"--adapter-dir {directory} is no folder: give one whose subfolders are adapters.")
     found = {}

@@ -173,7 +173,7 @@ def _resolve_from(folder: Path) -> None:
     Raises:
         LlamaAdapterError: it is none.
     """
-    if not folder.expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(folder)):
         raise LlamaAdapterError(
             f"LLAMA_ADAPTER_DIR is {folder}, which is no folder: name the one that holds the adapters."
         )

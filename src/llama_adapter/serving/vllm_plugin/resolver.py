@@ -3,6 +3,7 @@
 vLLM asks when a request names a model that it does not know, loads what it is told, and keeps it.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class FolderResolver(LoRAResolver):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().resolve()
+        self.folder = Path(os.path.expanduser(folder)).resolve()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """See `vllm.lora.resolver.LoRAResolver`; a name that leads out of the folder is nobody's."""
