@@ -25,10 +25,10 @@ def bind(config: ServeConfig) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: a name that no host can have
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{config.host}:{config.port} cannot be listened on ({error.strerror or error}): choose another --port, or "
-            "--host."
+            f"{config.host}:{config.port} cannot be listened on ({reason}): choose another --port, or --host."
         ) from None
     return listening
 
