@@ -16,6 +16,7 @@ from servers import ADMIN, serving, write_experts
 from llama_adapter.inference.choice import Choice
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt
+from llama_adapter.serving.scheduler import Ticket
 from llama_adapter.serving.text import Written
 
 HELLO = [{"role": "user", "content": "Name the sun"}]
@@ -495,6 +496,107 @@ def test_draining_ends_what_runs_and_takes_no_more(base):
         ask.join()
         closing.join()
         assert replies[0].usage.completion_tokens == 200
+
+
+class ByteFallback:
+    """As Llama's tokenizer: a run of bytes is text as a whole, or not at all; 256 is the letter a."""
+
+    def __call__(self, tokens):
+        parts, run = [], b""
+        for token in [*tokens, None]:
+            if token is not None and token < 256:
+                run += bytes([token])
+                continue
+            try:
+                parts.append(run.decode())
+            except UnicodeDecodeError:
+                parts.append("\N{REPLACEMENT CHARACTER}" * len(run))
+            run = b""
+            parts.append("" if token is None else "a")
+        return "".join(parts)
+
+
+def test_characters_that_are_several_tokens_follow_each_other():
+    text = "😀😀éa😀é"
+    tokens = [256 if letter == "a" else byte for letter in text for byte in letter.encode()]
+    written = Written(ByteFallback())
+    for token in tokens:
+        written.add(Choice(token))
+        assert text.startswith(written.text)
+    assert written.finish() == text
+
+
+def test_what_ordinary_clients_send_is_taken(client):
+    nothing = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None, "refusal": None}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be short."}]},
+        {"role": "user", "name": "kim", "content": "Name the sun"},
+        {"role": "assistant", "content": "sun", **nothing},
+        {"role": "user", "content": [{"type": "text", "text": "And the moon"}]},
+    ]
+    reply = client.chat.completions.create(
+        model="base", messages=messages, max_tokens=2, tools=[], response_format={"type": "text"}, metadata={},
+        parallel_tool_calls=True, reasoning_effort="none", function_call="none", stop=[], logit_bias={}, audio=None,
+        stream=True, stream_options={"include_usage": False, "include_obfuscation": False},
+    )  # fmt: skip
+    assert [part.choices[0].finish_reason for part in reply][-1] in ("stop", "length")
+    options = {"include_obfuscation": False}
+    events = client.responses.create(
+        model="base", input="sun", max_output_tokens=2, stream=True, stream_options=options
+    )
+    assert [event.type for event in events][-1] in ("response.completed", "response.incomplete")
+
+
+def test_tokens_are_reported_by_their_bytes(client):
+    ask = {"temperature": 1.9, "max_tokens": 48, "seed": 3}
+    reply = client.chat.completions.create(model="base", messages=HELLO, logprobs=True, **ask)
+    content = reply.choices[0].logprobs.content
+    written = b"".join(bytes(token.bytes) for token in content).decode("utf-8", "replace")
+    assert written.strip() == reply.choices[0].message.content
+    assert any(token.token == "\N{REPLACEMENT CHARACTER}" for token in content)
+    assert all(bytes(t.bytes) != "\N{REPLACEMENT CHARACTER}".encode() for t in content)
+    found = client.completions.create(model="base", prompt="sun", logprobs=20, **ask).choices[0].logprobs
+    assert all(len(top) == 20 for top in found.top_logprobs)  # no two look alike
+    assert found.text_offset == sorted(found.text_offset)
+
+
+def test_a_broken_link_in_the_directory_breaks_nothing_else(base, tmp_path):
+    inside = tmp_path / "in"
+    write_experts(base, inside, 1)
+    (inside / "loop").symlink_to("loop")
+    with serving(base, {}, adapter_dir=str(inside), admin_key="admin") as server:
+        assert sorted(model.id for model in server.client.models.list()) == ["base", "expert-0"]
+        with pytest.raises(openai.NotFoundError):
+            server.client.chat.completions.create(model="loop", messages=HELLO)
+        body = {"lora_name": "poet", "lora_path": "loop"}
+        assert server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN).status_code == 400
+        inside.rename(tmp_path / "away")
+        assert [model.id for model in server.client.models.list()] == ["base"]
+
+
+def test_who_leaves_the_line_makes_room_in_it_at_once(server):
+    scheduler, ends = server.scheduler, []
+    release = threading.Event()
+    scheduler.between_steps(release.wait)  # nobody joins meanwhile
+    rows = server.session.rows([Prompt.of("sun")], [None], GenerateConfig(400, 0.0))
+
+    def ticket(count, seconds):
+        return Ticket(rows * count, lambda number, choice: False, ends.append, time.monotonic() + seconds)
+
+    first, wide, late, left = ticket(1, 60), ticket(32, 60), ticket(1, 0), ticket(1, 60)
+    for one in (first, wide, late, left):
+        scheduler.submit(one)
+    scheduler.cancel(left)
+    release.set()
+    until = time.monotonic() + 20
+    while not first.members or not ends:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert isinstance(ends[0], TimeoutError)
+    assert tuple(scheduler._waiting) == (wide,)
+    scheduler.cancel(wide)
+    scheduler.cancel(first)
+    server.settle()
 
 
 # the other backend

@@ -40,7 +40,7 @@ from llama_adapter.serving.replies import (
     event,
 )
 from llama_adapter.serving.scheduler import BusyError, ClosingError, Scheduler
-from llama_adapter.serving.text import token_text
+from llama_adapter.serving.text import token_bytes
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -72,9 +72,9 @@ class Server:
         self.experts = Experts(session, self.scheduler, base, folders, config.adapter_dir)
         self.answerer = Answerer(session, self.experts, self.scheduler, config, self.metrics)
 
-    def say(self, token: int) -> str:
-        """A token as text."""
-        return token_text(self.session.tokenizer, token)
+    def say(self, token: int) -> bytes:
+        """What a token stands for, in UTF-8."""
+        return token_bytes(self.session.tokenizer, token)
 
     def models(self) -> list[dict[str, Any]]:
         """What `/v1/models` lists: the base, and adapters whose parent it is."""
@@ -262,12 +262,12 @@ def add_house(app: FastAPI, server: Server) -> None:
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
     @app.get("/health", response_class=Response)
-    def health() -> Response:
+    async def health() -> Response:
         """Whether requests are answered."""
         return Response(status_code=200 if server.scheduler.alive else 503)
 
     @app.get("/ready", response_class=Response)
-    def ready() -> Response:
+    async def ready() -> Response:
         """Whether new requests are taken."""
         return Response(status_code=200 if server.scheduler.alive else 503)
 

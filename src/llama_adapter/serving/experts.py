@@ -77,7 +77,11 @@ class Experts:
         """Every name that can be asked for, the base first, with the folder it is read from."""
         with self._lock:
             known = {name: expert.folder for name, expert in self._experts.items()}
-        for folder in sorted(self.directory.iterdir()) if self.directory else ():
+        found: list[Path] = []
+        if self.directory is not None:
+            with contextlib.suppress(OSError):  # it may have been moved away since: what is loaded still answers
+                found = sorted(self.directory.iterdir())
+        for folder in found:
             if NAME.fullmatch(folder.name) and self._inside(folder.name) is not None:
                 known.setdefault(folder.name, str(folder))
         return list(known.items())
@@ -134,11 +138,12 @@ class Experts:
                 mine: Future[Expert] = Future()
                 self._loading[name] = mine
         if waiting is not None:
-            expert = waiting.result()
+            if waiting.exception() is not None and use:
+                waiting.result()
             with self._lock:
-                if use and not expert.retired:
-                    expert.users += 1
-                    return expert
+                if use and not waiting.result().retired:
+                    waiting.result().users += 1
+                    return waiting.result()
             return self.load(name, folder, replace, use)
         try:
             expert = self._load(name, folder)
@@ -179,7 +184,7 @@ class Experts:
         """
         if self.directory is None:
             raise AdapterError("The server has no --adapter-dir, and loads adapters from nowhere else.")
-        real = (self.directory / folder).resolve() if "\0" not in folder else self.directory
+        real = Path(os.path.realpath(self.directory / folder)) if "\0" not in folder else self.directory
         if not real.is_relative_to(self.directory) or real == self.directory:
             raise AdapterError(f"{folder[:200]!r} is not inside the server's --adapter-dir: put the adapter there.")
         return str(real)
@@ -188,8 +193,11 @@ class Experts:
         """The folder of a name in the adapter directory, or None."""
         if self.directory is None:
             return None
-        folder = (self.directory / name).resolve()
-        return folder if folder.is_relative_to(self.directory) and (folder / "adapter_config.json").is_file() else None
+        folder = Path(os.path.realpath(self.directory / name))  # unlike resolve, it takes links that go in a circle
+        with contextlib.suppress(OSError):  # not readable for us
+            if folder.is_relative_to(self.directory) and (folder / "adapter_config.json").is_file():
+                return folder
+        return None
 
     def _load(self, name: str, folder: str) -> Expert:
         if not os.path.isfile(os.path.join(folder, WEIGHTS_FILE)):  # other formats may be pickles

@@ -40,7 +40,8 @@ class Body(Strict):
 class StreamOptions(Strict):
     """`stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class TextFormat(Strict):
@@ -124,8 +125,12 @@ class ChatMessage(Strict):
     type: Literal["message"] = "message"
     id: str | None = None
     status: str | None = None
-    refusal: None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    refusal: Literal[""] | None = None
     tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing = None
 
     def read(self) -> tuple[Message, list[bytes]]:
         """The message as the templates take it, and its files."""
@@ -138,7 +143,7 @@ class ChatMessage(Strict):
 
 
 class Common(Body):
-    """What all requests for text may say. `user` and its kin have no effect on the answer."""
+    """What all requests for text may say. `user` and its kin, and a message's `name`, have no effect on the answer."""
 
     model: Annotated[str, Field(max_length=256)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -147,6 +152,7 @@ class Common(Body):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory"] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
     @property
@@ -194,6 +200,12 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
@@ -247,6 +259,12 @@ class TextSetting(Strict):
     verbosity: Literal["medium"] | None = None
 
 
+class ObfuscationOff(Strict):
+    """`stream_options` of a response."""
+
+    include_obfuscation: Literal[False] | None = None
+
+
 class ResponseRequest(Common):
     """`POST /v1/responses`: text in, text out; nothing is stored."""
 
@@ -262,6 +280,7 @@ class ResponseRequest(Common):
     parallel_tool_calls: bool | None = None
     include: Nothing = None
     background: Literal[False] | None = None
+    stream_options: ObfuscationOff | None = None
     previous_response_id: None = None
     reasoning: Nothing = None
     top_logprobs: Literal[0] | None = None

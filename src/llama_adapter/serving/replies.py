@@ -11,8 +11,8 @@ from llama_adapter.serving.answers import Answering, Delta
 from llama_adapter.serving.protocol import ChatRequest, CompletionRequest, ResponseRequest
 
 Event = dict[str, Any]
-Say = Callable[[int], str]
-"""Token -> its text."""
+Say = Callable[[int], bytes]
+"""Token -> its text in UTF-8, perhaps half a character."""
 
 
 def event(data: Event | str, name: str | None = None) -> str:
@@ -32,8 +32,8 @@ def _head(kind: str, prefix: str, answering: Answering) -> Event:
 
 
 def _token(say: Say, token: int, logprob: float) -> Event:
-    text = say(token)
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+    said = say(token)
+    return {"token": said.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(said)}
 
 
 def chat_logprobs(choices: Sequence[Choice], say: Say) -> Event:
@@ -47,14 +47,22 @@ def chat_logprobs(choices: Sequence[Choice], say: Say) -> Event:
 
 def completion_logprobs(choices: Sequence[Choice], say: Say, offset: int = 0) -> Event:
     """`logprobs` of a completion's choice; `offset` is where its text begins."""
-    tokens = [say(c.token) for c in choices]
-    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    said = [say(c.token) for c in choices]
+    offsets = [offset + len(b"".join(said[:i]).decode("utf-8", "ignore")) for i in range(len(said))]
     return {
-        "tokens": tokens,
+        "tokens": [_legible(token) for token in said],
         "token_logprobs": [max(c.logprob, -9999.0) for c in choices],
-        "top_logprobs": [{say(token): max(value, -9999.0) for token, value in c.top} for c in choices],
+        "top_logprobs": [{_legible(say(token)): max(value, -9999.0) for token, value in c.top} for c in choices],
         "text_offset": offsets,
     }
+
+
+def _legible(said: bytes) -> str:
+    """A token as text; half a character by its bytes, as OpenAI writes it, so that no two tokens look alike."""
+    try:
+        return said.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
 
 
 def chat_reply(request: ChatRequest, answering: Answering, say: Say) -> Event:

@@ -196,14 +196,13 @@ class Scheduler:
     def _let_in(self, batch: Batch) -> None:
         """Let waiting requests join while there is room, in their order."""
         new: list[Ticket] = []
-        gone: list[Ticket] = []
         with self._news:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled or ticket.late]
+            for ticket in gone:  # wherever they stand: behind one that finds no room they would fill the line
+                self._waiting.remove(ticket)
             rows, longest = len(batch.members), 0
             while self._waiting:
                 ticket = self._waiting[0]
-                if ticket.cancelled or ticket.late:
-                    gone.append(self._waiting.popleft())
-                    continue
                 longest = max(longest, *(len(row.tokens) for row in ticket.rows))
                 joining = sum(len(other.rows) for other in new) + len(ticket.rows)
                 full = rows + joining > self.max_rows and (rows or new)

@@ -1,13 +1,17 @@
 """From tokens to text as they come: whole characters, no stop string, not even its beginning."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from llama_adapter.inference.choice import Choice
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for bytes that are no character yet."""
+LONGEST_CHARACTER = 4
+"""Tokens of one character at most: each of its bytes in UTF-8."""
 
 
 @dataclass(eq=False)
@@ -77,8 +81,11 @@ class Written:
             return ""
         new = whole[len(self._known) :]
         if new:
-            start = len(self._ids) - 1
-            self._known, self._from = self.decode(self._ids[start:]), start
+            # A character of several tokens stays whole: some tokenizers write a run of bytes as text or not at all
+            starts = range(len(self._ids) - 1, max(self._from, len(self._ids) - LONGEST_CHARACTER) - 1, -1)
+            decoded = ((start, self.decode(self._ids[start:])) for start in starts)
+            whole_ones = (found for found in decoded if INCOMPLETE not in found[1])
+            self._from, self._known = next(whole_ones, (starts[0], self.decode(self._ids[-1:])))
         return new
 
     def _might_go_on(self) -> int:
@@ -90,6 +97,21 @@ class Written:
         return 0
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """One token as text, special ones by their name."""
-    return str(tokenizer.decode([token], skip_special_tokens=False))
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What one token stands for in UTF-8, which may be half a character; special ones by their name."""
+    text, piece = str(tokenizer.decode([token], skip_special_tokens=False)), tokenizer.convert_ids_to_tokens(token)
+    if INCOMPLETE not in text:
+        blank = str(piece).startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" ")
+        return f"{' ' * blank}{text}".encode()  # a tokenizer leaves out the blank that a text begins with
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", str(piece)):
+        return bytes.fromhex(byte[1])
+    letters = _byte_of_letter()
+    return bytes(letters[letter] for letter in piece) if set(piece) <= set(letters) else text.encode()
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """The letters by which byte-level tokenizers write bytes: those that can be seen as they are, then from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
