@@ -585,3 +585,17 @@ def test_a_recipe_that_names_every_setting_at_its_default_can_be_read(tmp_path, 
     assert "tower has no effect without a condition" in caplog.text
     with pytest.raises(ConfigError, match="tower has no effect without a condition"):
         load_recipe(path, {"tower": "bundled"})
+
+
+@pytest.mark.parametrize("text", ['{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n', "[]"])
+def test_data_in_place_of_a_recipe_says_how_to_pass_them(tmp_path, text):
+    path = tmp_path / "caps.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))} holds data, not a recipe: pass it as --data"):
+        load_recipe(str(path), {})
+
+
+def test_a_run_in_place_of_its_recipe_names_it(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lr: 0.1\n")
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\): .*, such as .*recipe\.yaml"):
+        load_recipe(str(tmp_path), {})

@@ -195,3 +195,8 @@ def test_nothing_left(files):
 def test_no_sources():
     with pytest.raises(DataError, match=r"No record is left to use \(0 skipped\)\. Give at least one data source\."):
         load_examples([])
+
+
+def test_a_record_that_asks_nothing_is_named_by_its_own_keys():
+    with pytest.raises(DataError, match=r"its keys \(question, answer\) ask nothing; what is asked stands under messages"):
+        parse_question({"question": "Why?", "answer": "So."})

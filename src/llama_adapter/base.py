@@ -143,12 +143,17 @@ def load_any_config(name: str, kind: ModelKind = "base") -> PretrainedConfig:
     Raises:
         ModelError: there is none.
     """
+    options: dict[str, str] = {}
     try:
         source, options = pretrained(name) if kind == "base" else (resolve_model(name, kind), {})
         return AutoConfig.from_pretrained(source, **options)
     except (ModelError, MissingExtraError):
         raise
     except Exception as error:  # a malformed config.json raises whatever its first wrong value meets
+        if options and not Path(os.path.expanduser(name)).is_file():
+            raise ModelError(
+                f"There is no file '{name}' here, and the hub gave none ({first_sentence(error)[:-1]}): check the path."
+            ) from None
         raise ModelError(
             f"The {kind} '{name}' cannot be read: {first_sentence(error)} "
             "Give a folder with a config.json, a GGUF file, the name of a model on the hub, or 'bundled'."

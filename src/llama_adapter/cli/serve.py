@@ -109,6 +109,9 @@ def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
         served_model_name=args.served_model_name,
         options=["--dtype", VLLM_DTYPES[args.precision], "--max-num-seqs", str(args.max_rows)],
     )  # fmt: skip
+    from llama_adapter.serving.run import bind
+
+    bind(config).close()  # a port in use is said here
     keys = {"VLLM_API_KEY": config.api_keys[0]} if config.api_keys else {}
     sys.stderr.flush()
     os.execve(line[0], line, {**os.environ, **environment(args.adapter_dir), **keys})

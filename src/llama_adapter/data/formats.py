@@ -67,7 +67,13 @@ def parse_question(record: object) -> Example:
     Raises:
         DataError: as `parse_record`.
     """
-    return parse_record(_answered(record) if isinstance(record, dict) else record)
+    if isinstance(record, dict):
+        asking = dict.fromkeys(keys[0] for keys, _, _ in FORMATS)
+        if all(record.get(key) is None for key in asking):
+            found = ", ".join(shown(key).strip("'") for key in list(record)[:20]) or "none"
+            raise DataError(f"its keys ({found}) ask nothing; what is asked stands under {' or '.join(asking)}")
+        record = _answered(record)
+    return parse_record(record)
 
 
 def _answered(record: Record) -> Record:

@@ -50,7 +50,12 @@ def said_once(failed: str, revision: str | None = None) -> Iterator[None]:
 
 def _reason(error: Exception, revision: str | None) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of one file of several
         error = error.__cause__
@@ -68,6 +73,8 @@ def _reason(error: Exception, revision: str | None) -> str:
         return "there is no such repository, or it is private: check the name, and log in with 'hf auth login'"
     if status is not None and (status == 429 or status >= 500):
         return f"the hub answers {status}: try again later"
+    if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+        return "the hub cannot be reached: check the path, or the connection"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and the cache has it not: unset it, or download it before"
     return first_sentence(error)[:-1]

@@ -1,5 +1,6 @@
 """Listening: a socket before the base is read, a server until SIGTERM."""
 
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.inference.session import Session
 from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
+
+log = logging.getLogger(__name__)
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -56,6 +59,9 @@ def serve(
         on_start: told the address.
     """
     app = create_app(session, config, base, folders)
+    if len(app.state.server.experts.names()) == 1:
+        where = f"{config.adapter_dir} has none" if config.adapter_dir else "none was given"
+        log.warning("the bare base is served alone: no adapter is there (%s)", where)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
         timeout_graceful_shutdown=int(config.drain) + 1,

@@ -79,7 +79,9 @@ class TrainConfig:
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
 
     init_from: Place | None = setting(
-        None, "Go on from the weights and settings of this adapter's folder or finished run.", "Adapter"
+        None,
+        "Go on from an adapter's weights and its own settings (not rate, steps, data): a folder, run or hub name.",
+        "Adapter",
     )
     adapter_len: Count | None = setting(None, "K, prompt vectors per adapted layer.", "Adapter", stands_for=10)
     adapter_layers: CountOrZero | None = setting(
@@ -315,6 +317,13 @@ def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> Non
         log.warning("the recipe's warm-up of %s epochs gives way to two fifths of the run", values.pop("warmup_epochs"))
 
 
+def _check_no_data(path: str) -> None:
+    from llama_adapter.data.kinds import is_data_file
+
+    if is_data_file(path):
+        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
+
+
 def _read(path: str) -> dict[str, Any]:
     import yaml
 
@@ -323,9 +332,12 @@ def _read(path: str) -> dict[str, Any]:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file.") from None
+        hint = f", such as {file / 'recipe.yaml'}" if (file / "recipe.yaml").is_file() else ""
+        raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file{hint}.") from None
     except yaml.YAMLError as error:
+        _check_no_data(path)
         raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(loaded, dict | None):
+        _check_no_data(path)
         raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
     return loaded or {}
