@@ -3,6 +3,7 @@ import json
 import pytest
 
 from llama_adapter.data import Example, Message, load_examples, parse_record
+from llama_adapter.data.formats import parse_question
 from llama_adapter.errors import DataError
 
 USER = Message("user", "Name a colour.")
@@ -198,5 +199,5 @@ def test_no_sources():
 
 
 def test_a_record_that_asks_nothing_is_named_by_its_own_keys():
-    with pytest.raises(DataError, match=r"its keys \(question, answer\) ask nothing; what is asked stands under messages"):
+    with pytest.raises(DataError, match=r"its keys \(question, answer\) ask nothing; what is asked stands"):
         parse_question({"question": "Why?", "answer": "So."})

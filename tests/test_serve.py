@@ -1,6 +1,7 @@
 """The embedded server: OpenAI's own client against it, many clients at once, what is refused, what never happens."""
 
 import json
+import queue
 import random
 import threading
 import time
@@ -12,11 +13,14 @@ import pytest
 import torch
 from runs import write_base
 from servers import ADMIN, serving, write_experts
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
 
-from llama_adapter.inference.choice import Choice
+from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.session import Prompt
-from llama_adapter.serving.scheduler import Ticket
+from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
 
 HELLO = [{"role": "user", "content": "Name the sun"}]
@@ -386,6 +390,18 @@ def test_bodies_that_are_no_json_or_too_large(base):
         assert server.http.post("/v1/completions", content=pieces(), headers=headers).status_code == 413
 
 
+def test_a_fault_leaves_its_connection_open(server, monkeypatch):
+    monkeypatch.setattr(server.session, "rows", lambda *asked: 1 / 0)
+    body = {"model": "base", "messages": HELLO}
+    ports = set()
+    for _ in range(3):
+        reply = server.http.post("/v1/chat/completions", json=body)
+        ports.add(reply.extensions["network_stream"].get_extra_info("client_addr"))
+        assert reply.status_code == 500
+        assert reply.json()["error"]["type"] == "server_error"
+    assert len(ports) == 1
+
+
 def test_keys(base):
     with serving(base, {}, api_keys=("one", "two"), admin_key="admin") as server:
 
@@ -421,7 +437,15 @@ def test_adapters_come_from_inside_the_directory(base, tmp_path, path):
 
 def test_other_hosts_names_are_not_answered(server):
     assert server.http.get("/health", headers={"host": "evil.example"}).status_code == 403
-    assert server.http.get("/health", headers={"host": "localhost:1234"}).status_code == 200
+    for host in ("localhost:1234", "LOCALHOST", "[::1]:80", "[::1]"):
+        assert server.http.get("/health", headers={"host": host}).status_code == 200
+    assert server.http.get("/health", headers={"host": "localhost.evil.example:80"}).status_code == 403
+    body = {"model": "base", "prompt": "sun", "max_tokens": 1}
+    asked = [
+        server.http.post("/v1/completions", json=body, headers={"origin": origin}).status_code
+        for origin in ("https://evil.example", "null", "http://localhost:3000")
+    ]
+    assert asked == [403, 403, 200]
 
 
 def test_metrics_count_by_adapter(server):
@@ -599,6 +623,28 @@ def test_who_leaves_the_line_makes_room_in_it_at_once(server):
     server.settle()
 
 
+def test_a_row_beyond_the_trained_length_of_a_scaled_rotation_stands_alone():
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config.max_position_embeddings, config.initializer_range = 16, 0.5
+    torch.manual_seed(0)
+    engine = Engine(AutoModelForCausalLM.from_config(config).eval())
+    rows = [Row(list(range(3, 3 + n)), max_new_tokens=new) for n, new in ((4, 11), (30, 30), (5, 9), (6, 10), (20, 20))]
+    alone = [engine.generate([row])[0] for row in rows]
+    assert engine.generate(rows) != alone  # side by side they disturb each other
+    scheduler, ends, got = Scheduler(engine, 8, 8), queue.Queue(), [[] for _ in rows]
+    for number, row in enumerate(rows):
+
+        def take(_, choice, answer=got[number]):
+            answer.append(choice.token)
+            return False
+
+        scheduler.submit(Ticket([row], take, ends.put, time.monotonic() + 60))
+    assert [ends.get(timeout=30) for _ in rows] == [None] * 5
+    scheduler.close(5)
+    assert got == alone
+
+
 # the other backend
 
 
@@ -613,7 +659,7 @@ def test_vllm_takes_the_place_of_this_process_with_everything_said(base, folder,
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object() if name == "vllm" else None)
     (tmp_path / "key").write_text("secret\n")
-    words = ["serve", "--backend", "vllm", "--model", str(base), "-a", f"poet={folder / 'expert-0'}", "--port", "9"]
+    words = ["serve", "--backend", "vllm", "--model", str(base), "-a", f"poet={folder / 'expert-0'}", "--port", "0"]
     monkeypatch.setattr("os.execve", gone)
     with pytest.raises(SystemExit):
         main([*words, "--precision", "fp32", "--api-key-file", str(tmp_path / "key"), "--max-rows", "4"])
@@ -622,7 +668,7 @@ def test_vllm_takes_the_place_of_this_process_with_everything_said(base, folder,
     assert program == line[0]
     assert f"--model {base}" in text
     assert f"--lora-modules poet={folder / 'expert-0'}" in text
-    assert "--port 9" in text
+    assert "--port 0" in text
     assert "--dtype float32 --max-num-seqs 4" in text
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in text

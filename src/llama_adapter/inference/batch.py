@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_adapter.core.attention import ROUTING, wrap_attention
 from llama_adapter.core.families import attention_modules
@@ -214,6 +214,17 @@ def contiguous(prompts: Prompts | None) -> Prompts | None:
         return None
     key, value, bias = prompts
     return Prompts(key.contiguous(), value.contiguous(), None if bias is None else bias.contiguous())
+
+
+def stretches_beyond(config: PretrainedConfig) -> int | None:
+    """Tokens beyond which a row's length changes the rotations of all rows beside it; None where it never does."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some families have one by layer type
+    if not any((kind.get("rope_type") or kind.get("type")) in ("dynamic", "longrope", "su") for kind in kinds):
+        return None
+    original = [kind.get("original_max_position_embeddings") for kind in kinds]
+    original.append(getattr(config, "original_max_position_embeddings", None))
+    return int(min([length for length in original if length] or [config.max_position_embeddings]))
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,18 @@ class Server:
             layers = get_adapter(self.session.model, expert.key).layers
             return {"layers": list(layers), "strength": [layer.strength().tolist() for layer in layers.values()]}
 
+    def failed(self, error: Exception) -> Response:
+        """The reply to a request that failed."""
+        status, kind, code = status_of(error)
+        if status == 500:
+            log.error("a request failed", exc_info=error)
+        self.metrics.refused(status)
+        message, *_ = explained(error)
+        reply = refused(status, message, kind, code)
+        if status in (429, 503):
+            reply.headers["retry-after"] = RETRY_AFTER
+        return reply
+
     async def reply(
         self,
         http: Request,
@@ -189,7 +201,12 @@ def create_app(session: Session, config: ServeConfig, base: str, folders: dict[s
     app.state.server = server
     hosts = (*LOOPBACK, config.host) if config.host in LOOPBACK else ()
     app.add_middleware(
-        Guard, api_keys=config.api_keys, admin_key=config.admin_key, max_body=config.max_body, hosts=hosts
+        Guard,
+        api_keys=config.api_keys,
+        admin_key=config.admin_key,
+        max_body=config.max_body,
+        hosts=hosts,
+        failed=server.failed,
     )
     add_errors(app, server)
     add_answers(app, server)
@@ -315,15 +332,7 @@ def add_errors(app: FastAPI, server: Server) -> None:
     """Every error in OpenAI's shape."""
 
     async def failed(request: Request, error: Exception) -> Response:
-        status, kind, code = status_of(error)
-        if status == 500:
-            log.error("a request failed", exc_info=error)
-        server.metrics.refused(status)
-        message, *_ = explained(error)
-        reply = refused(status, message, kind, code)
-        if status in (429, 503):
-            reply.headers["retry-after"] = RETRY_AFTER
-        return reply
+        return server.failed(error)
 
     async def malformed(request: Request, error: Any) -> Response:
         server.metrics.refused(400)
@@ -340,7 +349,7 @@ def add_errors(app: FastAPI, server: Server) -> None:
         return reply
 
     handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
-        LlamaAdapterError: failed, TimeoutError: failed, Exception: failed,
+        LlamaAdapterError: failed, TimeoutError: failed,
         RequestValidationError: malformed, HTTPException: http_error,
     }  # fmt: skip
     for kind, handler in handlers.items():

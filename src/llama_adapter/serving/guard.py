@@ -1,11 +1,12 @@
 """What stands before the routes: keys, sizes, headers."""
 
 import hmac
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from llama_adapter.serving.protocol import error_body
 
@@ -28,13 +29,16 @@ class Guard:
         api_keys: one of them opens everything but administration; empty asks for none.
         admin_key: opens administration, and the rest; None closes administration.
         max_body: largest request, in bytes.
-        hosts: values of the `Host` header that are answered, port aside; empty takes any. Keeps web pages from reaching
-            a server on this machine under a name of theirs.
+        hosts: values of the `Host` header that are answered, port aside, and of `Origin`; empty takes any. Keeps web
+            pages from reaching a server on this machine, be it under a name of theirs.
+        failed: the reply to a request that ended by an exception.
     """
 
     def __init__(
-        self, app: Any, api_keys: Sequence[str], admin_key: str | None, max_body: int, hosts: Sequence[str] = ()
-    ) -> None:
+        self, app: Any, api_keys: Sequence[str], admin_key: str | None, max_body: int, hosts: Sequence[str],
+        failed: Callable[[Exception], Response],
+    ) -> None:  # fmt: skip
+        self.failed = failed
         self.app, self.max_body, self.hosts = app, max_body, tuple(hosts)
         self._too_large = f"The request has more than {max_body} bytes."
         self.keys, self.admin = [key.encode() for key in api_keys], admin_key and admin_key.encode()
@@ -47,7 +51,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def reply(message: Any) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in HEADERS if pair[0] not in present)]
@@ -67,14 +75,23 @@ class Guard:
                 raise HTTPException(413, self._too_large)
             return message
 
-        await self.app(scope, counted, reply)
+        try:
+            await self.app(scope, counted, reply)
+        except Exception as error:
+            if started:
+                raise
+            # Raised further, it would close the connection, and with it end the client's next request
+            await self.failed(error)(scope, receive, reply)
 
     def refusal(self, scope: Any) -> JSONResponse | None:
         """The answer to a request that is not let in."""
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] or "-"
+        host = named(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts and host not in self.hosts:
             return refused(403, f"This server does not answer for host '{host[:100]}'.", "invalid_request_error")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if self.hosts and origin and named(origin.partition("://")[2]) not in self.hosts:
+            return refused(403, f"Pages of '{origin[:100]}' may not use this server.", "invalid_request_error")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.max_body:
             return refused(413, self._too_large, "invalid_request_error")
@@ -96,6 +113,11 @@ class Guard:
         )
         reply.headers["www-authenticate"] = "Bearer"
         return reply
+
+
+def named(authority: str) -> str:
+    """The host of `host:port`, in small letters; "-" where there is none."""
+    return re.sub(r":\d*$", "", authority).lower() or "-"
 
 
 def refused(status: int, message: str, kind: str, code: str | None = None) -> JSONResponse:

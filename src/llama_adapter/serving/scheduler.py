@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from llama_adapter.errors import LlamaAdapterError
-from llama_adapter.inference.batch import Batch, Member
+from llama_adapter.inference.batch import Batch, Member, stretches_beyond
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.engine import Engine
 
@@ -68,6 +68,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, max_rows: int, max_waiting: int) -> None:
         self.engine, self.max_rows, self.max_waiting = engine, max_rows, max_waiting
+        self._beyond = stretches_beyond(engine.model.config)
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._jobs: deque[Callable[[], None]] = deque()
@@ -206,12 +207,21 @@ class Scheduler:
                 longest = max(longest, *(len(row.tokens) for row in ticket.rows))
                 joining = sum(len(other.rows) for other in new) + len(ticket.rows)
                 full = rows + joining > self.max_rows and (rows or new)
-                if full or (new and joining * longest > PREFILL):
+                if full or (new and joining * longest > PREFILL) or not self._may_stand_beside(ticket, new):
                     break
                 new.append(self._waiting.popleft())
         for ticket in gone:
             tell(ticket, TimeoutError(LATE))
         self._join(batch, new)
+
+    def _may_stand_beside(self, ticket: Ticket, new: Sequence[Ticket]) -> bool:
+        """Whether nobody's rotations would be scaled by the length of another's rows."""
+
+        def stretches(one: Ticket) -> bool:
+            return any(len(row.tokens) + row.max_new_tokens > (self._beyond or 0) for row in one.rows)
+
+        others = [*self._running, *new]
+        return self._beyond is None or not others or not any(map(stretches, (ticket, *others)))
 
     def _join(self, batch: Batch, new: Sequence[Ticket]) -> None:
         """Admit requests and read their prompts together; where that fails, one by one, to find whose fault it is."""
