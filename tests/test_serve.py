@@ -275,8 +275,8 @@ def test_a_full_line_is_refused_and_a_late_request_ended(base, folder):
         assert refused
         assert refused[0].response.headers["retry-after"]
         assert any(not isinstance(reply, Exception) for reply in replies)
-    with serving(base, {}, deadline=0.05, max_tokens=880) as server, pytest.raises(openai.APIStatusError) as caught:
-        server.client.chat.completions.create(model="base", messages=HELLO, max_tokens=880)
+    with serving(base, {}, deadline=0.02, max_tokens=880) as server, pytest.raises(openai.APIStatusError) as caught:
+        server.client.chat.completions.create(model="base", messages=HELLO, max_tokens=880, temperature=0)
     assert caught.value.status_code == 504
 
 

@@ -317,7 +317,8 @@ def test_ctrl_c_while_packages_are_read_ends_with_130(adapter):
     time.sleep(0.2 if maps.exists() else 1.5)
     done.send_signal(signal.SIGINT)
     assert "Traceback" not in done.communicate(timeout=120)[1]
-    assert done.returncode == 130
+    # Where C code was interrupted, Python ends itself by the signal, which a shell shows as 130 too.
+    assert done.returncode in (130, -signal.SIGINT)
 
 
 # numbers

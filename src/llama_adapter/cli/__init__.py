@@ -7,10 +7,13 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
 
 from llama_adapter import __version__
 from llama_adapter.cli.output import colours, on_one_line, prepare_streams
@@ -76,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             words = sys.argv[1:] if argv is None else argv
             _check_words(words)
             args = build_parser(words).parse_args(words)
-            args.run(args)
+            with _interruptible():
+                args.run(args)
         finally:
             sys.stdout.flush()  # here, where what the reader or the disk says can still be caught
     except LlamaAdapterError as error:
@@ -96,6 +100,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None:
             _drop_output()
         _fail(f"{error.filename or 'The output'}: {error.strerror}. Free space, or choose another place.", 2)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt also where packages that are being read make an ImportError of it."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except ImportError:
+        if seen:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _check_words(words: Sequence[str]) -> None:

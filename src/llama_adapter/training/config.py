@@ -332,9 +332,9 @@ def _read(path: str) -> dict[str, Any]:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        hint = f", such as {file / 'recipe.yaml'}" if (file / "recipe.yaml").is_file() else ""
+        hint = f", such as {file / 'recipe.yaml'}" if os.path.isfile(file / "recipe.yaml") else ""
         raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file{hint}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of escapes that are no character
         _check_no_data(path)
         raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(loaded, dict | None):
