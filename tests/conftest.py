@@ -24,3 +24,24 @@ def base(tmp_path_factory):
 def data(tmp_path_factory):
     """A file of records."""
     return write_data(tmp_path_factory.mktemp("data") / "data.json")
+
+
+@pytest.fixture
+def fail(capsys):
+    """Run a command line that must end with exit code 2, nothing on stdout and one sentence; returns it."""
+    from llama_adapter.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2
+        assert out == ""
+        assert err.startswith("Error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        return err
+
+    return run

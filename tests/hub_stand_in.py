@@ -99,6 +99,14 @@ class Handler(BaseHTTPRequestHandler):
     def right(self):
         return TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
+    def resolved(self, name, revision):
+        """A repository and its commit of a revision; else the refusal is sent and the commit None."""
+        repository = self.repository(name)
+        sha = None if repository is None else repository.resolve(revision)
+        if repository is not None and sha is None:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, sha
+
     def repository(self, name, write=False):
         """The repository that may be seen, or written to; else the refusal is sent and None returned."""
         found = self.hub.repositories.get(name)
@@ -131,12 +139,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def info(self, body, name, revision="main"):
-        repository = self.repository(name)
-        if repository is None:
-            return None
-        sha = repository.resolve(revision)
+        repository, sha = self.resolved(name, revision)
         if sha is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         files = [{"rfilename": file} for file in repository.commits[sha]]
         return self.reply(200, {"id": name, "private": repository.private, "sha": sha, "siblings": files})
 
@@ -200,12 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, {"commitUrl": self.url(f"{name}/commit/{sha}"), "commitOid": sha})
 
     def resolve(self, body, name, revision, path):
-        repository = self.repository(name)
-        if repository is None:
-            return None
-        sha = repository.resolve(revision)
+        repository, sha = self.resolved(name, revision)
         if sha is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         if path not in repository.commits[sha]:
             return self.refuse(404, "EntryNotFound", "Entry not found")
         content = repository.commits[sha][path]

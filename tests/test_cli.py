@@ -55,25 +55,6 @@ def call(capsys):
     return run
 
 
-@pytest.fixture
-def fail(capsys):
-    """Run a command line that must end with exit code 2 and one sentence; returns it."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert ended.value.code == 2
-        assert out == ""
-        assert err.startswith("Error: ")
-        assert err.endswith("\n")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in err
-        return err
-
-    return run
-
-
 # help
 
 

@@ -667,32 +667,20 @@ BAD = {
 }  # fmt: skip
 
 
-def fail(capsys, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2
-    assert out == ""
-    assert err.startswith("Error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_one_sentence_and_nothing_is_written(release, tmp_path, capsys, kind, monkeypatch):
+def test_a_bad_file_is_one_sentence_and_nothing_is_written(release, tmp_path, fail, kind, monkeypatch):
     break_it, message = BAD[kind]
     monkeypatch.chdir(tmp_path)
     break_it(release)
     if message is None:  # 17 prompts of one layer: unusual, but said
         convert(release, tmp_path / "out")
         return
-    assert re.search(message, fail(capsys, "convert", release, "--output", tmp_path / "out", "--adapter-len", 5))
+    assert re.search(message, fail("convert", release, "--output", tmp_path / "out", "--adapter-len", 5))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "ran.txt").exists()
 
 
-def test_a_folder_of_meta_s_base_names_the_command(tmp_path, capsys):
+def test_a_folder_of_meta_s_base_names_the_command(tmp_path, fail):
     (tmp_path / "meta").mkdir()
     weights, out = tmp_path / "meta" / "consolidated.00.pth", tmp_path / "out"
     weights.touch()
@@ -700,17 +688,17 @@ def test_a_folder_of_meta_s_base_names_the_command(tmp_path, capsys):
         ("convert", tmp_path / "meta", "--output", out), ("generate", "--model", tmp_path / "meta", "Hi"),
         ("generate", "--model", weights, "Hi"), ("train", "--model", tmp_path / "meta", "--output-dir", out),
     ):  # fmt: skip
-        assert f"convert_llama_weights_to_hf --input_dir {tmp_path / 'meta'} " in fail(capsys, *command)
+        assert f"convert_llama_weights_to_hf --input_dir {tmp_path / 'meta'} " in fail(*command)
     assert not out.exists()
 
 
-def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
+def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, fail):
     import peft
 
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "lora")
     for command in (("convert", tmp_path / "lora", "--output", tmp_path / "out"), ("inspect", tmp_path / "lora")):
-        assert "is PEFT's ('LORA')" in fail(capsys, *command)
+        assert "is PEFT's ('LORA')" in fail(*command)
     assert not (tmp_path / "out").exists()
 
 
@@ -727,48 +715,48 @@ def test_a_peft_folder_of_lora_is_one_sentence(tmp_path, capsys):
         (lambda c, t: t.update(more=torch.ones(1)), "such as 'more'"),
     ],
 )  # fmt: skip
-def test_a_broken_peft_folder_is_one_sentence(tmp_path, capsys, change, message):
+def test_a_broken_peft_folder_is_one_sentence(tmp_path, fail, change, message):
     peft_folder(tmp_path)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     change(config, tensors)
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
-    assert re.search(message, fail(capsys, "convert", tmp_path / "peft", "--output", tmp_path / "out"))
+    assert re.search(message, fail("convert", tmp_path / "peft", "--output", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_does_not_fit_or_is_not_there(release, tmp_path, capsys):
+def test_a_base_that_does_not_fit_or_is_not_there(release, tmp_path, fail):
     tiny_llama().save_pretrained(tmp_path / "base")
     out = ("--output", tmp_path / "out", "--base")
-    error = fail(capsys, "convert", release, *out, tmp_path / "base")
+    error = fail("convert", release, *out, tmp_path / "base")
     assert "hidden_size 64 against 32" in error
-    assert "does not exist" in fail(capsys, "convert", release, *out, tmp_path / "nowhere")
+    assert "does not exist" in fail("convert", release, *out, tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
-def test_v2_on_a_base_with_another_mlp_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_v2_on_a_base_with_another_mlp_is_refused_before_anything_is_written(tmp_path, fail):
     shape, tensors = read_fixture("v2_bias")
     path = v2_file(tmp_path, "v2", tensors, shape)
     tiny_llama(hidden_size=64, num_hidden_layers=4, num_key_value_heads=4, intermediate_size=160).save_pretrained(
         tmp_path / "base")  # fmt: skip
     out = ("--output", tmp_path / "out", "--block-heads", 4)
-    error = fail(capsys, "convert", path, *out, "--base", tmp_path / "base")
+    error = fail("convert", path, *out, "--base", tmp_path / "base")
     assert "mlp.gate_proj.bias is (192,), and should be (160,)" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(release, tmp_path, capsys):
+def test_a_folder_that_is_not_empty_is_left_alone(release, tmp_path, fail):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    assert "exists and is not empty" in fail(capsys, "convert", release, "--output", tmp_path / "out")
+    assert "exists and is not empty" in fail("convert", release, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_the_gates_of_a_format_that_says_how_they_are_used_are_not_to_be_changed(tmp_path, capsys):
+def test_the_gates_of_a_format_that_says_how_they_are_used_are_not_to_be_changed(tmp_path, fail):
     peft_folder(tmp_path)
     out = ("--output", tmp_path / "out", "--gate-activation", "tanh")
-    assert "are used with identity, not with tanh" in fail(capsys, "convert", tmp_path / "peft", *out)
+    assert "are used with identity, not with tanh" in fail("convert", tmp_path / "peft", *out)
 
 
 # the command line

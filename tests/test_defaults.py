@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from llama_adapter.cli import main
 from llama_adapter.errors import ModelError
+from llama_adapter.formats.native import read_config
 from llama_adapter.inference.session import load_session
 
 CPU = torch.device("cpu")
@@ -136,6 +137,7 @@ def test_training_does_not_need_that_file(with_settings, data, tmp_path):
     out = str(tmp_path / "out")
     main(["train", "--model", with_settings("{"), "--data", str(data), "--max-steps", "1", "--trackers", "none",
           "--adapter-layers", "2", "--output-dir", out])  # fmt: skip
+    assert read_config(out).adapter_layers == 2
 
 
 def test_what_would_have_changed_tokens_is_named_once(with_settings, caplog):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import write_base
 from test_generate import write_adapter
 
 from llama_adapter.cli import main
@@ -14,11 +13,6 @@ from llama_adapter.evaluation.instructions import evaluate_instructions, normali
 from llama_adapter.inference.session import load_session
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

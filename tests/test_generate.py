@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from runs import tiny_tokenizer, write_base
+from runs import tiny_tokenizer
 from tiny import open_gates
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,11 +24,6 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def write_adapter(base, folder, seed=1, **config):

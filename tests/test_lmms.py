@@ -12,7 +12,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from runs import write_base
 from test_generate import write_adapter
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -65,11 +64,6 @@ def lmms():
         patch.delitem(sys.modules, NAME, raising=False)
         yield importlib.import_module(NAME)
         sys.modules.pop(NAME)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

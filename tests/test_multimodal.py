@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import recipe, tiny_tokenizer, write_base
+from runs import recipe, tiny_tokenizer
 from tiny import HIDDEN, adapted, open_gates, tiny_model, tokens
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, WhisperConfig, WhisperModel
 
@@ -33,11 +33,6 @@ from llama_adapter.training.prepare import prepare
 CONDITION = ConditionConfig("image", "nowhere", tower_width=6, depths=(0, -1))
 FAMILIES = ["llama", "qwen3", "olmo2", "phi3", "gpt_neox", "gpt2", "gemma2"]
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

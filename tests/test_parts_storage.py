@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import recipe, write_base, write_data
+from runs import recipe
 from safetensors.torch import load_file, save_file
 from test_parts import ALL, IDS, SEVEN, add, moved, of
 from tiny import HIDDEN, LAYERS, tiny_llama
@@ -153,16 +153,6 @@ def test_configurations_that_say_nothing_whole_are_refused(values, message):
 
 
 # --- runs
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "data.json")
 
 
 @pytest.mark.parametrize("config", [ALL, CHAT], ids=["all", "chat"])

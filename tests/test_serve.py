@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 import torch
-from runs import write_base
 from servers import ADMIN, serving, write_experts
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
@@ -24,11 +23,6 @@ from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
 
 HELLO = [{"role": "user", "content": "Name the sun"}]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

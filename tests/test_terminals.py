@@ -56,22 +56,6 @@ def streams(monkeypatch):
     return run
 
 
-@pytest.fixture
-def fail(capsys):
-    """Run a command that must end with exit code 2 and one sentence; returns it."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        err = capsys.readouterr().err
-        assert ended.value.code == 2
-        assert err.startswith("Error: ")
-        assert err.count("\n") == 1, err
-        return err
-
-    return run
-
-
 def config_of(*arguments):
     return recipe_from(build_parser().parse_args(["train", *arguments]))
 
