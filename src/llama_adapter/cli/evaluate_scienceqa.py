@@ -80,25 +80,14 @@ def run(args: argparse.Namespace) -> None:
     if args.predictions is not None:
         result = score_file(args.predictions, *common, args.allow_missing)
     else:
+        planned = options.plan(args)
+        # A bare base, and an adapter trained on text alone, see no pictures.
+        looks = any(found.config.condition is not None for found in planned.readings.values()) and not args.blind
         result = score_model(
-            options.plan(args), lambda planned: options.load(planned, args), *common, pictures=_looks(args),
+            planned, lambda planned: options.load(planned, args), *common, pictures=looks,
             style=args.style,
             likelihood=args.by == "likelihood", max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
             save=args.save, skipped=skipped,
         )  # fmt: skip
     options.report_skipped(skipped or ())
     print_report(result, args.split, args.all_rows, args.as_json)
-
-
-def _looks(args: argparse.Namespace) -> bool:
-    """Whether pictures are needed: a bare base, and an adapter trained on text alone, see none."""
-    from llama_adapter.base import load_config
-    from llama_adapter.core.families import shape_of
-    from llama_adapter.formats.load import find_adapter, read_adapter
-    from llama_adapter.formats.stored import Hints
-
-    folders = options.name_adapters(args.adapter).values()
-    hints = Hints(shape_of(load_config(args.model)) if args.model and folders else None)
-    return not args.blind and any(
-        read_adapter(find_adapter(folder), hints).config.condition is not None for folder in folders
-    )

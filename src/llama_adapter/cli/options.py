@@ -70,7 +70,7 @@ def kinds_of(planned: "SessionPlan") -> "set[Kind]":
     """As what the conditions of a session's adapters look at files."""
     from llama_adapter.conditions.config import ConditionConfig
 
-    conditions = [config.condition for config in planned.configs.values()]
+    conditions = [found.config.condition for found in planned.readings.values()]
     kinds = [condition.kind for condition in conditions if isinstance(condition, ConditionConfig)]
     return {kind for kind in kinds if kind != "image_bind"}  # of which no tower here computes features
 

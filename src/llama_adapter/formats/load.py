@@ -66,12 +66,27 @@ def load_adapter(
     """
     folder = find_adapter(source, revision)
     found = read_adapter(folder, Hints(shape_of(model.config), None, gate_activation, adapter_len, block_heads), model)
+    adapter = place_adapter(model, found, name, source, activate=activate, replace=replace)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(trainable)
+    return adapter
+
+
+def place_adapter(
+    model: PreTrainedModel, found: Reading, name: str, source: object, activate: bool = False, replace: bool = False
+) -> Adapter:
+    """Put an adapter that was read onto a base, frozen; see `load_adapter` for the arguments.
+
+    Raises:
+        AdapterError: the name is taken.
+        UnsupportedModelError: the family cannot be adapted.
+    """
     for note in found.notes:
         log.warning("%s: %s", source, note)
     activate = activate or active_adapter(model) is None
     adapter = add_adapter(model, found.config, name, activate=activate, replace=replace, state_dict=found.tensors)
     for parameter in adapter.parameters():
-        parameter.requires_grad_(trainable)
+        parameter.requires_grad_(False)
     return adapter
 
 

@@ -22,9 +22,9 @@ from llama_adapter.core.registry import device_of
 from llama_adapter.data import Example, Media, Message, encode_all
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
-from llama_adapter.formats.load import check_parts_fit, find_adapter, load_adapter, read_adapter
+from llama_adapter.formats.load import check_parts_fit, find_adapter, load_adapter, place_adapter, read_adapter
 from llama_adapter.formats.native import check_base
-from llama_adapter.formats.stored import Hints
+from llama_adapter.formats.stored import Hints, Reading
 from llama_adapter.inference.choice import Row, fresh_generator
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.defaults import base_defaults
@@ -236,14 +236,14 @@ class SessionPlan:
     Attributes:
         model: the base, as transformers finds it.
         folders: of each adapter, by name.
-        configs: of each adapter, by name.
+        readings: each adapter as it was read, by name.
         writer: prompts to tokens, within what the base takes; prompts can be checked with it now.
         defaults: what of the base's own settings for decoding is followed.
     """
 
     model: str
     folders: Mapping[str, str]
-    configs: Mapping[str, AdapterConfig]
+    readings: Mapping[str, Reading]
     writer: Writer
     defaults: GenerationConfig
 
@@ -259,14 +259,14 @@ class SessionPlan:
         except RuntimeError:
             raise ConfigError(f"There is no device {device!r}: pass 'cpu', 'cuda' or as torch names them.") from None
         perceptions: dict[str, Perception] = {}
-        for name, config in self.configs.items():
-            if isinstance(config.condition, ConditionConfig):
-                perceptions[name] = _perception(config.condition, device, perceptions)
+        for name, found in self.readings.items():
+            if isinstance(found.config.condition, ConditionConfig):
+                perceptions[name] = _perception(found.config.condition, device, perceptions)
         base = load_base(self.model, device, precision, quantization)
         base.generation_config = self.defaults
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
-        for name, folder in self.folders.items():
-            load_adapter(base, folder, name)
+        for name, found in self.readings.items():
+            place_adapter(base, found, name, self.folders[name])
         return Session(base, self.writer.tokenizer, list(self.folders), dict(self.writer.templates), perceptions)
 
 
@@ -320,7 +320,7 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
     writer = Writer(tokenizer, templates, limits)
-    return SessionPlan(model, folders, configs, writer, base_defaults(model, base))
+    return SessionPlan(model, folders, found, writer, base_defaults(model, base))
 
 
 def _base_of(folder: str, config: AdapterConfig) -> str:

@@ -118,9 +118,10 @@ class Server:
     async def reply(
         self,
         http: Request,
+        streaming: bool,
         prepare: Callable[[], Answering],
         whole: Callable[[Answering], dict[str, Any]],
-        stream: Callable[[Answering], AsyncIterator[str]] | None,
+        stream: Callable[[Answering], AsyncIterator[str]],
     ) -> Response:
         """Answer a request; whoever leaves before the end takes the work away with him."""
         answering = await run_in_threadpool(prepare)
@@ -129,7 +130,7 @@ class Server:
         except BaseException:
             answering.close()
             raise
-        if stream is not None:
+        if streaming:
             return Streamed(self._streamed(answering, stream), answering.close)
         waiting = asyncio.ensure_future(answering.finish())
         leaving = asyncio.ensure_future(gone(http))
@@ -223,9 +224,10 @@ def add_answers(app: FastAPI, server: Server) -> None:
         """Answer a conversation by its adapter's template."""
         return await server.reply(
             http,
+            request.streaming,
             lambda: answerer.chat(request),
             lambda answering: chat_reply(request, answering, server.say),
-            (lambda answering: chat_events(request, answering, server.say)) if request.streaming else None,
+            lambda answering: chat_events(request, answering, server.say),
         )
 
     @app.post("/v1/completions")
@@ -233,9 +235,10 @@ def add_answers(app: FastAPI, server: Server) -> None:
         """Go on with a text as it is, without a template."""
         return await server.reply(
             http,
+            request.streaming,
             lambda: answerer.complete(request),
             lambda answering: completion_reply(request, answering, server.say),
-            (lambda answering: completion_events(request, answering, server.say)) if request.streaming else None,
+            lambda answering: completion_events(request, answering, server.say),
         )
 
     @app.post("/v1/responses")
@@ -243,9 +246,10 @@ def add_answers(app: FastAPI, server: Server) -> None:
         """Answer a conversation; nothing is stored."""
         return await server.reply(
             http,
+            request.streaming,
             lambda: answerer.chat(request),
             lambda answering: ResponseReply(request, answering).body(),
-            (lambda answering: ResponseReply(request, answering).events()) if request.streaming else None,
+            lambda answering: ResponseReply(request, answering).events(),
         )
 
 
