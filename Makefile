@@ -1,6 +1,8 @@
 # make demo    set up, train on the bundled base, show answers before and after; then the same about pictures
 # make test    set up, run the test suite
 # make test-vllm  set up vLLM for the CPU in .venv-vllm (Python 3.11, 3.5 GB), run the plugin's tests (about fifteen minutes)
+# make test-quantised  set up torchao, bitsandbytes and compressed-tensors in .venv-quantised, run the tests of bases in
+#                fewer bits (make test skips those: transformers imports the packages at every start)
 # make evidence  set up, measure the paper's claims on the bundled base; rebuild docs/evidence.md and docs/pictures.md
 #                (about two hours)
 # make bench   set up, measure speed beside PEFT and LoRA on the CPU (about sixteen minutes)
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 VLLM_PYTHON ?= python3.11
 READY := $(VENV)/.ready
 
-.PHONY: install demo evidence bench bench-gpu test test-vllm check format clean
+.PHONY: install demo evidence bench bench-gpu test test-quantised test-vllm check format clean
 
 install: $(READY)
 
@@ -40,6 +42,14 @@ bench-gpu: install
 test: install
 	$(BIN)/python -m pytest
 
+test-quantised: .venv-quantised/.ready
+	.venv-quantised/bin/python -m pytest tests/test_quantised.py
+
+.venv-quantised/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-quantised
+	.venv-quantised/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,bnb,torchao]' compressed-tensors
+	@touch $@
+
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -W ignore tests/vllm_plugin
 
@@ -62,4 +72,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-quantised .venv-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache

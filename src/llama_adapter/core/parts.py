@@ -188,10 +188,7 @@ def _linears(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[str,
     names = {module: name for name, module in decoder.named_modules()}
     for layer in layers:
         for path, module in layer.named_modules():
-            words = path.split(".")
-            inner = any(
-                word in (SLOT, "experts", "base_layer") or word.startswith((PARTS_SLOT, "lora_")) for word in words
-            )
+            inner = any(word.startswith(INNER) for word in path.split("."))
             if not inner and (isinstance(module, Conv1D) or hasattr(module, "in_features")):
                 yield f"{names[layer]}.{path}", module
 
