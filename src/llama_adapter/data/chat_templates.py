@@ -8,17 +8,21 @@ a record's own thought.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from llama_adapter.data.examples import Message
 from llama_adapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Found = TypeVar("Found")
+_KNOWN: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, Any]]" = WeakKeyDictionary()
 
 _PLACEHOLDER = "llamaadapterplaceholderofonemessage"
 _NAME = r"[\w:]*(?:think|thought|reason)[\w:]*"
@@ -91,7 +95,7 @@ class ChatTemplate:
         """
         from jinja2 import TemplateSyntaxError
 
-        parts = _wants_parts(self.tokenizer, self.source)
+        parts = _remembered(self.tokenizer, self.source, lambda: _wants_parts(self.tokenizer, self.source))
         turns = [
             {"role": m.role, "content": [{"type": "text", "text": m.content}] if parts else m.content, **m.extra}
             for m in messages
@@ -153,7 +157,9 @@ class ChatTemplate:
         *asked, last = messages
         prompt, whole, number = self.prompt(asked), self.write(messages), len(messages)
         head, found, rest = self.write([*asked, Message("assistant", _PLACEHOLDER)]).partition(_PLACEHOLDER)
-        turn_end = _turn_end(self.tokenizer, len(self.tokenizer), str(self.tokenizer.eos_token))
+        # Listing the tokens takes milliseconds; it is done again where some were added.
+        key = (len(self.tokenizer), self.tokenizer.eos_token)
+        turn_end = _remembered(self.tokenizer, key, lambda: _turn_end(self.tokenizer))
         if calls := last.extra.get("tool_calls"):
             self._check_calls(calls, whole, number)
             ending = re.search(rf"(?:{turn_end.pattern})?\s*\Z", whole)
@@ -253,7 +259,14 @@ def _reasoning(message: Message) -> str:
     return str(next((message.extra[key] for key in keys if message.extra.get(key)), ""))
 
 
-@lru_cache(maxsize=8)
+def _remembered(tokenizer: "PreTrainedTokenizerBase", key: Any, find: Callable[[], Found]) -> Found:
+    """What was found once for a tokenizer; it is forgotten with it."""
+    known = _KNOWN.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = find()
+    return known[key]
+
+
 def _wants_parts(tokenizer: "PreTrainedTokenizerBase", source: str) -> bool:
     """Whether the template writes nothing of a text, only of a list of parts such as {"type": "text", ...}."""
 
@@ -273,12 +286,9 @@ def _wants_parts(tokenizer: "PreTrainedTokenizerBase", source: str) -> bool:
     return not shows(_PLACEHOLDER) and shows([{"type": "text", "text": _PLACEHOLDER}])
 
 
-@lru_cache(maxsize=4)
-def _turn_end(tokenizer: "PreTrainedTokenizerBase", size: int, eos: str) -> re.Pattern[str]:
-    """Compile what may close a turn: any special token but BOS, after at most one blank (Llama 2 writes one).
-
-    `size` and `eos` only renew the cached pattern when tokens were added: listing them takes milliseconds.
-    """
+def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Compile what may close a turn: any special token but BOS, after at most one blank (Llama 2 writes one)."""
+    eos = str(tokenizer.eos_token)
     texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     texts = texts - {tokenizer.bos_token} | {eos}
     return re.compile(" ?(?:" + "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) + ")")

@@ -15,6 +15,7 @@ import os.path
 import re
 import stat
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ SUFFIXES = (".json", *LINE_SUFFIXES, ".csv", ".tsv", ".parquet")
 SMALL, LARGEST_RATIO = 2**26, 100
 """A packed file may unpack to this many bytes, or to this many times its own size; text is packed to a tenth."""
 
+_CSV_LIMIT = threading.Lock()
+"""Whoever holds it may change the csv module's one limit, which all threads share."""
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 _LIST_HINT = "fix it, or name the file .jsonl if it has one record a line"
 _ROW_HINT = 'put "..." around values that hold the delimiter'
@@ -254,16 +257,17 @@ def _rows(path: Path, text: str, suffix: str, bad: list[str] | None) -> Records:
     first = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = "\t" if suffix == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    before = csv.field_size_limit(len(text) + 1)  # the standard 128 KiB is less than some answers have
-    try:
-        return _sound(path, _row_values(path, reader), suffix[1:].upper(), _ROW_HINT, bad)
-    except csv.Error as error:
-        raise DataError(
-            f"{path} is not {suffix[1:].upper()} (line {reader.line_num}: {error}): "
-            'put "..." around values that hold quotes, line breaks or the delimiter, and write " in them twice.'
-        ) from None
-    finally:
-        csv.field_size_limit(before)
+    with _CSV_LIMIT:
+        before = csv.field_size_limit(len(text) + 1)  # the standard 128 KiB is less than some answers have
+        try:
+            return _sound(path, _row_values(path, reader), suffix[1:].upper(), _ROW_HINT, bad)
+        except csv.Error as error:
+            raise DataError(
+                f"{path} is not {suffix[1:].upper()} (line {reader.line_num}: {error}): "
+                'put "..." around values that hold quotes, line breaks or the delimiter, and write " in them twice.'
+            ) from None
+        finally:
+            csv.field_size_limit(before)
 
 
 def _row_values(path: Path, reader: Any) -> Iterator[tuple[int, dict[str, str] | Unreadable]]:
