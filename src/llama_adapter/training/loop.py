@@ -36,12 +36,13 @@ from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.progress import progress_bar
 from llama_adapter.training.card import write_run_card
-from llama_adapter.training.checkpoint import Progress, RunFolder
+from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import response_loss, why_not_packed
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
+from llama_adapter.training.owner import restarted
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.plots import plot_gates, plot_loss
@@ -80,6 +81,14 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
+    folder = RunFolder(config.output_dir)
+    try:
+        return _train(restarted(config), folder)
+    finally:
+        folder.release()
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     config, start = settle(config)
     check_extras(config)
     base = load_config(config.value("model"))
@@ -89,8 +98,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
-    folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
+        folder.lock()
         folder.check(config)
         if config.push_to_hub:
             open_repository(config.push_to_hub)
@@ -121,9 +130,10 @@ def train(config: TrainConfig) -> TrainResult:
         folder.claim(config)
     accelerator.wait_for_everyone()
     run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
-    with compiler_errors():
-        run.loop()
-    return run.finish()
+    with folder.resumable():
+        with compiler_errors():
+            run.loop()
+        return run.finish()
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -227,8 +237,8 @@ class Run:
                 self._log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
                 if self._is_due(config.eval_every or self.per_epoch):
                     self._validate(bar)
-                if stopping or self._is_due(config.save_every):
-                    self._save()
+                if self.is_main:
+                    self._save(stopping or self._is_due(config.save_every))
                 if stopping:
                     raise Interrupted(
                         f"Stopped after step {step + 1} of {self.total}; everything is saved. "
@@ -307,10 +317,13 @@ class Run:
             if self.is_main:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
 
-    def _save(self) -> None:
-        if self.is_main:
-            data = self.data
-            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, data.digest, data.now)
+    def _save(self, whole: bool) -> None:
+        """Write a checkpoint, or else the step's state alone."""
+        state = Trained(self.adapter, self.optimizer, self.progress, self.data.digest, self.data.now)
+        if whole:
+            self.folder.save_checkpoint(self.model, state)
+        else:
+            self.folder.save_step(state)
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
