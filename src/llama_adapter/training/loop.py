@@ -29,7 +29,7 @@ from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
+from llama_adapter.data.batches import MicroBatch, micro_batches, response_tokens
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
@@ -107,7 +107,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
     check_written_alike(start, data.raw)
     if accelerator.is_main_process:
-        folder.check_length(config, steps_per_epoch(len(data.train), config.batch_size))
+        folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)
@@ -192,16 +192,16 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
         self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
-        self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+        self.per_epoch, self.feed = data.steps_per_epoch(config), data.feed(config)
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
+        self.feed.seek(self.progress.position)
         self.is_main = accelerator.is_main_process
         self.packed = self._may_pack()
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
-        longest = max(len(example.input_ids) for example in (*self.data.train, *self.data.val))
-        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, longest)
+        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, self.data.longest)
         if self.perception is not None:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
@@ -224,12 +224,10 @@ class Run:
                 self._validate(bar)
             for step in range(start, self.total):
                 began = time.perf_counter()
-                batch = [
-                    self.data.train[i] for i in global_batch(len(self.data.train), config.batch_size, step, config.seed)
-                ]
+                batch = self.feed.batch(step)
                 lr = learning_rate(config, step, self.total)
                 loss, norm, stopping = self._step(batch, lr, stop.requested)
-                self.progress.step = step + 1
+                self.progress.step, self.progress.position = step + 1, self.feed.position
                 seconds = time.perf_counter() - began
                 tokens = sum(len(example.input_ids) for example in batch)
                 bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
@@ -331,7 +329,7 @@ class Run:
     def _log(self, **values: float) -> None:
         step = self.progress.step
         if self.is_main:
-            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.folder.log({"step": step, "epoch": self.feed.epoch(step), **values})
             self.accelerator.log(values, step=step)
 
     def _start_trackers(self, start: int) -> None:
@@ -355,6 +353,7 @@ class Run:
 
     def finish(self) -> TrainResult:
         """Write the pictures and the card, push where that is asked for, and sum the run up."""
+        log.info("trained on %s", self.feed.summary())
         self.accelerator.end_training()
         history = self.folder.history() if self.is_main else []
         if self.is_main:
@@ -375,7 +374,7 @@ class Run:
             best_step=self.progress.best_step,
         )
         if self.is_main:
-            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            write_run_card(self.config, asdict(result), self.feed.summary(), len(self.data.val))
             if self.config.push_to_hub:
                 self._push(self.config.push_to_hub)
         return result

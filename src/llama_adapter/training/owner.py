@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one run at a time writes it, and a run that its launcher starts again knows it for its own."""
+"""Whose a run's folder is: one run at a time writes it, and a run that its launcher starts again knows its own."""
 
 import dataclasses
 import json
