@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.harness import write_section
 
-WORDS = "sun moon cat dog tree lake bird fish river stone cloud leaf".split()
+WORDS = ["sun", "moon", "cat", "dog", "tree", "lake", "bird", "fish", "river", "stone", "cloud", "leaf"]
 FILES = 10
 
 
@@ -42,7 +42,7 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def read_once(folder: str, batch_size: int) -> dict[str, float]:
+def read_once(folder: str, batch_size: int, encode_every: int) -> dict[str, float]:
     """Go once through the records as a run would, without its model."""
     from llama_adapter.base import load_config, load_tokenizer
     from llama_adapter.data.limits import Limits
@@ -57,15 +57,18 @@ def read_once(folder: str, batch_size: int) -> dict[str, float]:
     first = time.perf_counter() - began
     step, early = 1, 0.0
     while feed.epoch(step) < 1:
-        feed.batch(step)
+        if step % encode_every:
+            feed.stream.take(batch_size)
+        else:
+            feed.batch(step)
         step += 1
         if step * batch_size == 64_000:
             early = resident()
     seconds = time.perf_counter() - began
     return {
-        "records": data.streamed.records,
+        "batches": step,
         "first batch s": round(first, 2),
-        "records/s": round(data.streamed.records / seconds),
+        "records/s": round(step * batch_size / seconds),
         "MB after 64,000": round(early, 1),
         "MB at the end": round(resident(), 1),
         "MB at most": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -78,23 +81,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/llama-adapter-records"), help="must not exist")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--encode-every", type=int, nargs="+", default=[1],
+        help="parse and tokenise every N-th batch only, of each count; all are read and shuffled",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="add the section to this file")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.read:
-        print(json.dumps(read_once(args.read, args.batch_size)))
+        print(json.dumps(read_once(args.read, args.batch_size, args.encode_every[0])))
         return
     rows = []
-    for count in args.counts:
+    for i, count in enumerate(args.counts):
         try:
             size = write_records(args.folder, count)
             command = [sys.executable, "-m", "benchmarks.streaming", "--read", str(args.folder)]
-            done = subprocess.run(
-                [*command, "--batch-size", str(args.batch_size)], check=True, stdout=subprocess.PIPE, text=True
-            )
+            every = args.encode_every[i % len(args.encode_every)]
+            command += ["--batch-size", str(args.batch_size), "--encode-every", str(every)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         finally:
             shutil.rmtree(args.folder, ignore_errors=True)
-        rows.append({"records": count, "data MB": round(size / 2**20), **json.loads(done.stdout.splitlines()[-1])})
+        rows.append(
+            {
+                "records": count,
+                "encode every": every,
+                "data MB": round(size / 2**20),
+                **json.loads(done.stdout.splitlines()[-1]),
+            }
+        )
         print(", ".join(f"{key} {value:,}" for key, value in rows[-1].items()), flush=True)
     if args.json:
         write_section(args.json, "streaming", {"rows": rows})

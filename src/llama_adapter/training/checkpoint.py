@@ -290,6 +290,15 @@ class RunFolder:
         self._cut_metrics(progress.step)
         return progress
 
+    def finished_steps(self) -> int:
+        """How many steps a resumed run need not do again.
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
+        """
+        state = self._newest()
+        return 0 if state is None else state.step
+
     def _newest(self) -> State | None:
         """The newest whole state: the checkpoint's or the journal's; None where no step was finished."""
         found, path = self.journal.newest(), self.last / STATE_FILE

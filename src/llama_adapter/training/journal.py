@@ -11,7 +11,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,27 +82,31 @@ class Journal:
         began = time.monotonic()
         body = content()
         path = self.folder / JOURNAL_FILES[self._turn % 2]
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            write_all(handle, _HEADER.pack(_MAGIC, len(body), zlib.crc32(body)))
-            write_all(handle, body)
-        finally:
-            os.close(handle)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                write_all(handle, _HEADER.pack(_MAGIC, len(body), zlib.crc32(body)))
+                write_all(handle, body)
+            finally:
+                os.close(handle)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         self._turn += 1
         self._last = time.monotonic()
         self._costs.append(self._last - began)
 
     def newest(self) -> State | None:
         """The newest whole state; the next write goes over the other file."""
-        found = [(state.step, turn, state) for turn, state in self._whole()]
-        if not found:
-            return None
-        _, turn, state = max(found, key=lambda entry: entry[0])
-        self._turn = turn + 1
+        state = max(self.whole(), key=lambda state: state.step, default=None)
+        if state is not None:
+            self._turn = JOURNAL_FILES.index(state.source.name) + 1
         return state
 
-    def _whole(self) -> Iterator[tuple[int, State]]:
-        for turn, name in enumerate(JOURNAL_FILES):
+    def whole(self) -> list[State]:
+        """The states in the files that are not torn."""
+        found = []
+        for name in JOURNAL_FILES:
             path = self.folder / name
             try:
                 content = path.read_bytes()
@@ -115,4 +119,5 @@ class Journal:
                 state.step  # noqa: B018
             except (OSError, struct.error, SafetensorError, KeyError, TypeError, ValueError):
                 continue
-            yield turn, state
+            found.append(state)
+        return found
