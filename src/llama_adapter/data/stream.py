@@ -45,11 +45,17 @@ _ROWS = 256
 
 
 class Raw(NamedTuple):
-    """One record as it was read: where it stands, and a line's bytes or a row."""
+    """One record as it was read: its source, its number there, the source's folder, and a line's bytes or a row."""
 
-    origin: str
+    source: str
+    number: int
     folder: Path
     content: Any
+
+    @property
+    def origin(self) -> str:
+        """Where it stands, for people."""
+        return f"{self.source}, record {self.number}"
 
     def example(self) -> Example:
         """What it says.
@@ -60,9 +66,9 @@ class Raw(NamedTuple):
         try:
             value = self.content
             if isinstance(value, bytes):
-                value = decode(value.decode("utf-8", "surrogateescape"))
+                value = decode(value.rstrip(b"\r\n").decode("utf-8", "surrogateescape"), self.number)
                 if isinstance(value, Unreadable):
-                    raise DataError(value.reason.removeprefix("line 1, "))
+                    raise DataError(value.reason)
             example = parsed(value, self.folder, parse_record)
         except DataError as error:
             raise DataError(f"{self.origin}: {error}") from None
@@ -93,11 +99,11 @@ class Lines:
     """A file with a record a line; its place is the offset of the next line, in unpacked bytes."""
 
     def __init__(self, path: Path, mark: Mark) -> None:
-        self.path, self.folder, self.number = path, path.parent, mark.number
+        self.path, self.name, self.folder, self.number = path, str(path), path.parent, mark.number
         self.file = _unpacked(path)
         if mark.place:
             with _readable(path):
-                self.file.seek(mark.place)
+                _go_to(self.file, mark.place)
 
     def __iter__(self) -> Iterator[Raw]:
         """The records that are left; blank lines are none."""
@@ -109,7 +115,7 @@ class Lines:
                 if len(line) > LONGEST_LINE:
                     raise DataError(f"{self.path}, line {self.number} is longer than {LONGEST_LINE:,} bytes.")
                 if line.strip():
-                    yield Raw(f"{self.path}, record {self.number}", self.folder, line)
+                    yield Raw(self.name, self.number, self.folder, line)
 
     def mark(self) -> Mark:
         """Where the next line begins."""
@@ -131,7 +137,7 @@ class Rows:
     """A parquet file; groups of rows that lie before the mark are not read."""
 
     def __init__(self, path: Path, mark: Mark) -> None:
-        self.path, self.folder, self.number = path, path.parent, mark.number
+        self.path, self.name, self.folder, self.number = path, str(path), path.parent, mark.number
         try:
             from pyarrow import parquet
         except ImportError:
@@ -151,7 +157,7 @@ class Rows:
                 batches = self.file.iter_batches(batch_size=_ROWS, row_groups=[group])
                 for row in islice((row for batch in batches for row in batch.to_pylist()), skip, None):
                     self.number += 1
-                    yield Raw(f"{self.path}, record {self.number}", self.folder, without_nulls(row))
+                    yield Raw(self.name, self.number, self.folder, without_nulls(row))
                 skip = 0
 
     def mark(self) -> Mark:
@@ -173,7 +179,7 @@ class HubRows:
         try:
             for row in self.rows:
                 self.number += 1
-                yield Raw(f"{self.name}, record {self.number}", Path(), without_nulls(row))
+                yield Raw(self.name, self.number, Path(), without_nulls(row))
         except Exception as error:  # datasets, hub and network libraries raise dozens of unrelated types here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise DataError(f"{self.name} cannot be read on after record {self.number} ({reason}).") from error
@@ -347,6 +353,14 @@ def _unpacked(path: Path) -> Any:
     if packing == ".zst":
         return io.BufferedReader(zstd_reader(path), 2**20)
     return path.open("rb", 2**20)
+
+
+def _go_to(file: Any, place: int) -> None:
+    if file.seekable():
+        file.seek(place)
+        return
+    while place and (passed := file.read(min(place, 2**20))):
+        place -= len(passed)
 
 
 @contextmanager
