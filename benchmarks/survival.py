@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 
 from llama_adapter.errors import LlamaAdapterError, NotWrittenError
 from llama_adapter.formats.native import read_config
+from llama_adapter.training import journal
 from llama_adapter.training.checkpoint import RunFolder, read_metrics
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.journal import JOURNAL_FILES
@@ -103,6 +104,7 @@ def start(config: TrainConfig, environment: dict[str, str], disturb: Callable[[]
             os.dup2(file.fileno(), 2)
         os.environ.update(environment)
         torch.set_num_threads(1)
+        journal.QUICK = LONGEST  # what is kept may not depend on how busy this machine is
         disturb()
         train(config)
         code = DONE

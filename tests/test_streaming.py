@@ -162,9 +162,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(base, folder, tmp_path, monkeypa
         return step(run, *args)
 
     stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "_step", killed)
+    monkeypatch.setattr(Run, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
         train(stopped)
+    monkeypatch.setattr(Run, "_step", step)
     assert train(replace(stopped, resume=True)) == replace(whole, output_dir=tmp_path / "stopped")
     for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
@@ -208,8 +209,8 @@ def test_a_hub_dataset_is_streamed_and_gone_on_with(folder, rows, monkeypatch):
 def test_text_without_a_template_stays_so(rows):
     plain = [{"prompt": f"{i} ", "completion": "sun"} for i in range(300)]
     rows.write_bytes(lines(plain + records(0, 5)))
+    feed = prepare(config(rows), tiny_tokenizer()).feed(config(rows))
     with pytest.raises(DataError, match=r"record 30\d: it takes a template, and the first records are text without"):
-        feed = prepare(config(rows), tiny_tokenizer()).feed(config(rows))
         [feed.batch(step) for step in range(40)]
 
 

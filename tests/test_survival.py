@@ -1,4 +1,4 @@
-"""What a run survives: kills, full disks, torn files, a second run, a launcher that starts it again, a clock that jumps."""
+"""What a run survives: kills, full disks, torn files, a second run, being started again, a clock that jumps."""
 
 import json
 import os

@@ -53,12 +53,12 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._turn = 0
-        self._costs: deque[float] = deque(maxlen=3)
+        self._costs: deque[float] = deque(maxlen=10)
         self._last = -float("inf")
 
     @property
     def cost(self) -> float:
-        """Seconds that a write takes; the least of the last three, as others may have had the processor."""
+        """Seconds that a write takes; the least of the last ten, as others may have had the processor."""
         return min(self._costs, default=0.0)
 
     @property
