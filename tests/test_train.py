@@ -22,7 +22,8 @@ from llama_adapter.data.batches import collate, global_batch, micro_batches, res
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.training.checkpoint import RunFolder, read_metrics
 from llama_adapter.training.config import TrainConfig, load_recipe
-from llama_adapter.training.loop import Run, response_loss, train
+from llama_adapter.training.loop import Run, train
+from llama_adapter.training.loss import response_loss
 from llama_adapter.training.optimizer import learning_rate
 from llama_adapter.training.prepare import prepare
 
@@ -250,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base
         loss = real(model, batch, device)
         return loss * math.nan if len(calls) > 9 else loss
 
-    monkeypatch.setattr("llama_adapter.training.loop.response_loss", poisoned)
+    monkeypatch.setattr("llama_adapter.training.objective.response_loss", poisoned)
     with pytest.raises(TrainingError, match=r"at step \d are not finite; the checkpoint in .*last is kept"):
         train(recipe(base, data, tmp_path / "out", val_size=0, save_every=1))
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out").values())

@@ -15,7 +15,7 @@ import io
 import os.path
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -57,8 +57,8 @@ class Raw(NamedTuple):
         """Where it stands, for people."""
         return f"{self.source}, record {self.number}"
 
-    def example(self) -> Example:
-        """What it says.
+    def example(self, parse: Callable[[object], Example] = parse_record) -> Example:
+        """What it says, read by `parse`.
 
         Raises:
             DataError: it is unreadable or breaks a rule; the message begins with its origin.
@@ -69,7 +69,7 @@ class Raw(NamedTuple):
                 value = decode(value.rstrip(b"\r\n").decode("utf-8", "surrogateescape"), self.number)
                 if isinstance(value, Unreadable):
                     raise DataError(value.reason)
-            example = parsed(value, self.folder, parse_record)
+            example = parsed(value, self.folder, parse)
         except DataError as error:
             raise DataError(f"{self.origin}: {error}") from None
         return replace(example, origin=self.origin)

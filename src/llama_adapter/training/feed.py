@@ -1,7 +1,7 @@
 """What the steps of a run learn from: batches of the examples in memory, or of a stream that is encoded as it goes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import itemgetter
@@ -11,8 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from llama_adapter.data.batches import global_batch, steps_per_epoch
-from llama_adapter.data.encode import Encoded, encode_records
+from llama_adapter.data.encode import Encoded, encode_records, texts_of
 from llama_adapter.data.examples import Example
+from llama_adapter.data.formats import parse_record
 from llama_adapter.data.limits import Limits
 from llama_adapter.data.sources import MOST_SKIPPED, reject
 from llama_adapter.data.stream import Raw, Stream
@@ -78,6 +79,7 @@ class Encoder:
     max_length: int
     now: datetime
     limits: Limits | None
+    parse: Callable[[object], Example] = parse_record
     raw: bool = False
 
     def examples(self, records: Sequence[Raw]) -> list[Example | str]:
@@ -85,7 +87,7 @@ class Encoder:
         found: list[Example | str] = []
         for record in records:
             try:
-                example = record.example()
+                example = record.example(self.parse)
             except DataError as error:
                 found.append(str(error))
                 continue
@@ -115,7 +117,8 @@ class Encoder:
     def _texts(self, examples: Sequence[Example]) -> list[list[Encoded]]:
         encoded = encode_records(examples, self.template, self.tokenizer, self.max_length, self.now)
         if self.limits is not None:
-            self.limits.check_ids((text.input_ids for texts in encoded for text in texts), self.tokenizer)
+            for texts in encoded:
+                self.limits.check_ids((text.input_ids for text in texts_of(texts)), self.tokenizer)
         return encoded
 
 

@@ -29,7 +29,8 @@ from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import MicroBatch, micro_batches, response_tokens
+from llama_adapter.data.batches import MicroBatch, micro_batches
+from llama_adapter.data.encode import texts_of
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
@@ -40,12 +41,13 @@ from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
-from llama_adapter.training.loss import response_loss, why_not_packed
+from llama_adapter.training.loss import why_not_packed
+from llama_adapter.training.objective import Objective, Responses, objective_of
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.owner import restarted
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.perceive import condition_of, look
-from llama_adapter.training.plots import plot_gates, plot_loss
+from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared, prepare
 from llama_adapter.training.start import (
     adapter_of,
@@ -129,7 +131,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     if accelerator.is_main_process:
         folder.claim(config)
     accelerator.wait_for_everyone()
-    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
+    objective = objective_of(config, model, adapter, start, folder, accelerator.is_main_process)
+    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception, objective)
     with folder.resumable():
         with compiler_errors():
             run.loop()
@@ -189,9 +192,11 @@ class Run:
         adapter: Adapter,
         optimizer: torch.optim.AdamW,
         perception: Perception | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
         self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
+        self.objective = objective or Responses()
         self.per_epoch, self.feed = data.steps_per_epoch(config), data.feed(config)
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
@@ -226,13 +231,13 @@ class Run:
                 began = time.perf_counter()
                 batch = self.feed.batch(step)
                 lr = learning_rate(config, step, self.total)
-                loss, norm, stopping = self._step(batch, lr, stop.requested)
+                values, norm, stopping = self._step(batch, lr, stop.requested)
                 self.progress.step, self.progress.position = step + 1, self.feed.position
                 seconds = time.perf_counter() - began
-                tokens = sum(len(example.input_ids) for example in batch)
-                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+                tokens = sum(len(text.input_ids) for text in texts_of(batch))
+                bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
                 bar.update()
-                self._log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
+                self._log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
                 if self._is_due(config.eval_every or self.per_epoch):
                     self._validate(bar)
                 if self.is_main:
@@ -243,22 +248,22 @@ class Run:
                         f"Go on with: llama-adapter train {shlex.quote(str(self.folder.recipe))} --resume"
                     )
 
-    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[float, float, bool]:
-        """One optimiser step; returns the loss per response token, the gradient's norm, and whether to stop."""
-        accelerator, tokens = self.accelerator, max(1, response_tokens(batch))
+    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[dict[str, float], float, bool]:
+        """One optimiser step; returns the objective's values, the gradient's norm, and whether to stop."""
+        accelerator, count = self.accelerator, max(1, self.objective.count(batch))
         parameters = list(self.adapter.parameters())
         self.optimizer.zero_grad(set_to_none=False)
-        total = torch.zeros((), device=accelerator.device)
+        total = torch.zeros(len(self.objective.names), device=accelerator.device)
         for micro_batch in self._batches(batch, self.config.micro_batch_size):
             with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
-                loss = self._loss(micro_batch) / tokens
-                loss.backward()
-            total += loss.detach()
+                sums = self._sums(micro_batch) / count
+                sums[0].backward()
+            total += sums.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
-        flags = torch.stack([total, total.new_tensor(float(stop))])
+        flags = torch.cat([total, total.new_tensor([float(stop)])])
         if accelerator.num_processes > 1:
             flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
-            flags, rest = flat[:2], flat[2:].split([gradient.numel() for gradient in gradients])
+            flags, *rest = flat.split([len(flags), *(gradient.numel() for gradient in gradients)])
             for gradient, summed in zip(gradients, rest, strict=True):
                 gradient.copy_(summed.view_as(gradient))
         limit = self.config.max_grad_norm or float("inf")
@@ -272,7 +277,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         self.optimizer.step()
-        return float(flags[0]), norm, bool(flags[1])
+        *values, stopping = flags.tolist()
+        return dict(zip(self.objective.names, values, strict=True)), norm, bool(stopping)
 
     def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
         """This process's share, `size` examples a forward."""
@@ -280,13 +286,13 @@ class Run:
         for kind in by_kind(examples) if self.config.disjoint else [examples]:
             yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
-        """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
+    def _sums(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
+        """The objective's sums over a micro-batch, under the condition of its pictures where there is one."""
         if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
-            return response_loss(self.model, batch, self.accelerator.device)
+            return self.objective.sums(self.model, batch, self.accelerator.device)
         condition = self.perception.condition(cast(Condition, self.adapter.condition), batch.media)
         with use_adapter(self.model, self.adapter.name, condition):
-            return response_loss(self.model, batch, self.accelerator.device)
+            return self.objective.sums(self.model, batch, self.accelerator.device)
 
     @staticmethod
     def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -295,21 +301,23 @@ class Run:
         return parameter.grad
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Encoded]) -> float:
-        """Loss per response token over `examples`, in nats."""
-        accelerator = self.accelerator
-        total = torch.zeros((), device=accelerator.device)
+    def evaluate(self, examples: Sequence[Encoded]) -> dict[str, float]:
+        """The objective's values over `examples`."""
+        objective, accelerator = self.objective, self.accelerator
+        total = torch.zeros(len(objective.names), device=accelerator.device)
         for batch in self._batches(examples, 2 * self.config.micro_batch_size):
-            total += self._loss(batch)
-        return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
+            total += self._sums(batch)
+        means = accelerator.reduce(total, "sum") / max(1, objective.count(examples))
+        return dict(zip(objective.names, means.tolist(), strict=True))
 
     def _validate(self, bar: Any) -> None:
         if not self.data.val:
             return
         bar.set_description("validating")
-        loss = self.evaluate(self.data.val)
+        values = self.evaluate(self.data.val)
+        loss = values["loss"]
         bar.set_description(f"val {loss:.3f}")
-        self._log(val_loss=loss)
+        self._log(**{f"val_{name}": value for name, value in values.items()})
         if loss < self.progress.best_val_loss:
             self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
             if self.is_main:
@@ -359,7 +367,9 @@ class Run:
         if self.is_main:
             if not self.data.val:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
-            plot_loss(history, self.folder.path / "loss.png")
+            plot_loss(history, self.folder.path / "loss.png", self.objective.unit)
+            if self.config.method == "dpo":
+                plot_rewards(history, self.folder.path / "rewards.png")
             gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
             if gates:
                 plot_gates(gates, self.folder.path / "gates.png")

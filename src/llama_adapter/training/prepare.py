@@ -3,16 +3,18 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.batches import response_tokens, steps_per_epoch
-from llama_adapter.data.encode import Encoded, encode_records
-from llama_adapter.data.examples import Media
+from llama_adapter.data.encode import Encoded, encode_records, texts_of
+from llama_adapter.data.examples import Example, Media
+from llama_adapter.data.formats import parse_record
 from llama_adapter.data.limits import Limits
-from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of
+from llama_adapter.data.pairs import SHAPES, parse_pair
+from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
 from llama_adapter.training.feed import Encoder, Feed, InMemory, Streamed
@@ -66,15 +68,16 @@ class Prepared:
         return list(dict.fromkeys(media for example in (*self.train, *self.val) for media in example.media))
 
     def report(self) -> dict[str, int | float]:
-        """Counts worth seeing before a run: examples, truncations, tokens."""
-        lengths = [len(example.input_ids) for example in (*self.train, *self.val)]
+        """Counts worth seeing before a run: examples, of which a preference pair is one, truncations, tokens."""
+        texts = texts_of([*self.train, *self.val])
+        lengths = [len(text.input_ids) for text in texts]
         streamed = {} if self.streamed is None else {"streamed_sources": len(self.streamed.stream.parts)}
         return streamed | {
             "train_examples" if self.streamed is None else "examples_looked_at": len(self.train),
             "val_examples": len(self.val),
             "skipped_records": len(self.skipped),
-            "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
-            "merged_examples": sum(example.merged for example in (*self.train, *self.val)),
+            "truncated_examples": sum(text.truncated for text in texts),
+            "merged_examples": sum(text.merged for text in texts),
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "longest_tokens": max(lengths),
             "response_tokens": response_tokens(self.train) + response_tokens(self.val),
@@ -123,7 +126,7 @@ def prepare(
         now=now,
         notes=notes,
     )
-    result = replace(result, longest=max(len(text.input_ids) for text in (*result.train, *result.val)))
+    result = replace(result, longest=max(len(text.input_ids) for text in texts_of([*result.train, *result.val])))
     _check(result, config, max_length, limits, tokenizer)
     log_findings(skipped, notes)
     return result
@@ -138,7 +141,7 @@ def _streamed(
     skipped: list[str],
 ) -> Prepared:
     """Data that are read as they are needed, of which the first are looked at."""
-    encoder = Encoder(tokenizer, config.value("template"), max_length, now, limits)
+    encoder = Encoder(tokenizer, config.value("template"), max_length, now, limits, _parser(config))
     streamed, first = open_stream(config, encoder)
     notes, val = notes_of(first.examples), first.val
     skipped += first.skipped
@@ -165,7 +168,7 @@ def _check(
                 f"The longest example has {most}{data.longest} tokens and the base takes {limits.positions}: "
                 f"pass --max-length {limits.positions}, which truncates it."
             )
-        limits.check_ids((text.input_ids for text in (*data.train, *data.val)), tokenizer)
+        limits.check_ids((text.input_ids for text in texts_of([*data.train, *data.val])), tokenizer)
         if report["truncated_examples"] and max_length < config.value("max_length"):
             log.warning(
                 "the base takes %d tokens: %d examples lose what is beyond", max_length, report["truncated_examples"]
@@ -176,7 +179,7 @@ def _check(
         log.warning(
             "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
             "can: begin answers without a blank, or pass another --template",
-            merged, len(data.train) + len(data.val),
+            merged, len(texts_of([*data.train, *data.val])),
         )  # fmt: skip
     if data.raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)
@@ -201,12 +204,26 @@ def _encoded(
     """The records of `sources` and each one's texts; `skipped` gets a sentence for what was left out on the way."""
     options = {"scienceqa": {"style": config.scienceqa_style}}
     kinds = () if config.condition is None else (config.condition,)
-    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
+    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, _parser(config), kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
+    if config.method == "dpo":
+        loaded = Loaded(_pairs_of(loaded.examples, rejected), loaded.skipped)
     records = encode_records(loaded.examples, config.value("template"), tokenizer, max_length, now, rejected)
     check_some_left(records, loaded.skipped)
     skipped += loaded.skipped
     return loaded, records
+
+
+def _parser(config: TrainConfig) -> Callable[[object], Example]:
+    return parse_pair if config.method == "dpo" else parse_record
+
+
+def _pairs_of(examples: Sequence[Example], skipped: list[str] | None) -> list[Example]:
+    """The examples with two answers: sources with a reader of their own have none."""
+    for example in examples:
+        if not example.rejected:
+            reject(f"{example.origin}: it is no preference pair; those are: {SHAPES}", skipped)
+    return [example for example in examples if example.rejected]
 
 
 def _split(
@@ -234,7 +251,7 @@ def _split(
 
 def _digest(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
+    for example in texts_of(examples):
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
         for media in example.media:
             digest.update(media if isinstance(media, bytes) else media.encode())
