@@ -1,7 +1,7 @@
 """Encoded examples to packed rows: laid end to end, the tokens that they begin with alike taken once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -40,10 +40,6 @@ class PackedRow:
             x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.predicting, self.targets)
         )
         return PackedRow(ids, positions, predicting, targets, self.segments.to(device), self.counts)
-
-    def repeated(self, rows: int) -> "PackedRow":
-        """So many rows of these tokens, each for an adapter of its own."""
-        return replace(self, input_ids=self.input_ids.expand(rows, -1), position_ids=self.position_ids.expand(rows, -1))
 
 
 def shared_prefix(examples: Sequence[Encoded]) -> int:
