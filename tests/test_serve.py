@@ -253,6 +253,40 @@ def test_reloading_under_one_name_changes_answers_at_once_and_disturbs_nobody(ba
         assert len(server.session.adapters) == 2
 
 
+def test_adapters_beyond_the_most_leave_when_nobody_asks_them(base, tmp_path):
+    names = list(write_experts(base, tmp_path, 14))
+    rng = random.Random(0)
+    with serving(
+        base, {"kept": str(tmp_path / "expert-0")}, adapter_dir=str(tmp_path), max_adapters=3, max_rows=8
+    ) as server:
+        experts, session = server.app.state.server.experts, server.session
+
+        def ask(name):
+            reply = server.client.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=8)
+            return reply.choices[0].message.content
+
+        def loaded():
+            server.scheduler.between_steps(lambda: None).result(10)
+            return set(experts._experts) - {"base", "kept"}
+
+        expected = {name: ask(name) for name in names}
+        assert len(set(expected.values())) > 10
+        assert loaded() == set(names[-3:])
+        ask(names[-3])  # no longer the one that was asked longest ago
+        ask(names[0])
+        assert loaded() == {names[-3], names[-1], names[0]}
+        asked = rng.choices([*names, "kept"], k=120)
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(ask, asked)) == [expected[name.replace("kept", names[0])] for name in asked]
+        server.settle()
+        with experts.using(names[0]), experts.using(names[1]), experts.using(names[2]), experts.using(names[3]):
+            assert loaded() == set(names[:4])  # those in use stay
+        assert loaded() == set(names[:3])
+        assert len(session.adapters) == len(session.templates) - 1 == 4
+        assert len(session.engine.slots.lengths) <= 32
+        assert {model.id for model in server.client.models.list()} == {"base", "kept", *names}
+
+
 def test_a_full_line_is_refused_and_a_late_request_ended(base, folder):
     with serving(base, {}, adapter_dir=str(folder), max_rows=1, max_waiting=1, max_tokens=512) as server:
         client = server.client

@@ -69,7 +69,7 @@ class Server:
         self.config, self.session, self.created = config, session, int(time.time())
         self.scheduler = Scheduler(session.engine, config.max_rows, config.max_waiting)
         self.metrics = Metrics(lambda: self.scheduler.running, lambda: self.scheduler.waiting)
-        self.experts = Experts(session, self.scheduler, base, folders, config.adapter_dir)
+        self.experts = Experts(session, self.scheduler, base, folders, config.adapter_dir, config.max_adapters)
         self.answerer = Answerer(session, self.experts, self.scheduler, config, self.metrics)
 
     def say(self, token: int) -> bytes:

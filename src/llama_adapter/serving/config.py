@@ -19,6 +19,7 @@ class ServeConfig:
         api_keys: whoever asks shows one of them as `Authorization: Bearer KEY`; empty asks for none.
         admin_key: for loading and unloading adapters; None switches that off.
         adapter_dir: folder whose subfolders are adapters by name, loaded when they are first asked for.
+        max_adapters: of those, how many stay loaded while no request uses them.
         max_rows: answers that are written side by side.
         max_waiting: answers that may wait for a place; more are refused with 429.
         max_tokens: longest answer.
@@ -37,6 +38,7 @@ class ServeConfig:
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     adapter_dir: Place | None = None
+    max_adapters: Count = 64
     max_rows: Count = 32
     max_waiting: Count = 256
     max_tokens: Count = 1024
