@@ -108,11 +108,7 @@ class Guard:
         matches = [hmac.compare_digest(shown.strip(), key) for key in allowed]  # all of them: no early way out
         if word.lower() == b"bearer" and any(matches):
             return None
-        reply = refused(
-            401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
-        )
-        reply.headers["www-authenticate"] = "Bearer"
-        return reply
+        return wrong_key()
 
 
 def named(authority: str) -> str:
@@ -124,3 +120,12 @@ def refused(status: int, message: str, kind: str, code: str | None = None) -> JS
     """A reply in OpenAI's error shape."""
     safe = message.encode("utf-8", "replace").decode()
     return JSONResponse(error_body(safe, kind, code=code), status)
+
+
+def wrong_key() -> JSONResponse:
+    """The reply to whoever shows no key that is let in."""
+    reply = refused(
+        401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
+    )
+    reply.headers["www-authenticate"] = "Bearer"
+    return reply

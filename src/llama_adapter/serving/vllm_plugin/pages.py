@@ -1,0 +1,121 @@
+"""Routes of ours on vLLM's server: a plugin of its group `vllm.endpoint_plugins`, which `VLLM_PLUGINS` has to name.
+
+The page at `/`, the gates of adapters, and `/v1/models` with those that are loaded when a request first names them.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+from vllm import envs
+from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.lora.utils import get_adapter_absolute_path
+
+from llama_adapter.base import load_config
+from llama_adapter.core.families import shape_of
+from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.formats.inspect import describe_adapter
+from llama_adapter.serving.guard import HEADERS, refused, wrong_key
+from llama_adapter.serving.page import page_response
+from llama_adapter.serving.vllm_plugin.folders import is_ours, read_servable
+from llama_adapter.serving.vllm_plugin.resolver import FolderResolver
+
+
+class Pages:
+    """See `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
+
+    name = "llama_adapter"
+    required_tasks = ("generate",)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing: the routes read vLLM's own state."""
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; one that vLLM has is replaced."""
+        args = app.state.args
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        lock = AuthenticationMiddleware(app, keys)  # vLLM itself guards what begins with /v1 alone
+
+        @app.get("/", include_in_schema=False)
+        def page() -> Response:
+            """The page, with the headers that the embedded server gives it."""
+            reply = page_response()
+            reply.raw_headers.extend(HEADERS)
+            return reply
+
+        @app.get("/v1/models")
+        async def models() -> Response:
+            """The base and its adapters."""
+            return JSONResponse({"object": "list", "data": await cards(app)})
+
+        @app.get("/v1/models/{model:path}")
+        async def model(model: str) -> Response:
+            """One of them."""
+            found = [card for card in await cards(app) if card["id"] == model]
+            return JSONResponse(found[0]) if found else nobody(model)
+
+        @app.get("/gates/{model:path}")
+        async def gates(model: str, request: Request) -> Response:
+            """Layers (L) of an adapter and act(g) of their heads, [L, heads], as its files have them."""
+            if keys and not lock.verify_token(request.headers):
+                return wrong_key()
+            found = [card for card in await cards(app) if card["id"] == model]
+            return await run_in_threadpool(gates_of, found[0]) if found else nobody(model)
+
+
+def nobody(model: str) -> Response:
+    """The reply where there is no model of that name."""
+    return refused(404, f"There is no model '{model[:128]}'.", "not_found_error", "model_not_found")
+
+
+async def cards(app: FastAPI) -> list[dict[str, Any]]:
+    """What `/v1/models` lists: vLLM's own, and what `LLAMA_ADAPTER_DIR` has beside it that this server can load."""
+    found: list[dict[str, Any]] = (await app.state.openai_serving_models.show_available_models()).model_dump()["data"]
+    directory = os.environ.get("LLAMA_ADAPTER_DIR")
+    if directory and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        taken, base = {card["id"] for card in found}, found[0]["id"]
+        inside = await run_in_threadpool(servable, FolderResolver(Path(directory)), app.state.args.model)
+        found += [
+            ModelCard(id=name, root=str(folder), parent=base).model_dump()
+            for name, folder in inside.items()
+            if name not in taken
+        ]
+    return found
+
+
+def servable(resolver: FolderResolver, model: str) -> dict[str, Path]:
+    """The adapters of a resolver's folder that vLLM can serve on a base, by name."""
+    shape, found = shape_of(load_config(model)), {}
+    for name in sorted(path.name for path in resolver.folder.iterdir()):
+        folder = resolver.find(name)
+        if folder is None:
+            continue
+        try:
+            read_servable(folder, shape)
+        except LlamaAdapterError:  # whoever asks for it is told why
+            continue
+        found[name] = folder
+    return found
+
+
+def gates_of(card: dict[str, Any]) -> Response:
+    """The gates of a model that `cards` has."""
+    if card["parent"] is None:
+        return refused(
+            404, f"'{card['id']}' is the bare base, which has no gates: name an adapter.", "not_found_error"
+        )
+    folder = get_adapter_absolute_path(card["root"])
+    if not is_ours(folder):
+        return refused(404, f"'{card['id']}' is LoRA, which has no gates: name another adapter.", "not_found_error")
+    try:
+        layers = describe_adapter(folder)["layers"]
+    except LlamaAdapterError as error:
+        return refused(400, str(error), "invalid_request_error")
+    return JSONResponse(
+        {"layers": [layer["layer"] for layer in layers], "strength": [layer["gates"] for layer in layers]}
+    )
