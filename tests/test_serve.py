@@ -1,11 +1,14 @@
 """The embedded server: OpenAI's own client against it, many clients at once, what is refused, what never happens."""
 
+import contextlib
 import json
 import queue
 import random
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
@@ -649,6 +652,77 @@ def test_who_leaves_the_line_makes_room_in_it_at_once(server):
     scheduler.cancel(wide)
     scheduler.cancel(first)
     server.settle()
+
+
+def test_a_long_prompt_is_read_while_others_are_answered_and_can_be_let_go(server, monkeypatch):
+    monkeypatch.setattr("llama_adapter.serving.scheduler.PIECE", 8)
+    config, scheduler, session = GenerateConfig(100, 0.0), server.scheduler, server.session
+    long, short = (session.rows([Prompt.of(text)], ["expert-0"], config)[0] for text in ("moon " * 500, "sun"))
+    expected = [session.engine.generate([row])[0] for row in (long, short)]
+    assert len(long.tokens) > 500
+    order, ends = [], queue.Queue()
+
+    def submit(name, row, seconds=60):
+        def take(_, choice):
+            order.append((name, choice.token))
+            return False
+
+        ticket = Ticket([row], take, ends.put, time.monotonic() + seconds)
+        scheduler.submit(ticket)
+        return ticket
+
+    submit("long", long)
+    while not scheduler.running:
+        time.sleep(0.001)
+    submit("short", short)  # waits until the long prompt is read
+    assert [ends.get(timeout=30) for _ in range(2)] == [None, None]
+    assert [[token for who, token in order if who == name] for name in ("long", "short")] == expected
+    order.clear()
+    running = submit("short", replace(short, max_new_tokens=600, stops=frozenset()))
+    while not order:
+        time.sleep(0.001)
+    left, late = submit("left", long), submit("late", long, seconds=0.2)
+    while not left.members:
+        time.sleep(0.001)
+    before = len(order)
+    while len(order) < before + 5:  # the stream goes on
+        time.sleep(0.001)
+    assert {name for name, _ in order} == {"short"}
+    scheduler.cancel(left)
+    assert isinstance(ends.get(timeout=30), TimeoutError)
+    assert not late.open
+    assert {name for name, _ in order} == {"short"}  # neither was read to its end
+    assert running.open
+    scheduler.cancel(running)
+    server.settle()
+
+
+def test_clients_that_fall_silent_are_let_go(base):
+    with serving(base, {}, idle=0.3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+
+        def said(*pieces, pause=0.0):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                with contextlib.suppress(OSError):
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(pause)
+                began = time.monotonic()
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+                return answer, time.monotonic() - began
+
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        assert said(b"")[0] == said(b"POST /v1")[0] == b""
+        answer, seconds = said(*(bytes([letter]) for letter in head[:20]), pause=0.05)  # a letter now and then
+        assert (answer, seconds < 1) == (b"", True)
+        answer, seconds = said(head + b"content-length: 40\r\n\r\n{")
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"did not come within 0.3 seconds" in answer
+        assert seconds < 3
+        body = json.dumps({"model": "base", "prompt": "sun", "max_tokens": 200, "temperature": 0}).encode()
+        one, two = body[:20], body[20:]
+        whole = head + f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+        assert said(whole + one, two, pause=0.2)[0].startswith(b"HTTP/1.1 200")
 
 
 def test_a_row_beyond_the_trained_length_of_a_scaled_rotation_stands_alone():

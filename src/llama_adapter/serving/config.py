@@ -26,6 +26,7 @@ class ServeConfig:
         max_choices: largest `n`.
         max_body: largest request, in bytes.
         max_files: pictures, recordings and videos of one request.
+        idle: seconds that a client may be silent before its request has come; its connection is closed then.
         deadline: seconds after which a request ends, done or not.
         drain: seconds that running requests have to end after SIGTERM.
 
@@ -45,6 +46,7 @@ class ServeConfig:
     max_choices: Count = 8
     max_body: Count = 16 * MIB
     max_files: Count = 8
+    idle: Positive = 20.0
     deadline: Positive = 600.0
     drain: Positive = 30.0
 
