@@ -220,9 +220,7 @@ class TestCommand:
 
     def test_the_page_is_switched_on_and_no_plugin_off(self, monkeypatch):
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-        monkeypatch.setattr(
-            launch, "entry_points", lambda group: [SimpleNamespace(name=group.partition(".")[2])]
-        )
+        monkeypatch.setattr(launch, "entry_points", lambda group: [SimpleNamespace(name=group.partition(".")[2])])
         named = launch.environment(None)["VLLM_PLUGINS"].split(",")
         assert {"llama_adapter", "general_plugins", "platform_plugins"} <= set(named)
         monkeypatch.setenv("VLLM_PLUGINS", "other")

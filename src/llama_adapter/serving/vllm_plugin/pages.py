@@ -106,9 +106,7 @@ def servable(resolver: FolderResolver, model: str) -> dict[str, Path]:
 def gates_of(card: dict[str, Any]) -> Response:
     """The gates of a model that `cards` has."""
     if card["parent"] is None:
-        return refused(
-            404, f"'{card['id']}' is the bare base, which has no gates: name an adapter.", "not_found_error"
-        )
+        return refused(404, f"'{card['id']}' is the bare base, which has no gates: name an adapter.", "not_found_error")
     folder = get_adapter_absolute_path(card["root"])
     if not is_ours(folder):
         return refused(404, f"'{card['id']}' is LoRA, which has no gates: name another adapter.", "not_found_error")
