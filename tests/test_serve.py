@@ -1,4 +1,4 @@
-"""The embedded server: OpenAI's own client against it, many clients at once, what is refused, what never happens."""
+"""The embedded server beyond what both backends do: many clients at once, what is refused, what never happens."""
 
 import contextlib
 import json
@@ -51,115 +51,6 @@ def alone(server, text, name, new=12):
     """What a session answers to one prompt by itself."""
     key = None if name == "base" else server.app.state.server.experts._experts[name].key
     return server.session.answer([Prompt.of(text)], key, GenerateConfig(new, 0.0))[0].text
-
-
-# what OpenAI's client gets
-
-
-def test_models_are_the_base_and_every_adapter(client, folder):
-    found = {model.id: model for model in client.models.list()}
-    assert sorted(found) == ["base", *(f"expert-{n}" for n in range(6))]
-    assert found["expert-3"].parent == "base"
-    assert found["base"].parent is None
-    assert found["expert-3"].root == str(folder / "expert-3")
-    assert client.models.retrieve("expert-3").id == "expert-3"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("expert-9")
-
-
-@pytest.mark.parametrize("name", ["base", "expert-0", "expert-1", "expert-4"])
-def test_a_chat_is_what_a_session_answers(server, client, name):
-    reply = client.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=12)
-    assert reply.choices[0].message.content == alone(server, "Name the sun", name)
-    assert reply.model == name
-    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
-    parts = list(
-        client.chat.completions.create(
-            model=name, messages=HELLO, temperature=0, max_tokens=12, stream=True,
-            stream_options={"include_usage": True},
-        )
-    )  # fmt: skip
-    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-    assert streamed == reply.choices[0].message.content
-    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == reply.choices[0].finish_reason
-    assert parts[-1].usage == reply.usage
-
-
-def test_log_probabilities_are_the_models_own(server, client):
-    reply = client.chat.completions.create(
-        model="expert-0", messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
-    )
-    content = reply.choices[0].logprobs.content
-    assert len(content) == 6
-    rows = server.session.rows([Prompt.of("Name the sun")], ["expert-0"], GenerateConfig(1, 0.0))
-    with torch.no_grad():
-        logits = server.session.model(torch.tensor([rows[0].tokens]), adapter_names="expert-0").logits[0, -1]
-    expected = logits.log_softmax(-1).topk(3).values.tolist()
-    assert [top.logprob for top in content[0].top_logprobs] == pytest.approx(expected, abs=1e-4)
-    assert content[0].logprob == pytest.approx(expected[0], abs=1e-4)
-    parts = client.chat.completions.create(
-        model="expert-0", messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3, stream=True
-    )
-    streamed = [token for p in parts if p.choices[0].logprobs for token in p.choices[0].logprobs.content]
-    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in content], abs=1e-4)
-
-
-def test_completions_go_on_with_the_text_as_it_is(server, client):
-    reply = client.completions.create(
-        model="expert-1", prompt=["sun ", "moon"], temperature=0, max_tokens=8, logprobs=2
-    )
-    assert [choice.index for choice in reply.choices] == [0, 1]
-    one = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=8)
-    assert reply.choices[1].text == one.choices[0].text
-    assert len(reply.choices[0].logprobs.tokens) == len(reply.choices[0].logprobs.token_logprobs) == 8
-    streamed = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=8, stream=True)
-    assert "".join(part.choices[0].text for part in streamed) == one.choices[0].text
-
-
-def test_responses_are_text_in_text_out(server, client):
-    reply = client.responses.create(model="expert-0", input="Name the sun", temperature=0, max_output_tokens=12)
-    assert reply.output_text == alone(server, "Name the sun", "expert-0")
-    events = list(
-        client.responses.create(model="expert-0", input=HELLO, temperature=0, max_output_tokens=12, stream=True)
-    )
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert events[-1].response.output_text == reply.output_text
-    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == reply.output_text
-
-
-def test_seeds_repeat_and_choices_differ(client):
-    def ask(seed, n=3):
-        reply = client.chat.completions.create(
-            model="expert-0", messages=HELLO, temperature=1.5, max_tokens=12, n=n, seed=seed
-        )
-        return [choice.message.content for choice in reply.choices]
-
-    first = ask(7)
-    assert ask(7) == first
-    assert ask(7, 1) == first[:1]
-    assert len(set(first)) == 3
-    assert ask(8) != first
-
-
-def test_a_stop_string_ends_the_answer_before_it(client):
-    whole = client.completions.create(model="expert-1", prompt="moon", temperature=0, max_tokens=16).choices[0].text
-    stop = whole[6:9]
-    reply = client.completions.create(
-        model="expert-1", prompt="moon", temperature=0, max_tokens=16, stop=[stop, "never"]
-    )
-    assert reply.choices[0].text == whole[: whole.index(stop)]
-    assert reply.choices[0].finish_reason == "stop"
-
-
-def test_penalties_keep_an_answer_from_repeating_itself(client):
-    def tokens(**penalty):
-        reply = client.completions.create(
-            model="base", prompt="sun", temperature=0, max_tokens=24, logprobs=0, **penalty
-        )
-        return reply.choices[0].logprobs.tokens
-
-    assert len(set(tokens())) < 24
-    assert len(set(tokens(presence_penalty=2, frequency_penalty=2))) > len(set(tokens()))
 
 
 # many at once
@@ -359,18 +250,12 @@ def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
         ({"max_tokens": 10**400}, "max_tokens"),
         ({"n": 9}, "at most 8"),
         ({"n": 2.5}, "n"),
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
         ({"top_k": 5}, "'top_k' is not supported"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"top_logprobs": 2}, "needs logprobs"),
-        ({"stream_options": {"include_usage": True}}, "needs stream"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": True}, "store"),
         ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": ""}, "stop"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
         ({"model": "\ud800"}, ""),
         ({"\ud800": 1}, ""),

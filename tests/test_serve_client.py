@@ -127,9 +127,10 @@ def test_completions_go_on_with_the_text_as_it_is(server, client):
         logprobs = choice.logprobs
         assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 8
         assert all(logprob <= 0 for logprob in logprobs.token_logprobs)
-        for top, one in zip(logprobs.top_logprobs, logprobs.token_logprobs, strict=True):
-            if not any("\ufffd" in token for token in top):  # such tokens look alike in vLLM
-                assert max(top.values()) == pytest.approx(one, abs=1e-4)
+        tops = zip(logprobs.top_logprobs, logprobs.token_logprobs, strict=True)
+        found = [(max(top.values()), one) for top, one in tops if len(top) == 2]  # in vLLM some tokens look alike
+        assert found
+        assert [most for most, _ in found] == pytest.approx([one for _, one in found], abs=1e-4)
     parts = list(
         client.completions.create(prompt="moon", stream=True, stream_options={"include_usage": True}, **options)
     )
@@ -185,6 +186,7 @@ def test_seeds_repeat_and_choices_differ(client):
 
     first = ask(7)
     assert ask(7) == first
+    assert ask(7, 1) == first[:1]
     assert len(set(first)) == 3
     assert ask(8) != first
 

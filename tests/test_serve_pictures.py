@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ def test_every_answer_of_a_crowd_with_pictures_is_what_it_is_alone(base, tmp_pat
             alone = ask(request)
             assert (text, logprobs.expected) == alone, request
         first = sorted(ask(("sun", "seer", (number,), 1))[1].expected[0] for number in PICTURES)
-        assert min(after - before for before, after in zip(first, first[1:], strict=False)) > 1e-3  # pictures tell
+        assert min(after - before for before, after in itertools.pairwise(first)) > 1e-3  # pictures tell
         text, name, pictures, new = next(request for request in asked if request[2])
         prompt = Prompt.of(text, media=tuple(png(number) for number in pictures))
         assert (

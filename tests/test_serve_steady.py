@@ -1,7 +1,7 @@
 """The server over time: a soak, and a death in the middle of fifty streams.
 
-`LLAMA_ADAPTER_SOAK=3600 LLAMA_ADAPTER_SOAK_PAUSE=2 pytest tests/test_serve_steady.py -k soak -s` soaks for an hour, each
-client waiting up to so many seconds between two requests, and prints what it saw.
+`LLAMA_ADAPTER_SOAK=3600 LLAMA_ADAPTER_SOAK_PAUSE=2 pytest tests/test_serve_steady.py -k soak -s` soaks for an hour,
+each client waiting up to so many seconds between two requests, and prints what it saw.
 """
 
 import gc

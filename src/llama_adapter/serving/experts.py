@@ -1,8 +1,8 @@
 """Adapters by the names that requests call them: loaded when they are first asked for, replaced while others answer.
 
 A name points to one version of an adapter. Loading it anew adds a second version to the model and moves the pointer;
-requests that were taken before go on with the first, which is removed with the last of them. Adapters that a request had
-loaded from the directory leave the same way where there are too many: the one whose last request is longest ago first.
+requests that were taken before go on with the first, which is removed with the last of them. Adapters that a request
+had loaded from the directory leave the same way where there are too many, those first that nobody has asked for longest.
 """
 
 import contextlib
