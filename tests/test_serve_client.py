@@ -16,6 +16,7 @@ import openai
 import pytest
 from engines import apart, first_scores, greedy_text, write_adapters, write_family
 from running import OPTIONS, client_of, free_port, healthy, started
+from transformers import AutoTokenizer
 
 VLLM = importlib.util.find_spec("vllm") is not None
 HELLO = [{"role": "user", "content": "Name the sun"}]
@@ -136,6 +137,26 @@ def test_completions_go_on_with_the_text_as_it_is(server, client):
     )
     assert "".join(part.choices[0].text for part in parts if part.choices) == reply.choices[0].text
     assert parts[-1].usage.completion_tokens == 8
+
+
+def test_a_prompt_may_be_tokens_and_be_echoed(server, client):
+    tokenizer = AutoTokenizer.from_pretrained(server.base)
+    options = {"model": "n1", "temperature": 0, "max_tokens": 8}
+    one, two = (tokenizer(text).input_ids for text in ("moon", "sun "))
+    texts = [choice.text for choice in client.completions.create(prompt=["moon", "sun "], **options).choices]
+    reply = client.completions.create(prompt=one, **options)
+    assert reply.choices[0].text == texts[0]
+    assert reply.usage.prompt_tokens == len(one)
+    assert [choice.text for choice in client.completions.create(prompt=[one, two], **options).choices] == texts
+    echoed = client.completions.create(prompt=["moon", "sun "], echo=True, **options)
+    assert [choice.text for choice in echoed.choices] == ["moon" + texts[0], "sun " + texts[1]]
+    echoed = client.completions.create(prompt=one, echo=True, n=2, extra_body={"seed": 1}, **options)
+    assert [choice.text for choice in echoed.choices] == ["<s>moon" + texts[0]] * 2
+    parts = client.completions.create(prompt="moon", echo=True, stream=True, **options)
+    assert "".join(part.choices[0].text for part in parts if part.choices) == "moon" + texts[0]
+    for prompt in ([10**6], [-1], [[1, 2], []], [1, "a"]):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(prompt=prompt, **options)
 
 
 def test_an_adapter_is_found_by_name_when_it_is_asked_for(server, client):

@@ -137,7 +137,7 @@ class Batch:
             self.read()
 
     def begin(self, members: Sequence[Member]) -> None:
-        """Let `read` read the prompts of admitted rows, while nobody else is joining; they are the batch's to release."""
+        """Have `read` read the prompts of admitted rows, while nobody else joins; the batch releases them."""
         rows = [member.row for member in members]
         ids, mask = left_padded([row.tokens for row in rows], device_of(self.model.get_input_embeddings()))
         cache = self._new_cache(len(rows), ids.shape[1] + max(row.max_new_tokens for row in rows))

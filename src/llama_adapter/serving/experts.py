@@ -2,7 +2,7 @@
 
 A name points to one version of an adapter. Loading it anew adds a second version to the model and moves the pointer;
 requests that were taken before go on with the first, which is removed with the last of them. Adapters that a request
-had loaded from the directory leave the same way where there are too many, those first that nobody has asked for longest.
+had loaded from the directory leave the same way where there are too many, those asked longest ago first.
 """
 
 import contextlib
