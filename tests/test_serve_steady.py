@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -65,13 +65,13 @@ def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
             count("answered" if status == 200 else "refused")
 
         def work():
-            with httpx.Client(base_url=server.url, timeout=60) as client:
+            with httpx.Client(base_url=server.url, timeout=600) as client:
                 while not stop.is_set():
                     ask(client)
                     stop.wait(rng.uniform(0, PAUSE))
 
         def reload():
-            with httpx.Client(base_url=server.url, timeout=60, headers=ADMIN) as client:
+            with httpx.Client(base_url=server.url, timeout=600, headers=ADMIN) as client:
                 while not stop.wait(0.3):
                     name = rng.choice(names[:4])  # the others come and go as they are asked
                     body = {"lora_name": name, "lora_path": name, "load_inplace": True}
@@ -82,7 +82,9 @@ def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
             tasks = [pool.submit(work) for _ in range(12)] + [pool.submit(reload)]
             seen = []
             for _ in range(4):
-                time.sleep(SECONDS / 4)
+                wait(tasks, SECONDS / 4, FIRST_COMPLETED)  # one that has ended has failed
+                if any(task.done() for task in tasks):
+                    break
                 seen.append(resident())
                 print(f"{len(seen) * SECONDS / 4:.0f} s: {seen[-1]:.1f} MiB, {counts}", flush=True)
             stop.set()

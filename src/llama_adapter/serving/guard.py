@@ -76,7 +76,8 @@ class Guard:
             if whole:  # what is waited for now is that the client leaves
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.idle)
+                async with asyncio.timeout(self.idle):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, self._too_slow, {"connection": "close"}) from None
             seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)

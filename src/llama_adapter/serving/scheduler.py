@@ -124,7 +124,7 @@ class Scheduler:
             self._closing = True
             self._news.notify()
         until = time.monotonic() + seconds
-        for ticket in (*self._waiting, *self._running):
+        for ticket in (*self._waiting, *self._suspects, *self._running):
             ticket.deadline = min(ticket.deadline, until)
         self._thread.join(seconds + 10)
 

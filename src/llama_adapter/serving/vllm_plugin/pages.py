@@ -3,6 +3,7 @@
 The page at `/`, the gates of adapters, and `/v1/models` with those that are loaded when a request first names them.
 """
 
+import contextlib
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -40,6 +41,8 @@ class Pages:
         args = app.state.args
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         lock = AuthenticationMiddleware(app, keys)  # vLLM itself guards what begins with /v1 alone
+        directory = os.environ.get("LLAMA_ADAPTER_DIR") if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else None
+        names = Names(app, args.model, directory)
 
         @app.get("/", include_in_schema=False)
         def page() -> Response:
@@ -51,12 +54,12 @@ class Pages:
         @app.get("/v1/models")
         async def models() -> Response:
             """The base and its adapters."""
-            return JSONResponse({"object": "list", "data": await cards(app)})
+            return JSONResponse({"object": "list", "data": await names.cards()})
 
         @app.get("/v1/models/{model:path}")
         async def model(model: str) -> Response:
             """One of them."""
-            found = [card for card in await cards(app) if card["id"] == model]
+            found = [card for card in await names.cards() if card["id"] == model]
             return JSONResponse(found[0]) if found else nobody(model)
 
         @app.get("/gates/{model:path}")
@@ -64,7 +67,7 @@ class Pages:
             """Layers (L) of an adapter and act(g) of their heads, [L, heads], as its files have them."""
             if keys and not lock.verify_token(request.headers):
                 return wrong_key()
-            found = [card for card in await cards(app) if card["id"] == model]
+            found = [card for card in await names.cards() if card["id"] == model]
             return await run_in_threadpool(gates_of, found[0]) if found else nobody(model)
 
 
@@ -73,34 +76,36 @@ def nobody(model: str) -> Response:
     return refused(404, f"There is no model '{model[:128]}'.", "not_found_error", "model_not_found")
 
 
-async def cards(app: FastAPI) -> list[dict[str, Any]]:
-    """What `/v1/models` lists: vLLM's own, and what `LLAMA_ADAPTER_DIR` has beside it that this server can load."""
-    found: list[dict[str, Any]] = (await app.state.openai_serving_models.show_available_models()).model_dump()["data"]
-    directory = os.environ.get("LLAMA_ADAPTER_DIR")
-    if directory and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+class Names:
+    """What can be asked for: vLLM's own models, and adapters of a directory that it loads when they are asked for."""
+
+    def __init__(self, app: FastAPI, model: str, directory: str | None) -> None:
+        self.state, self.resolver, self.shape = app.state, None, {}
+        if directory is not None:
+            self.resolver, self.shape = FolderResolver(Path(directory)), shape_of(load_config(model))
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """What `/v1/models` lists."""
+        shown = await self.state.openai_serving_models.show_available_models()
+        found: list[dict[str, Any]] = shown.model_dump()["data"]
         taken, base = {card["id"] for card in found}, found[0]["id"]
-        inside = await run_in_threadpool(servable, FolderResolver(Path(directory)), app.state.args.model)
-        found += [
-            ModelCard(id=name, root=str(folder), parent=base).model_dump()
-            for name, folder in inside.items()
-            if name not in taken
-        ]
-    return found
+        for name, folder in (await run_in_threadpool(self.servable)).items():
+            if name not in taken:
+                found.append(ModelCard(id=name, root=str(folder), parent=base).model_dump())
+        return found
 
-
-def servable(resolver: FolderResolver, model: str) -> dict[str, Path]:
-    """The adapters of a resolver's folder that vLLM can serve on a base, by name."""
-    shape, found = shape_of(load_config(model)), {}
-    for name in sorted(path.name for path in resolver.folder.iterdir()):
-        folder = resolver.find(name)
-        if folder is None:
-            continue
-        try:
-            read_servable(folder, shape)
-        except LlamaAdapterError:  # whoever asks for it is told why
-            continue
-        found[name] = folder
-    return found
+    def servable(self) -> dict[str, Path]:
+        """The adapters of the directory that vLLM can serve on this base, by name."""
+        found: dict[str, Path] = {}
+        if self.resolver is None:
+            return found
+        for name in sorted(path.name for path in self.resolver.folder.iterdir()):
+            folder = self.resolver.find(name)
+            if folder is not None:
+                with contextlib.suppress(LlamaAdapterError):  # whoever asks for it is told why
+                    read_servable(folder, self.shape)
+                    found[name] = folder
+        return found
 
 
 def gates_of(card: dict[str, Any]) -> Response:
