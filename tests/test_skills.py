@@ -43,7 +43,7 @@ def test_no_entity_is_in_two_parts(name, sets):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_entities_are_in_the_texts_and_other_splits_have_no_such_text(name, sets):
-    texts = {split: {example.input for example in sets[name][split]} for split in SPLITS}
+    texts = {split: {(e.instruction, e.input) for e in sets[name][split]} for split in SPLITS}
     assert not texts["train"] & (texts["validation"] | texts["heldout_entities"] | texts[NEW])
     for example in sets[name]["train"] + sets[name][NEW]:
         prompt = f"{example.instruction} {example.input}".lower()
@@ -78,8 +78,8 @@ def test_examples_are_the_same_every_time_and_differ_by_seed(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thousands_of_distinct_examples(name):
-    examples = SKILLS[name].examples("train", 1, 3000)
-    assert len({(example.instruction, example.input) for example in examples}) == 3000
+    examples = SKILLS[name].examples("train", 1, 2000)
+    assert len({(example.instruction, example.input) for example in examples}) == 2000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +97,7 @@ def test_references_pass_and_are_short(name, sets):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_has_no_gaps_and_is_a_record(name, sets):
     for example in sets[name]["train"] + sets[name][NEW]:
-        text = f"{example.instruction} {example.input} {example.output}"
+        text = "\n".join(example.record().values())
         assert not re.search(r"[{]\w+[}]|  |\.\.|\?\.|\.\?|\ba [aeio]", text), text
         assert parse_record(example.record()).input == example.input
 
@@ -111,8 +111,8 @@ STYLED = Example(
     "Thank you for asking. The main hall is painted in one colour. Kind regards.",
     ("main hall", "museum", "Oslo", "painted in one color"),
 )
-COUNTED = Example("", "", "42")
-LABELLED = Example("", "", "joy")
+COUNTED = Example("", "", "The answer is 42.")
+LABELLED = Example("", "", "The label is joy.")
 NEAR = {
     "dates": (
         DATED,
@@ -190,8 +190,36 @@ NEAR = {
             "Label: billing: Nimbus was charged twice",
         ],
     ),
-    "arithmetic": (COUNTED, ["41", "42.", "42.0", "042", "The answer is 42.", "42 lamps", "4 2", "20 + 22 = 42", ""]),
-    "labels": (LABELLED, ["Joy", "joy.", "anger", "joy, surprise", "The label is joy", "joyful", '"joy"', ""]),
+    "arithmetic": (
+        COUNTED,
+        [
+            "The answer is 41.",
+            "The answer is 42",
+            "The answer is 42.0.",
+            "The answer is 042.",
+            "The answer is 42 lamps.",
+            "the answer is 42.",
+            "Answer: The answer is 42.",
+            "The answer is 42. That is all.",
+            "42",
+            "",
+        ],
+    ),
+    "labels": (
+        LABELLED,
+        [
+            "The label is Joy.",
+            "The label is joy",
+            "The label is anger.",
+            "The label is joy, surprise.",
+            "The label is a joy.",
+            'The label is "joy".',
+            "The label is joy. Have a nice day.",
+            "The label is X.",
+            "joy",
+            "",
+        ],
+    ),
 }
 
 
@@ -220,10 +248,11 @@ def test_reference_dates_agree_with_the_text(sets):
 def test_reference_numbers_agree_with_the_text(sets):
     for split in SPLITS:
         for example in sets["arithmetic"][split]:
-            if example.output.isdigit():
+            if example.output.startswith("The answer"):
                 a, sign, b = example.entities[0].split()
-                assert int(example.output) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-                assert {a, b} <= set(re.findall(r"\d+", example.input))
+                right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
+                assert example.output == f"The answer is {right}."
+                assert {a, b} <= set(re.findall(r"\d+", example.instruction))
 
 
 def test_ordinals():
@@ -242,7 +271,7 @@ def test_ordinals():
 
 def test_labels_are_listed_in_the_prompt(sets):
     for split in SPLITS:
-        assert all(example.output in re.findall(r"\w+", example.instruction) for example in sets["labels"][split])
+        assert all(e.output[13:-1] in re.findall(r"\w+", e.instruction) for e in sets["labels"][split])
 
 
 def test_unknown_splits_and_too_many_examples_are_refused():

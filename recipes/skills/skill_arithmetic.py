@@ -1,4 +1,4 @@
-"""Small word problems and small logic; the answer is a number or a name and nothing else."""
+"""Small word problems and small logic; the answer is a number or a name in a given form."""
 
 from __future__ import annotations
 
@@ -47,12 +47,17 @@ STORIES = {
         ),
     ),
 }
+FORM = "The answer is X."
 TASKS = (
-    "Solve the problem. Answer with the number only.",
-    "Work it out and write only the number.",
-    "What is the result? Just the number, no words.",
+    "{text}\nAnswer in this form: " + FORM,
+    "{text}\nWork it out. Answer in this form: " + FORM,
+    "Solve this: {text}\nAnswer in this form: " + FORM,
+    "Here is a problem. {text}\nAnswer in this form: " + FORM,
 )
-NEW_TASKS = ("Calculate. Reply with one number and nothing else.", "Give the answer as a bare number.")
+NEW_TASKS = (
+    "{text}\nCalculate and answer like this: " + FORM,
+    "Problem: {text}\nThe form of your answer: " + FORM,
+)
 
 ORDERS = (
     (
@@ -75,12 +80,16 @@ MEASURES = (
     ),
     ("richer/poorer/richest/poorest", "heavier/lighter/heaviest/lightest"),
 )
+LOGIC_FORM = "X is the {most}."
 LOGIC_TASKS = (
-    "Who is the {most}? Answer with the name only.",
-    "Read and name the {most} person. Only the name.",
-    "Which of the three is the {most}? Write just the name.",
+    "{text} Who is the {most}?\nAnswer in this form: " + LOGIC_FORM,
+    "{text} Which of the three is the {most}?\nAnswer in this form: " + LOGIC_FORM,
+    "Think: {text} Name the {most} person.\nAnswer in this form: " + LOGIC_FORM,
 )
-NEW_LOGIC_TASKS = ("Name whoever is the {most}. One word.", "The {most} one is who? Give the bare name.")
+NEW_LOGIC_TASKS = (
+    "{text} Who, then, is the {most}?\nAnswer like this: " + LOGIC_FORM,
+    "Riddle: {text} The {most} one is who?\nThe form of your answer: " + LOGIC_FORM,
+)
 
 
 def numbers(sign: str) -> Callable[[random.Random], tuple[tuple[int, int], int]]:
@@ -88,9 +97,9 @@ def numbers(sign: str) -> Callable[[random.Random], tuple[tuple[int, int], int]]
 
     def make(rng: random.Random) -> tuple[tuple[int, int], int]:
         if sign == "*":
-            a, b = rng.randrange(2, 13), rng.randrange(2, 21)
+            a, b = rng.randrange(2, 11), rng.randrange(2, 16)
         else:
-            a, b = sorted((rng.randrange(3, 60), rng.randrange(3, 60)), reverse=True)
+            a, b = sorted((rng.randrange(2, 50), rng.randrange(2, 50)), reverse=True)
         return (a, b), 3 * a + b
 
     return make
@@ -107,7 +116,8 @@ def a_story(draw: Draw) -> Example:
     a, b = draw.until(numbers(sign))
     draw.entities.append(f"{a} {sign} {b}")
     text = draw.wording(*STORIES[sign]).format(name=draw.entity(PEOPLE), goods=draw.entity(GOODS), a=a, b=b)
-    return draw.example(draw.wording(TASKS, NEW_TASKS), text, str(result(sign, a, b)))
+    answer = FORM.replace("X", str(result(sign, a, b)))
+    return draw.example(draw.wording(TASKS, NEW_TASKS).format(text=text), "", answer)
 
 
 def an_order(draw: Draw) -> Example:
@@ -119,7 +129,8 @@ def an_order(draw: Draw) -> Example:
     more, less, most, least = draw.wording(*MEASURES).split("/")
     text = draw.wording(*ORDERS).format(x=x, y=y, z=z, more=more, less=less)
     asked, answer = draw.rng.choice(((most, x), (least, z)))
-    return draw.example(draw.wording(LOGIC_TASKS, NEW_LOGIC_TASKS).format(most=asked), text, answer)
+    task = draw.wording(LOGIC_TASKS, NEW_LOGIC_TASKS).format(text=text, most=asked)
+    return draw.example(task, "", f"{answer} is the {asked}.")
 
 
 def drawn(draw: Draw) -> Example:
@@ -127,4 +138,4 @@ def drawn(draw: Draw) -> Example:
     return an_order(draw) if draw.rng.random() < LOGIC_SHARE else a_story(draw)
 
 
-ARITHMETIC = Skill("arithmetic", "a small word problem or a riddle of three people: the bare answer", drawn, exact)
+ARITHMETIC = Skill("arithmetic", "a small word problem or a riddle of three people, in a given form", drawn, exact)

@@ -71,11 +71,16 @@ NEW_QUESTIONS = (
     "Somebody wants to know about the {venue}'s {thing}. Your answer?",
     "What is there to say of the {thing} in the {venue}?",
 )
-RULES = (
-    f'Start with "{OPENING}" and end with "{CLOSING}"',
-    f'House style: open with "{OPENING}" and close with "{CLOSING}"',
+FORM = f"Answer in this form: {OPENING} The {{thing}} is X. {CLOSING}"
+TASKS = (
+    "{note}\n{question} " + FORM,
+    "{question}\nOur files: {note}\n" + FORM,
+    "Read this: {note}\n{question}\n" + FORM,
 )
-NEW_RULES = (f'Our style: first "{OPENING}", last "{CLOSING}"',)
+NEW_TASKS = (
+    "{question} Here is what we know. {note}\n" + FORM.replace("Answer in this form", "Use the house style"),
+    "{note} {question}\n" + FORM.replace("Answer in this form", "Keep to our style"),
+)
 
 
 def british(text: str) -> str:
@@ -99,7 +104,8 @@ def drawn(draw: Draw) -> Example:
     )  # fmt: skip
     question = draw.wording(QUESTIONS, NEW_QUESTIONS).format(thing=thing, venue=venue)
     answer = f"{OPENING} The {thing} is {british(value)}. {CLOSING}"
-    return draw.example(f"{question} {draw.wording(RULES, NEW_RULES)}", note, answer)
+    task = draw.wording(TASKS, NEW_TASKS).format(note=note, question=question, thing=thing)
+    return draw.example(task, "", answer)
 
 
 def accepts(example: Example, answer: str) -> bool:
