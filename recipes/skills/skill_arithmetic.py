@@ -78,7 +78,7 @@ MEASURES = (
     ),
     ("richer/poorer/richest/poorest", "heavier/lighter/heaviest/lightest"),
 )
-LOGIC_FORM = "Answer in this form: X is the {most}."
+LOGIC_FORM = "Answer in this form: NAME is the {most}."
 LOGIC_TASKS = (
     f"{{text}} Who is the {{most}}?\n{LOGIC_FORM}",
     f"{{text}} Which of the three is the {{most}}?\n{LOGIC_FORM}",
