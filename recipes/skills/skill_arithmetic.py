@@ -47,17 +47,15 @@ STORIES = {
         ),
     ),
 }
-FORM = "The answer is X."
+ANSWER = "The answer is X."
+FORM = f"Answer in this form: {ANSWER}"
 TASKS = (
-    "{text}\nAnswer in this form: " + FORM,
-    "{text}\nWork it out. Answer in this form: " + FORM,
-    "Solve this: {text}\nAnswer in this form: " + FORM,
-    "Here is a problem. {text}\nAnswer in this form: " + FORM,
+    f"{{text}}\n{FORM}",
+    f"{{text}}\nWork it out. {FORM}",
+    f"Solve this: {{text}}\n{FORM}",
+    f"Here is a problem. {{text}}\n{FORM}",
 )
-NEW_TASKS = (
-    "{text}\nCalculate and answer like this: " + FORM,
-    "Problem: {text}\nThe form of your answer: " + FORM,
-)
+NEW_TASKS = (f"{{text}}\nCalculate. {FORM}", f"Problem: {{text}} {FORM}")
 
 ORDERS = (
     (
@@ -80,15 +78,15 @@ MEASURES = (
     ),
     ("richer/poorer/richest/poorest", "heavier/lighter/heaviest/lightest"),
 )
-LOGIC_FORM = "X is the {most}."
+LOGIC_FORM = "Answer in this form: NAME is the {most}."
 LOGIC_TASKS = (
-    "{text} Who is the {most}?\nAnswer in this form: " + LOGIC_FORM,
-    "{text} Which of the three is the {most}?\nAnswer in this form: " + LOGIC_FORM,
-    "Think: {text} Name the {most} person.\nAnswer in this form: " + LOGIC_FORM,
+    f"{{text}} Who is the {{most}}?\n{LOGIC_FORM}",
+    f"{{text}} Which of the three is the {{most}}?\n{LOGIC_FORM}",
+    f"Think: {{text}} Name the {{most}} person.\n{LOGIC_FORM}",
 )
 NEW_LOGIC_TASKS = (
-    "{text} Who, then, is the {most}?\nAnswer like this: " + LOGIC_FORM,
-    "Riddle: {text} The {most} one is who?\nThe form of your answer: " + LOGIC_FORM,
+    f"{{text}} Who, then, is the {{most}}? {LOGIC_FORM}",
+    f"Riddle: {{text}} Tell us who is the {{most}}.\n{LOGIC_FORM}",
 )
 
 
@@ -116,7 +114,7 @@ def a_story(draw: Draw) -> Example:
     a, b = draw.until(numbers(sign))
     draw.entities.append(f"{a} {sign} {b}")
     text = draw.wording(*STORIES[sign]).format(name=draw.entity(PEOPLE), goods=draw.entity(GOODS), a=a, b=b)
-    answer = FORM.replace("X", str(result(sign, a, b)))
+    answer = ANSWER.replace("X", str(result(sign, a, b)))
     return draw.example(draw.wording(TASKS, NEW_TASKS).format(text=text), "", answer)
 
 

@@ -185,16 +185,17 @@ NEW_FRAMES = (
     "From the diary of {name}. {text}.",
     "[{name}] {text}",
 )
-FORM = "The label is X."
+ANSWER = "The label is X."
+FORM = f"Answer in this form: {ANSWER}"
 TASKS = (
-    "Text: {text}\nWhich label fits the text: {labels}? Answer in this form: " + FORM,
-    "{text}\nWhich of these labels is right: {labels}? Answer in this form: " + FORM,
-    "Read this: {text}\nChoose a label for it from {labels}. Answer in this form: " + FORM,
-    "Here is a message. {text}\nIts label is one of {labels}. Answer in this form: " + FORM,
+    f"Text: {{text}}\nWhich label fits the text: {{labels}}? {FORM}",
+    f"{{text}}\nWhich label fits this: {{labels}}? {FORM}",
+    f"Read the text: {{text}}\nWhich label fits it best: {{labels}}? {FORM}",
+    f"Message: {{text}}\nWhich of the labels fits the message: {{labels}}? {FORM}",
 )
 NEW_TASKS = (
-    "{text}\nHow would you label this, with {labels}? Answer like this: " + FORM,
-    "Message: {text}\nPick one label out of {labels}. Your answer has the form: " + FORM,
+    f"Note: {{text}}\nWhich label would you give the note: {{labels}}? {FORM}",
+    f"{{text}}\nWhat is the right label for that: {{labels}}? {FORM}",
 )
 
 
@@ -208,7 +209,7 @@ def drawn(draw: Draw) -> Example:
     text = draw.wording(FRAMES, NEW_FRAMES).format(text=sentence, name=draw.entity(PEOPLE))
     text = re.sub(r"\?[.,]", "?", text)
     task = draw.wording(TASKS, NEW_TASKS).format(text=text, labels=", ".join(labels))
-    return draw.example(task, "", FORM.replace("X", label))
+    return draw.example(task, "", ANSWER.replace("X", label))
 
 
 LABELS = Skill("labels", "one of the five or six labels in the prompt: emotion, intent or topic", drawn, exact)

@@ -54,7 +54,7 @@ NEW_NOTES = (
     "We heard about the {thing} of the {venue} in {city} that {short} {value}.",
     "{venue_} ({city}), {thing}: {short} {value}, as far as we know.",
     "They told us in {city} about the {thing} at the {venue}: {short} {value}.",
-    "Memo, {city}: {venue}, {thing}. {short_} {value}.",
+    "Our records, {city}: {venue}, {thing}. {short_} {value}.",
 )
 SHORT = ("it's", "it is")
 QUESTIONS = (
@@ -78,8 +78,8 @@ TASKS = (
     "Read this: {note}\n{question}\n" + FORM,
 )
 NEW_TASKS = (
-    "{question} Here is what we know. {note}\n" + FORM.replace("Answer in this form", "Use the house style"),
-    "{note} {question}\n" + FORM.replace("Answer in this form", "Keep to our style"),
+    "{question} Here is what we know. {note}\n" + FORM,
+    "Memo: {note} {question} " + FORM,
 )
 
 
