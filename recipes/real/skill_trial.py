@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -73,12 +74,11 @@ class Trial:
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the figures; trials of several groups may share them."""
-        settings = dataclasses.asdict(self)
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         del settings["group"], settings["label"]
-        options = settings.pop("options")
-        return (
-            settings | {k: v for k, v in options.items() if v != getattr(Options(), k)} | {"skills": list(self.skills)}
-        )
+        usual = json.loads(json.dumps(dataclasses.asdict(Options())))
+        changed = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
+        return settings | changed
 
 
 @cache

@@ -1,9 +1,9 @@
 """Run the plan on SmolLM2, one trial after the other, and write the first part of docs/evidence.md.
 
-    python recipes/real/skills_evidence.py                  # what is missing from docs/evidence/skills.jsonl, then the report
-    python recipes/real/skills_evidence.py --minutes 40     # starts no trial after that; call it again to go on
+    python recipes/real/skills_evidence.py               # what docs/evidence/skills.jsonl lacks, then the report
+    python recipes/real/skills_evidence.py --minutes 40  # starts no trial after that; call it again to go on
     python recipes/real/skills_evidence.py --groups methods --jobs 2
-    python recipes/real/skills_evidence.py --gpu            # the same on a GPU, kept in docs/evidence/skills-gpu.jsonl
+    python recipes/real/skills_evidence.py --gpu         # on a GPU, kept in docs/evidence/skills-gpu.jsonl
     python recipes/real/skills_evidence.py --report-only
 
 A result is kept as its trial ends, so a run that was stopped goes on where it was.
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="on a GPU, with results of their own")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     args = parser.parse_args()
-    results = FOLDER / ("skills-gpu.jsonl" if args.gpu else "skills.jsonl")
+    results = Path(os.environ.get("RESULTS_FOLDER") or FOLDER) / ("skills-gpu.jsonl" if args.gpu else "skills.jsonl")
     if not args.report_only:
         check(args, results)
         run_missing([t for t in trials() if not args.groups or t.group in args.groups], results, args)
@@ -102,7 +102,8 @@ def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) ->
     ):
         while running or (missing and time.monotonic() < deadline):
             while missing and len(running) < args.jobs and time.monotonic() < deadline:
-                running[pool.submit(run, missing[0], *device)] = missing.pop(0)
+                trial = missing.pop(0)
+                running[pool.submit(run, trial, *device)] = trial
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 keep(results, running.pop(future), future.result())
                 bar.update()
