@@ -165,8 +165,8 @@ def _verdict(methods: list[Row], reference: Row | None) -> str:
     values = reference.values(both)
     harm = (best.mean(prose) - bare.mean(prose)) / (reference.mean(prose) - bare.mean(prose) or 1e-9)
     return (
-        f"On both held-out splits together: LoRA {reference.shown(both)}, {best.label} {best.shown(both)}. LoRA's seeds "
-        f"lie {max(values) - min(values):.1%} apart. Harm to prose, the rise of perplexity above the bare "
+        f"On both held-out splits together: LoRA {reference.shown(both)}, {best.label} {best.shown(both)}. LoRA's "
+        f"seeds lie {max(values) - min(values):.1%} apart. Harm to prose, the rise of perplexity above the bare "
         f"{bare.mean(prose):.1f}: {harm:.2f} times LoRA's."
     )
 
