@@ -74,6 +74,10 @@ def test_the_report_is_made_from_results_alone(tmp_path):
     results = [result(trial, 0.9 + 0.01 * trial.seed) for trial in trials]
     report.write_report(BASE, results, trials, tmp_path / "evidence")
     text = (tmp_path / "evidence.md").read_text(encoding="utf-8")
+    (tmp_path / "evidence.md").write_text(f"about a real model\n\n{report.WORLD}\n\nold\n", encoding="utf-8")
+    report.write_report(BASE, results, trials, tmp_path / "evidence")
+    again = (tmp_path / "evidence.md").read_text(encoding="utf-8")
+    assert again == f"about a real model\n\n{report.WORLD}\n\n{text}"
     assert "91.0% (90.0 to 92.0%)" in text
     assert "| bare base, asked in the instruction template | 0.0% |" in text
     for name in ("methods", "gates", "layers", "lengths"):

@@ -142,6 +142,9 @@ def test_the_page_keeps_the_other_part_and_says_what_the_figures_say(tmp_path):
     text = page.read_text()
     assert text.endswith(f"{skill_report.WORLD}\nthe world\n")
     assert "old" not in text
+    page.write_text("# A drawn world\n\nall there was\n")
+    skill_report.write_page(results, [], plan, tmp_path / "evidence")
+    assert page.read_text().endswith(f"{skill_report.WORLD}\n\n# A drawn world\n\nall there was\n")
     assert "LoRA 50.0%, ours 60.0%" in text
     assert "0.50 times LoRA's" in text
 

@@ -16,6 +16,8 @@ from trial import BUNDLED, Trial
 
 from llama_adapter.training.plots import smooth
 
+WORLD = "<!-- the drawn world: recipes/evidence/run.py writes what follows -->"
+"""Stands in the page behind the part about a real model, which recipes/real writes."""
 Result = dict[str, Any]
 NAMES = {
     "zero-init": "zero-init adapter (this project)",
@@ -39,7 +41,9 @@ def write_report(base: Result, results: list[Result], trials: list[Trial], folde
         families(base, found, folder),
     ]
     sections += [rates(found), base_training(folder)]
-    folder.with_suffix(".md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    page = folder.with_suffix(".md")
+    before, mark, _ = page.read_text(encoding="utf-8").partition(WORLD) if page.exists() else ("", "", "")
+    page.write_text((before + mark + "\n\n" if mark else "") + "\n\n".join(filter(None, sections)) + "\n", "utf-8")
 
 
 class Found:
@@ -105,11 +109,11 @@ def intro(base: Result, found: Found) -> str:
     """What was done, and the headline."""
     ours = found.get("methods", "zero-init")
     share = statistics.mean(map(facts, ours)) / base["recall"]["all"] if ours else 0.0
-    return f"""# Evidence
+    return f"""# A drawn world
 
-Does zero-init attention do what its paper says? Every figure here comes from `make evidence`, which trains some seventy
-models on the bundled base (a Llama of 3 million parameters, see [recipes/base](../recipes/base/README.md)) on two CPU
-cores and writes this page; single results are in [evidence/trials.jsonl](evidence/trials.jsonl). Nothing here was
+Does zero-init attention do what its paper says? Every figure of this part comes from `make evidence`, which trains some
+seventy models on the bundled base (a Llama of 3 million parameters, see [recipes/base](../recipes/base/README.md)) on
+two CPU cores and writes this part; single results are in [evidence/trials.jsonl](evidence/trials.jsonl). Nothing here was
 measured on a 7B model.
 
 The question: the base learnt some three thousand facts in pre-training. Instructions teach it to answer questions about

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from real_methods import Options
 from skill_trial import Trial
 
 SEEDS = (0, 1, 2)
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-
-PAPER = Options()
-TEXT = Options(start="text")
-SINK = Options(sink="zero")
-SMALL_V2 = Options(adapter_len=4, norms=True, bias=PARTS)
-V2_SLOW = Options(adapter_len=4, norms=True, bias=PARTS, parts_lr=0.2, start="text")
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+SCALES = Options(adapter_len=4, start="text", norms=True, scale=("o_proj", "down_proj"), parts_lr=0.3)
+"""Four prompts that start from a text, own norms, and scales where nothing of a norm reaches."""
+BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
 
 def trials() -> list[Trial]:
-    """The whole plan."""
+    """The whole plan, the most important first."""
+    return [*methods(), *seeds(), *gap(), *gates(), *rivals()]
+
+
+def methods() -> list[Trial]:
+    """This method and LoRA, each at several rates."""
     return [
-        Trial("methods", "LoRA r=3", "lora", 5e-3),
-        Trial("gap", "K=4, norms and biases at a fifth of the rate, text", "zero-init", 0.01, options=V2_SLOW),
-        Trial("gap", "sink", "zero-init", 0.01, options=SINK),
-        Trial("gap", "prompts from text", "zero-init", 0.01, options=TEXT),
-        Trial(
-            "gap",
-            "K=4, norms and LoRA r=1, text",
-            "zero-init",
-            0.01,
-            options=Options(adapter_len=4, norms=True, parts_lr=0.2, start="text", lora=1),
-        ),
-        Trial(
-            "gap",
-            "K=4, norms and scales, text",
-            "zero-init",
-            0.01,
-            options=Options(adapter_len=4, norms=True, scale=("o_proj", "down_proj"), parts_lr=0.3, start="text"),
-        ),
-        Trial("gap", "prompts from text, gates 3x", "zero-init", 0.01, options=Options(start="text", gate_lr=3.0)),
-        Trial("methods", "LoRA r=3", "lora", 1e-2),
-        Trial("methods", "paper's recipe", "zero-init", 0.01, options=PAPER),
+        *(Trial("methods", "LoRA r=3", "lora", lr) for lr in (5e-3, 1e-2)),
+        Trial("methods", BEST, "zero-init", BEST_LR, options=SCALES),
+        Trial("methods", f"{BEST}, twice the rate", "zero-init", 2 * BEST_LR, options=SCALES),
+        Trial("methods", "the paper's recipe", "zero-init", 0.01),
         Trial("methods", "bare", "bare", 0.0, steps=0),
+    ]
+
+
+def rivals() -> list[Trial]:
+    """Others, each at a rate that is usual for it."""
+    rates = {"ia3": 0.03, "full": 1e-4, "adaption-prompt": 0.01, "prefix": 0.01}
+    names = {
+        "ia3": "IA3 (PEFT)", "full": "full fine-tuning", "adaption-prompt": "adaption prompt (PEFT)",
+        "prefix": "prefix tuning (PEFT)",
+    }  # fmt: skip
+    return [Trial("methods", names[method], method, lr) for method, lr in rates.items()]
+
+
+def gap() -> list[Trial]:
+    """What was tried on the way from the paper's recipe to the best."""
+    biased = Options(adapter_len=4, start="text", norms=True, bias=EVERY, parts_lr=0.2)
+    tried = {
+        "paper's, with a sink of score 0 in the second softmax": Options(sink="zero"),
+        "paper's, prompts from a text": Options(start="text"),
+        "paper's, prompts from a text, gates at 3 times the rate": Options(start="text", gate_lr=3.0),
+        "K=4 from text, norms and biases": biased,
+        "K=4 from text, norms and LoRA r=1": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2, lora=1),
+    }
+    slow = replace(SCALES, parts_lr=1.0)
+    return [
+        Trial("gap", "K=4 from text, norms and scales, all at one rate", "zero-init", 0.005, options=slow),
+        *(Trial("gap", label, "zero-init", 0.01, options=options) for label, options in tried.items()),
+    ]
+
+
+def gates() -> list[Trial]:
+    """Gates that start at zero against gates drawn at random, in the paper's recipe."""
+    return [
+        Trial("gates", "zero", "zero-init", 0.01),
+        Trial("gates", "random", "zero-init", 0.01, options=Options(gate_start=1.0)),
+    ]
+
+
+def seeds() -> list[Trial]:
+    """More seeds of the two that matter most."""
+    return [
+        trial
+        for seed in SEEDS[1:]
+        for trial in (
+            Trial("methods", "LoRA r=3", "lora", LORA_LR, seed),
+            Trial("methods", BEST, "zero-init", BEST_LR, seed, options=SCALES),
+        )
     ]

@@ -21,7 +21,9 @@ WORLD = "<!-- the drawn world: recipes/evidence/run.py writes what follows -->"
 def write_page(results: list[Result], on_gpu: list[Result], plan: list[Trial], folder: Path) -> None:
     """Put this part before the other in `folder`.md."""
     page = folder.with_suffix(".md")
-    world = page.read_text(encoding="utf-8").partition(WORLD)[2] if page.exists() else "\n"
+    before, mark, world = page.read_text(encoding="utf-8").partition(WORLD) if page.exists() else ("", WORLD, "\n")
+    if not mark:  # a page of the other part alone
+        world = f"\n\n{before}"
     parts = [part(results, plan)]
     if on_gpu:
         parts.append("## The same on a GPU\n\n" + tables(on_gpu, plan))
