@@ -113,8 +113,8 @@ def intro(base: Result, found: Found) -> str:
 
 Does zero-init attention do what its paper says? Every figure of this part comes from `make evidence`, which trains some
 seventy models on the bundled base (a Llama of 3 million parameters, see [recipes/base](../recipes/base/README.md)) on
-two CPU cores and writes this part; single results are in [evidence/trials.jsonl](evidence/trials.jsonl). Nothing here was
-measured on a 7B model.
+two CPU cores and writes this part; single results are in [evidence/trials.jsonl](evidence/trials.jsonl). Nothing here
+was measured on a 7B model.
 
 The question: the base learnt some three thousand facts in pre-training. Instructions teach it to answer questions about
 four fifths of them. Does it then answer questions about the **held-out** fifth, which no instruction mentions? Answers
