@@ -131,10 +131,11 @@ def test_one_example_shares_with_nobody():
 def test_rows_hold_every_example_once_and_like_beginnings_together():
     first, second = examples(20, (9, 5, 7), 1), examples(20, (8, 6), 2)
     lonely = examples(0, (19,), 3)
-    rows = list(packed_rows([*first, *second, *lonely], 8))
-    assert sorted(len(row.segments.lengths) for row in rows) == [1, 2, 3]
-    assert sorted(row.segments.prefix for row in rows) == [0, 20, 20]
-    assert sum(len(row.targets) for row in rows) == response_tokens([*first, *second, *lonely])
+    (row,) = packed_rows([*first, *second, *lonely], 8)
+    assert [len(part.lengths) for part in row.segments.parts] == [3, 2, 1]
+    assert [part.prefix for part in row.segments.parts] == [20, 20, 0]
+    assert len(row.targets) == sum(row.losses) == response_tokens([*first, *second, *lonely])
+    assert sum(row.spans) == row.input_ids.shape[1]
     split = list(packed_rows(first, 2))
     assert [len(row.segments.lengths) for row in split] == [2, 1]
     shares = [row for process in range(2) for row in packed_rows([*first, *second], 8, process, 2)]

@@ -265,6 +265,30 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     return sentences
 
 
+ALIKE = (
+    "model", "precision", "base_precision", "load_in_4bit", "load_in_8bit", "micro_batch_size", "packing",
+    "gradient_checkpointing", "compile",
+)  # fmt: skip
+"""Settings of the base and of its forwards: alike for all experts of one run."""
+
+
+def check_alike(recipes: Mapping[str, TrainConfig]) -> None:
+    """Check that recipes can be trained together, by name.
+
+    Raises:
+        ConfigError: they differ in a setting of `ALIKE`.
+    """
+    for name, config in recipes.items():
+        first = next(iter(recipes))
+        for setting in ALIKE:
+            mine, theirs = config.value(setting), recipes[first].value(setting)
+            if mine != theirs:
+                raise ConfigError(
+                    f"{setting} is {mine!r} in {name} and {theirs!r} in {first}: it must be alike for all of one "
+                    "run, so give it once, beside 'runs'."
+                )
+
+
 EITHER_OR = (("lr", "base_lr"), ("val_data", "val_size"))
 """Settings of which one takes the place of the other."""
 REPLACED_BY = {"lr": "base_lr", "max_steps": "epochs", "val_data": "val_size", "val_size": "val_data"}
@@ -293,7 +317,17 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
         if (Path(os.path.expanduser(folder)) / "recipe.yaml").is_file():
             file, started = str(Path(os.path.expanduser(folder)) / "recipe.yaml"), {"output_dir": folder}
-    values = {} if file is None else {**_read(file), **started}
+    values = {} if file is None else {**read_yaml(file), **started}
+    return overlaid(values, overrides, "flags" if file is None else file)
+
+
+def overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> TrainConfig:
+    """A recipe of settings and of others that go before them; what those leave without effect gives way.
+
+    Raises:
+        ConfigError: naming `source`; a value breaks its rule.
+    """
+    values = dict(values)
     for name, flag in REPLACED_BY.items():
         if flag in overrides and name not in overrides:
             values.pop(name, None)
@@ -301,8 +335,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     for name, sentence in idle_settings({**values, **overrides}).items():
         # a finished run's recipe may name every setting, also at its default
         if name not in overrides and values.pop(name) != STANDS_FOR[name]:
-            log.warning("%s: %s", file, sentence)
-    return parse(TrainConfig, {**values, **overrides}, "flags" if file is None else file, text=True)
+            log.warning("%s: %s", source, sentence)
+    return parse(TrainConfig, {**values, **overrides}, source, text=True)
 
 
 def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
@@ -324,7 +358,12 @@ def _check_no_data(path: str) -> None:
         raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The 'key: value' lines of a file, or of the bundled recipe.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     import yaml
 
     file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))

@@ -3,6 +3,8 @@
     row        prefix | example 1 | example 2 | ...        positions restart behind the prefix
     sees       each example its own tokens and the prefix, causally; the prefix itself
 
+A row may have several such sections, one behind the other, each with a prefix of its own: those of an expert each.
+
 What each token gets is exactly what it would get in a row of its own, so loss and gradients are those of the examples
 one by one; the prefix is computed once, and nothing is padded.
 """
@@ -47,7 +49,12 @@ class Segments:
     @cached_property
     def ranges(self) -> Ranges:
         """The same for one call over all of them."""
-        return Ranges.of(self.prefix, self.lengths, self.device)
+        return Ranges.of([(self.prefix, self.lengths)], self.device)
+
+    @property
+    def tokens(self) -> int:
+        """Of the prefix and all examples."""
+        return self.prefix + sum(self.lengths)
 
     @torch.compiler.disable  # it would be compiled anew for every batch
     def attend(
@@ -87,3 +94,42 @@ class Segments:
         for own in zip(queries, keys, values, self.masks, strict=True):
             outputs.append(text_attention(module, *own, **kwargs)[0])
         return torch.cat(outputs, 1)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Where the examples of a packed row of several sections lie.
+
+    Attributes:
+        parts: the sections, in order.
+        device: where the row is; None is the CPU.
+    """
+
+    parts: tuple[Segments, ...]
+    device: torch.device | None = None
+
+    def to(self, device: torch.device) -> "Sections":
+        """The same for a row on `device`."""
+        return Sections(tuple(part.to(device) for part in self.parts), device)
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """See `Segments.ranges`."""
+        return Ranges.of([(part.prefix, part.lengths) for part in self.parts], self.device)
+
+    @torch.compiler.disable
+    def attend(
+        self,
+        text_attention: Callable[..., tuple[Tensor, Any]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See `Segments.attend`."""
+        if fits(query, kwargs):
+            return attend_at_once(self.ranges, query, key, value, kwargs.get("scaling"))
+        sizes = [part.tokens for part in self.parts]
+        pieces = zip(self.parts, *(states.split(sizes, 2) for states in (query, key, value)), strict=True)
+        return torch.cat([part.attend(text_attention, module, *states, **kwargs) for part, *states in pieces], 1)

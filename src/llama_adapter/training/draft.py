@@ -1,0 +1,99 @@
+"""A run before its base is loaded: its folder, its data, and the adapter that it will train."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llama_adapter.base import load_tokenizer
+from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.perception import Perception
+from llama_adapter.core.config import AdapterConfig
+from llama_adapter.core.model import add_adapter, resolve_layers
+from llama_adapter.data.batches import steps_per_epoch
+from llama_adapter.data.limits import Limits
+from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.formats.push import open_repository
+from llama_adapter.training.checkpoint import RunFolder
+from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.learner import Learner
+from llama_adapter.training.optimizer import build_optimizer
+from llama_adapter.training.perceive import condition_of, look
+from llama_adapter.training.prepare import Prepared, prepare
+from llama_adapter.training.start import Start, adapter_of, check_written_alike
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run when all that can be wrong with it has been looked at."""
+
+    name: str
+    config: TrainConfig
+    start: Start | None
+    folder: RunFolder
+    data: Prepared
+    condition: ConditionConfig | None
+    adapter: AdapterConfig
+
+    def perceive(self, accelerator: Accelerator) -> Perception | None:
+        """What looks at the files of its data, where there is a condition."""
+        return None if self.condition is None else look(self.condition, self.config, self.data, accelerator)
+
+    def expert(self, model: PreTrainedModel, perception: Perception | None, is_main: bool) -> Learner:
+        """Its parameters on the base, as they are without a checkpoint."""
+        torch.manual_seed(self.config.seed)
+        tensors = None if self.start is None else self.start.tensors
+        adapter = add_adapter(model, self.adapter, self.name, state_dict=tensors)
+        optimizer = build_optimizer(adapter, self.config)
+        return Learner(self.config, self.folder, self.data, model, adapter, optimizer, perception, is_main)
+
+
+def read_drafts(
+    settled: Mapping[str, tuple[TrainConfig, Start | None]], accelerator: Accelerator, base: PretrainedConfig
+) -> list[Draft]:
+    """Check the folders of all runs, then read the data of each.
+
+    Raises:
+        LlamaAdapterError: a folder holds something else, or data cannot be used.
+    """
+    folders = {name: RunFolder(config.output_dir) for name, (config, _) in settled.items()}
+    for name, (config, _) in settled.items():
+        if accelerator.is_main_process:
+            with telling(name, settled):
+                folders[name].check(config)
+                if config.push_to_hub:
+                    open_repository(config.push_to_hub)
+    times = broadcast_object_list([folders[name].now(config) for name, (config, _) in settled.items()])
+    drafts = []
+    tokenizer = load_tokenizer(next(config for config, _ in settled.values()).value("model"))
+    for (name, (config, start)), now in zip(settled.items(), times, strict=True):
+        with telling(name, settled):
+            data = prepare(config, tokenizer, Limits.of(base), now)
+            check_written_alike(start, data.raw)
+            if accelerator.is_main_process:
+                folders[name].check_length(config, steps_per_epoch(len(data.train), config.batch_size))
+            whose = "" if len(settled) == 1 else f" of {name}"
+            log.info("data%s: %s", whose, ", ".join(f"{value} {key}" for key, value in data.report().items()))
+            condition = condition_of(config, data)
+            adapter = adapter_of(config, start, condition, data.raw)
+            resolve_layers(adapter, base)  # again, with the condition's layers
+            drafts.append(Draft(name, config, start, folders[name], data, condition, adapter))
+    return drafts
+
+
+@contextmanager
+def telling(name: str, runs: Mapping[str, object]) -> Iterator[None]:
+    """Of several runs say which one an error is about."""
+    try:
+        yield
+    except LlamaAdapterError as error:
+        if len(runs) > 1:
+            error.args = (f"{name}: {error}",)
+        raise
