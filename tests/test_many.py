@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from tiny import VOCAB, adapted, tiny_model
 
 from llama_adapter.cli import main
+from llama_adapter.core.families import FAMILIES
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, micro_batches
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.training.checkpoint import read_metrics
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import Run, train
-from llama_adapter.training.loss import owners_losses, response_loss
+from llama_adapter.training.loss import owners_losses, response_loss, why_not_packed
 from llama_adapter.training.many import Runs, load_runs, train_many
-from llama_adapter.training.packing import pack, packed_rows
+from llama_adapter.training.packed_attention import tell_layers
+from llama_adapter.training.packing import pack, pack_sections, packed_rows
 
 CPU = torch.device("cpu")
 WEIGHTS = "adapter_model.safetensors"
@@ -286,6 +288,48 @@ def test_rows_mix_owners_and_keep_each_one_s_together():
     assert [row.owners for row in rows] == [(0, 1), (1,)]
     assert [part.prefix for part in rows[0].segments.parts] == [20, 0]
     assert sum(len(row.targets) for row in rows) == len(pack(some).targets) == 18
+
+
+def test_below_the_lowest_adapted_layer_experts_share_what_they_begin_with():
+    begin = tuple(range(20, 40))
+    some, owners = [*examples(2, 1, begin), *examples(2, 2, begin), *examples(1, 3, begin)], [0, 0, 1, 1, 2]
+    (apart,) = packed_rows(some, 9, owners=owners)
+    (row,) = packed_rows(some, 9, owners=owners, shared_layers=[1, 2, 1])
+    assert row.segments.layers == 1
+    assert [part.prefix for part in apart.segments.parts] == [21, 20, 0]  # by chance a token more
+    assert row.input_ids.shape[1] == 20 + sum(len(e.input_ids) - 20 for e in some) < apart.input_ids.shape[1]
+    assert torch.equal(row.input_ids[:, row.segments.source], apart.input_ids)
+    assert torch.equal(row.position_ids[:, row.segments.source], apart.position_ids)
+    assert torch.equal(row.predicting, apart.predicting)
+    assert (row.spans, row.losses, row.segments.above) == (apart.spans, apart.losses, apart.segments)
+    (none,) = packed_rows(some, 9, owners=owners, shared_layers=[1, 0, 1])
+    assert none.input_ids.shape == apart.input_ids.shape
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2", "gpt_oss"}))
+def test_sharing_the_lowest_layers_is_exact(family):
+    model = tiny_model(family)
+    adapters = [adapted(model, name, seed, adapter_layers=2) for seed, name in enumerate("ab", start=1)]
+    if not tell_layers(model):
+        assert family == "gpt2"
+        return
+    begin = tuple(range(20, 23))
+    some = [*examples(2, 1, begin), *examples(2, 2, begin)]
+    if why_not_packed(model, max(len(e.input_ids) for e in some)):
+        pytest.skip("its sliding window is shorter")
+    row = pack_sections([[(0, some[:2]), (1, some[2:])]], 1)
+    assert row.segments.layers == 1
+    found = owners_losses(model, row, CPU, adapters)
+    found.sum().backward()
+    mine = gradients(adapters)
+    for owner, adapter in enumerate(adapters):
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        expected = sum(response_loss_of(model, adapter.name, example) for example in some[2 * owner : 2 * owner + 2])
+        expected.backward()
+        torch.testing.assert_close(found[owner], expected, atol=1e-5, rtol=1e-5)
+        for got, parameter in zip(mine[owner], adapter.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 # the file

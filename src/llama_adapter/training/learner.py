@@ -101,6 +101,11 @@ class Learner:
         """Whether it has steps left."""
         return self.progress.step < self.total and self.failure is None
 
+    @property
+    def shared_layers(self) -> int:
+        """How many of the base's lowest layers have nothing of the adapter's."""
+        return 0 if self.adapter.modules else min(self.adapter.layers)
+
     def restore(self) -> None:
         """Go on from the newest checkpoint, where the recipe says so.
 

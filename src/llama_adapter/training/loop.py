@@ -35,6 +35,7 @@ from llama_adapter.training.draft import read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, response_losses, why_not_packed
+from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
@@ -163,6 +164,7 @@ class Run:
         self.shared = experts[0].config
         self.results: dict[str, TrainResult] = {}
         self.packed = self._may_pack()
+        self.shares_layers = len(self.experts) > 1 and tell_layers(model)
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
@@ -253,8 +255,12 @@ class Run:
         process = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         texts = [(i, e) for i, (expert, some) in enumerate(shares) if expert.perception is None for e in some]
         if texts:
-            make = packed_rows if self.packed else micro_batches
-            yield from make([e for _, e in texts], size, **process, owners=[i for i, _ in texts])
+            owners, examples = [i for i, _ in texts], [e for _, e in texts]
+            if self.packed:
+                depths = [expert.shared_layers for expert, _ in shares] if self.shares_layers else None
+                yield from packed_rows(examples, size, **process, owners=owners, shared_layers=depths)
+            else:
+                yield from micro_batches(examples, size, **process, owners=owners)
         for i, (expert, some) in enumerate(shares):
             if expert.perception is not None:
                 for kind in by_kind(some) if expert.config.disjoint else [some]:

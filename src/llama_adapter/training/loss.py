@@ -38,15 +38,12 @@ def owners_losses(
 def routing_of(batch: MicroBatch | PackedRow, adapters: Sequence[Adapter], device: torch.device) -> Routing:
     """Which adapter serves which row of a batch, or which tokens of a packed row."""
     numbers = list(dict.fromkeys(batch.owners))
-    chosen = tuple(adapters[number] for number in numbers)
-    if len(chosen) == 1:
-        return Routing(chosen)
-    if not isinstance(batch, PackedRow):
-        return Routing(chosen, torch.tensor([numbers.index(owner) for owner in batch.owners], device=device))
-    spans = dict.fromkeys(numbers, 0)
-    for owner, tokens in zip(batch.owners, batch.spans, strict=True):  # an owner's sections stand side by side
-        spans[owner] += tokens
-    return Routing(chosen, spans=tuple(spans.values()))
+    if len(numbers) == 1:
+        return Routing((adapters[numbers[0]],))
+    if isinstance(batch, PackedRow):
+        return Routing(tuple(adapters[owner] for owner in batch.owners), spans=batch.spans)
+    rows = torch.tensor([numbers.index(owner) for owner in batch.owners], device=device)
+    return Routing(tuple(adapters[number] for number in numbers), rows)
 
 
 def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from llama_adapter.data.encode import IGNORE, Encoded
-from llama_adapter.training.packed_attention import Sections, Segments
+from llama_adapter.training.packed_attention import Sections, Segments, SharedBelow, joined
 
 HEAD = 16
 """Examples that agree in so many first tokens are packed together: they were written in the same template."""
+Section = tuple[int, Sequence[Encoded]]
+"""An owner and examples of his that stand side by side in a row."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
     """What one forward takes, T tokens and R predictions that carry loss.
+
+    Under `SharedBelow` there are fewer `input_ids`: T is what its upper layers see.
 
     Attributes:
         input_ids: [1, T] int64, the shared prefix and then every example's own tokens.
@@ -33,7 +37,7 @@ class PackedRow:
     position_ids: Tensor
     predicting: Tensor
     targets: Tensor
-    segments: Segments | Sections
+    segments: Segments | Sections | SharedBelow
     owners: tuple[int, ...] = (0,)
     spans: tuple[int, ...] = ()
     losses: tuple[int, ...] = ()
@@ -59,42 +63,61 @@ def shared_prefix(examples: Sequence[Encoded]) -> int:
 
 def pack(examples: Sequence[Encoded]) -> PackedRow:
     """One row of these examples, all of one owner, behind what they begin with alike."""
-    return pack_sections([(0, examples)])
+    return pack_sections([[(0, examples)]])
 
 
-def pack_sections(sections: Sequence[tuple[int, Sequence[Encoded]]]) -> PackedRow:
+def pack_sections(groups: Sequence[Sequence[Section]], shared_layers: int = 0) -> PackedRow:
     """One row of several owners' examples.
 
-    Each section, an owner and some of his examples, has a prefix of its own: from the lowest adapted layer on another
-    owner's tokens are others, though they begin alike.
+    Each section has a prefix of its own, as from the lowest adapted layer on another owner's tokens are others, though
+    they begin alike. In the layers below that one they are the same, and sections of one group share theirs.
+
+    Args:
+        groups: sections that begin alike.
+        shared_layers: so many of the lowest layers have nothing of any of the owners.
     """
     ids: list[int] = []
     positions: list[int] = []
+    source: list[int] = []
     predicting: list[int] = []
     targets: list[int] = []
-    segments, losses = [], []
-    for _, examples in sections:
-        before, prefix = len(targets), shared_prefix(examples)
-        ids += examples[0].input_ids[:prefix]
-        positions += range(prefix)
-        for example in examples:
-            offset = len(ids) - prefix
-            for position in range(prefix, len(example.labels) - 1):
-                if example.labels[position + 1] != IGNORE:
-                    predicting.append(offset + position)
-                    targets.append(example.labels[position + 1])
-            ids += example.input_ids[prefix:]
-            positions += range(prefix, len(example.input_ids))
-        segments.append(Segments(prefix, tuple(len(example.input_ids) - prefix for example in examples)))
-        losses.append(len(targets) - before)
+    owners, below, above, losses = [], [], [], []
+    for sections in groups if shared_layers else [[section] for group in groups for section in group]:
+        flat = [example for _, examples in sections for example in examples]
+        shared, first = shared_prefix(flat), len(ids)
+        ids += flat[0].input_ids[:shared]
+        positions += range(shared)
+        below.append(Segments(shared, tuple(len(example.input_ids) - shared for example in flat)))
+        for owner, examples in sections:
+            prefix, before = shared_prefix(examples), len(targets)
+            begin = prefix  # of a section the first example brings the prefix along
+            for example in examples:
+                places = [*range(first, first + shared), *range(len(ids), len(ids) + len(example.input_ids) - shared)]
+                source += places[:begin]
+                offset, begin = len(source) - prefix, 0
+                source += places[prefix:]
+                ids += example.input_ids[shared:]
+                positions += range(shared, len(example.input_ids))
+                for position in range(prefix, len(example.labels) - 1):
+                    if example.labels[position + 1] != IGNORE:
+                        predicting.append(offset + position)
+                        targets.append(example.labels[position + 1])
+            owners.append(owner)
+            above.append(Segments(prefix, tuple(len(example.input_ids) - prefix for example in examples)))
+            losses.append(len(targets) - before)
+    segments: Segments | Sections | SharedBelow = joined(above)
+    if len(ids) < len(source):
+        segments = SharedBelow(joined(below), joined(above), torch.tensor(source), shared_layers)
+    else:
+        ids, positions = ([values[place] for place in source] for values in (ids, positions))
     return PackedRow(
         torch.tensor([ids]),
         torch.tensor([positions]),
         torch.tensor(predicting, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
-        segments[0] if len(segments) == 1 else Sections(tuple(segments)),
-        tuple(owner for owner, _ in sections),
-        tuple(section.tokens for section in segments),
+        segments,
+        tuple(owners),
+        tuple(section.tokens for section in above),
         tuple(losses),
     )
 
@@ -105,10 +128,11 @@ def packed_rows(
     process: int = 0,
     processes: int = 1,
     owners: Sequence[int] | None = None,
+    shared_layers: Sequence[int] | None = None,
 ) -> Iterator[PackedRow]:
     """This process's share of a global batch in rows of at most `micro_batch_size` examples.
 
-    Examples of one owner that begin alike go together, so that more can be shared and a row has few owners; the sum of
+    Examples that begin alike go together, and among them those of one owner, so that more can be shared; the sum of
     losses does not depend on it.
 
     Args:
@@ -117,34 +141,36 @@ def packed_rows(
         process: this one,
         processes: of so many.
         owners: whose each example is, a number; by default all are 0's.
+        shared_layers: how many of the lowest layers have nothing of each owner's; by default none.
     """
     pairs = zip(owners or [0] * len(examples), examples, strict=True)
     by_length = sorted(pairs, key=lambda pair: len(pair[1].input_ids), reverse=True)
-    groups: dict[int, dict[tuple[int, ...], list[Encoded]]] = {}
+    groups: dict[tuple[int, ...], dict[int, list[Encoded]]] = {}
     for owner, example in by_length[process::processes]:
-        groups.setdefault(owner, {}).setdefault(tuple(example.input_ids[:HEAD]), []).append(example)
-    sections = []
-    for owner, alike in sorted(groups.items()):
-        sections += [(owner, group) for group in alike.values() if len(group) > 1]
-        lonely = [example for group in alike.values() if len(group) < 2 for example in group]
-        sections += [(owner, lonely)] if lonely else []
+        groups.setdefault(tuple(example.input_ids[:HEAD]), {}).setdefault(owner, []).append(example)
+    lonely: dict[int, list[Encoded]] = {}
+    for head in [head for head, group in groups.items() if sum(map(len, group.values())) < 2]:
+        for owner, some in groups.pop(head).items():
+            lonely.setdefault(owner, []).extend(some)
+    sections = [sorted(group.items()) for group in (*groups.values(), lonely)]
     for row in _filled(sections, micro_batch_size):
-        yield pack_sections(row)
+        depths = [shared_layers[owner] for group in row for owner, _ in group] if shared_layers else [0]
+        yield pack_sections(row, min(depths))
 
 
-def _filled(
-    sections: Sequence[tuple[int, Sequence[Encoded]]], size: int
-) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
+def _filled(groups: Sequence[Sequence[Section]], size: int) -> Iterator[list[list[Section]]]:
     """The same in rows of `size` examples; a section that does not fit goes on in the next."""
-    row: list[tuple[int, Sequence[Encoded]]] = []
+    row: list[list[Section]] = []
     room = size
-    for owner, group in sections:
-        while group:
-            taken, group = group[:room], group[room:]
-            row.append((owner, taken))
-            room -= len(taken)
-            if not room:
-                yield row
-                row, room = [], size
-    if row:
-        yield row
+    for group in groups:
+        row.append([])
+        for owner, examples in group:
+            while examples:
+                taken, examples = examples[:room], examples[room:]
+                row[-1].append((owner, taken))
+                room -= len(taken)
+                if not room:
+                    yield [some for some in row if some]
+                    row, room = [[]], size
+    if any(row):
+        yield [some for some in row if some]
