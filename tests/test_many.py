@@ -38,7 +38,7 @@ UNLIKE = {
         "adapter_len": 1,
         "adapter_layers": 1,
         "gate_activation": "identity",
-        "batch_size": 3,
+        "batch_size": 5,
         "max_grad_norm": 0.1,
     },
     "short": {"seed": 9, "batch_size": 16, "weight_decay": 0.3, "max_steps": 2, "gate_scale": True, "eval_every": 1},
