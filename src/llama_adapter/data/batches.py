@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_adapter.data.encode import IGNORE, Encoded
+from llama_adapter.data.encode import IGNORE, Encoded, texts_of
 from llama_adapter.data.examples import Media
 
 
@@ -37,7 +37,9 @@ class MicroBatch:
 
 
 def collate(examples: Sequence[Encoded], owners: Sequence[int] | None = None) -> MicroBatch:
-    """Pad examples to their longest; by default all of them are owner 0's."""
+    """Pad examples to their longest; a preference pair is two rows. By default all of them are owner 0's."""
+    owners = [owner for owner, e in zip(owners or [0] * len(examples), examples, strict=True) for _ in texts_of([e])]
+    examples = texts_of(examples)
     longest = max(len(example.input_ids) for example in examples)
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:
@@ -48,13 +50,13 @@ def collate(examples: Sequence[Encoded], owners: Sequence[int] | None = None) ->
         padded([[1] * len(example.input_ids) for example in examples], 0),
         padded([example.labels for example in examples], IGNORE),
         tuple(example.media for example in examples),
-        tuple(owners or [0] * len(examples)),
+        tuple(owners),
     )
 
 
 def response_tokens(examples: Sequence[Encoded]) -> int:
     """How many next-token predictions carry loss (the first token of a row is predicted by none)."""
-    return sum(label != IGNORE for example in examples for label in example.labels[1:])
+    return sum(label != IGNORE for text in texts_of(examples) for label in text.labels[1:])
 
 
 def global_batch(count: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -6,8 +6,9 @@ adapter_model.safetensors, adapter_config.json
 last/                           the newest checkpoint: an adapter too, and
 last/training_state.safetensors parameters, optimiser moments and step in one file, so that they never disagree
 metrics.jsonl                   one line a step, one a validation
+reference/                      the adapter that a DPO run goes on from and is held against
 README.md                       the adapter's card, at the end
-loss.png, gates.png             at the end
+loss.png, gates.png, rewards.png  at the end
 tensorboard/                    event files
 """
 
@@ -61,6 +62,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))
         self.last = self.path / "last"
+        self.reference = self.path / "reference"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
 
@@ -101,6 +103,10 @@ class RunFolder:
             return False
         return {"resume: false", "overwrite: false"} <= set(lines)
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a step to go on from."""
+        return (self.last / STATE_FILE).is_file()
+
     def check_length(self, config: TrainConfig, steps_per_epoch: int) -> None:
         """Check that a resumed run does not become shorter.
 
@@ -134,9 +140,9 @@ class RunFolder:
             write_atomically(self.recipe, yaml.safe_dump(plain, sort_keys=False).encode())
 
     def _clear(self) -> None:
-        for name in ("last", "tensorboard"):
+        for name in ("last", "tensorboard", "reference"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "loss.png", "gates.png", "recipe.yaml"):
+        for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "loss.png", "gates.png", "rewards.png", "recipe.yaml"):
             (self.path / name).unlink(missing_ok=True)
         card = self.path / CARD_FILE
         if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):

@@ -36,6 +36,7 @@ from llama_adapter.settings import (
 log = logging.getLogger(__name__)
 
 BasePrecision = Literal["auto", "fp8", "int8"]
+Method = Literal["sft", "dpo"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
@@ -77,6 +78,14 @@ class TrainConfig:
         stands_for=512,
     )  # fmt: skip
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
+
+    method: Method = setting(
+        "sft", "Learn answers (sft), or from chosen and rejected ones which is better (dpo).", "Method"
+    )
+    beta: Positive | None = setting(
+        None, "Of dpo: how near to the reference, which the run starts from, the adapter stays.", "Method",
+        stands_for=0.1,
+    )  # fmt: skip
 
     init_from: Place | None = setting(
         None,
@@ -205,6 +214,8 @@ class TrainConfig:
                     yield "parts_lr has no effect without norms, linear_scale, linear_bias and lora_rank: leave it out"
                 if parts and self.compile is True:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
+        if self.condition is not None and self.method == "dpo":
+            yield "method dpo compares answers to text, without a condition: leave condition out"
         if self.condition is not None and self.adapter_layers == 0:
             yield "adapter_layers is 0, and a condition is added to prompts: give at least 1"
         if self.resume is True and self.overwrite is True:
@@ -260,6 +271,8 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
         elif kind is not None and name in (BOTTLENECK if kind == "visual_prompt" else VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
+        elif name == "beta" and values.get("method", "sft") == "sft":
+            sentences[name] = "beta has no effect without method dpo: pass --method dpo, or leave it out"
         elif name == "scienceqa_style" and isinstance(data, str | list | tuple) and "scienceqa:" not in str(data):
             sentences[name] = f"{name} has no effect without --data scienceqa:FOLDER: leave it out"
     return sentences

@@ -52,7 +52,9 @@ class Draft:
         tensors = None if self.start is None else self.start.tensors
         adapter = add_adapter(model, self.adapter, self.name, state_dict=tensors)
         optimizer = build_optimizer(adapter, self.config)
-        return Learner(self.config, self.folder, self.data, model, adapter, optimizer, perception, is_main)
+        return Learner(
+            self.config, self.folder, self.data, model, adapter, optimizer, perception=perception, is_main=is_main
+        )
 
 
 def read_drafts(

@@ -6,7 +6,7 @@ A run (`loop.py`) trains one of them or many on one base; whatever is one expert
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from llama_adapter.progress import SECONDS
 from llama_adapter.training.card import write_run_card
 from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.objective import Objective, Responses
 from llama_adapter.training.optimizer import learning_rate
-from llama_adapter.training.plots import plot_gates, plot_loss
+from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared
 from llama_adapter.training.start import chosen_trackers
 
@@ -60,6 +61,7 @@ class Learner:
         model: the base that it is on.
         adapter: its parameters.
         optimizer: over them.
+        objective: what it minimises.
         perception: reads the files of its examples, where there is a condition.
         is_main: whether this process writes.
         progress: how far it is.
@@ -74,6 +76,7 @@ class Learner:
     model: PreTrainedModel
     adapter: Adapter
     optimizer: torch.optim.AdamW
+    objective: Objective = field(default_factory=Responses)
     perception: Perception | None = None
     is_main: bool = True
     progress: Progress = field(default_factory=Progress)
@@ -144,6 +147,11 @@ class Learner:
         return [self.data.train[i] for i in order]
 
     @property
+    def mixes(self) -> bool:
+        """Whether its rows may stand beside others' in a forward: texts whose answers it learns may."""
+        return self.perception is None and isinstance(self.objective, Responses)
+
+    @property
     def lr(self) -> float:
         """The learning rate of its next step."""
         return learning_rate(self.config, self.progress.step, self.total)
@@ -182,9 +190,10 @@ class Learner:
         """Whether what is done after so many steps, and after the last, is to be done now."""
         return self.progress.step % every == 0 or self.progress.step == self.total
 
-    def validated(self, loss: float) -> None:
-        """Note its validation loss, and keep the adapter where that is the best so far."""
-        self.log(val_loss=loss)
+    def validated(self, values: Mapping[str, float]) -> None:
+        """Note what its objective is on validation data, and keep the adapter where its loss is the best so far."""
+        loss = values["loss"]
+        self.log(**{f"val_{name}": value for name, value in values.items()})
         if loss < self.progress.best_val_loss:
             self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
             if self.is_main:
@@ -219,7 +228,9 @@ class Learner:
         if self.is_main:
             if not self.data.val:
                 save_adapter(self.model, self.folder.path, self.name)
-            plot_loss(history, self.folder.path / "loss.png")
+            plot_loss(history, self.folder.path / "loss.png", self.objective.unit)
+            if self.config.method == "dpo":
+                plot_rewards(history, self.folder.path / "rewards.png")
             gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
             if gates:
                 plot_gates(gates, self.folder.path / "gates.png")

@@ -26,7 +26,8 @@ from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.model import resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import MicroBatch, micro_batches, response_tokens
+from llama_adapter.data.batches import MicroBatch, micro_batches
+from llama_adapter.data.encode import texts_of
 from llama_adapter.errors import AdapterError, Interrupted, LlamaAdapterError, TrainingError
 from llama_adapter.progress import progress_bar, say
 from llama_adapter.training.config import TrainConfig, check_alike
@@ -34,7 +35,9 @@ from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.draft import read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
-from llama_adapter.training.loss import owners_losses, response_losses, why_not_packed
+from llama_adapter.training.loss import owners_losses, why_not_packed
+from llama_adapter.training.means import Figures, Means, Share
+from llama_adapter.training.objective import objective_of
 from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.start import check_extras, check_start, settle
@@ -43,9 +46,6 @@ from llama_adapter.training.stop import stop_signals
 log = logging.getLogger(__name__)
 ONLY_NAME = "default"
 """What the only adapter of a run is called."""
-
-Share = tuple[Learner, Sequence[Encoded]]
-"""An expert and examples of its own."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -105,8 +105,11 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
         for expert in experts:
             expert.folder.claim(expert.config)
     accelerator.wait_for_everyone()
-    for expert in experts:
+    for draft, expert in zip(drafts, experts, strict=True):
         with telling(expert.name, recipes):
+            expert.objective = objective_of(
+                expert.config, model, expert.adapter, draft.start, expert.folder, expert.is_main
+            )
             expert.restore()
     run = Run(experts, accelerator, model, again)
     with compiler_errors():
@@ -168,9 +171,10 @@ class Run:
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
-        texts = [expert for expert in self.experts if expert.perception is None]
-        lengths = [len(e.input_ids) for expert in texts for e in (*expert.data.train, *expert.data.val)]
-        reason = "packing is off" if not self.shared.packing else why_not_packed(self.model, max(lengths, default=0))
+        readers = [expert for expert in self.experts if expert.perception is None]
+        texts = texts_of(e for expert in readers for e in (*expert.data.train, *expert.data.val))
+        longest = max((len(text.input_ids) for text in texts), default=0)
+        reason = "packing is off" if not self.shared.packing else why_not_packed(self.model, longest)
         if not texts:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
@@ -194,10 +198,10 @@ class Run:
                 seconds = round(time.perf_counter() - began, 4)
                 moved = [expert for expert in learning if expert.failure is None]
                 self._show(bar, shares, figures, seconds)
-                for (expert, batch), lr, (loss, norm) in zip(shares, rates, figures, strict=True):
+                for (expert, batch), lr, (values, norm) in zip(shares, rates, figures, strict=True):
                     if expert in moved:
-                        tokens = sum(len(example.input_ids) for example in batch)
-                        expert.log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
+                        tokens = sum(len(text.input_ids) for text in texts_of(batch))
+                        expert.log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
                 self._validate([e for e in moved if e.is_due(e.config.eval_every or e.per_epoch)], bar)
                 for expert in moved:
                     if stopping or expert.is_due(expert.config.save_every):
@@ -206,16 +210,16 @@ class Run:
                     raise Interrupted(self._stopped())
                 self._let_go([expert for expert in moved if not expert.learns], bar)
 
-    def _step(self, shares: Sequence[Share], stop: bool) -> tuple[list[tuple[float, float]], bool]:
+    def _step(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
         """An optimiser step of each expert on its examples.
 
         Returns:
-            of each the loss per response token and the gradient's norm, and whether to stop.
+            of each its objective's values and the gradient's norm, and whether to stop.
         """
         figures, stopping = self._gradients(shares, stop)
-        for (expert, _), (loss, norm) in zip(shares, figures, strict=True):
+        for (expert, _), (values, norm) in zip(shares, figures, strict=True):
             try:
-                expert.update(loss, norm)
+                expert.update(values["loss"], norm)
             except TrainingError as error:
                 if len(self.experts) == 1:
                     raise
@@ -223,57 +227,56 @@ class Run:
                 expert.failure = error
         return figures, stopping
 
-    def _gradients(self, shares: Sequence[Share], stop: bool) -> tuple[list[tuple[float, float]], bool]:
+    def _gradients(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
         """The clipped gradients of a step, over all processes; nothing has moved yet. Returns what `_step` does."""
-        accelerator = self.accelerator
-        tokens = torch.tensor([float(max(1, response_tokens(batch))) for _, batch in shares], device=accelerator.device)
+        accelerator, means = self.accelerator, Means(shares, self.accelerator.device)
         for expert, _ in shares:
             expert.optimizer.zero_grad(set_to_none=False)
-        totals = torch.zeros(len(shares) + 1, device=accelerator.device)  # and whether to stop
-        totals[-1] = float(stop)
         for batch in self._batches(shares, self.shared.micro_batch_size):
-            owners = torch.tensor(batch.owners, device=accelerator.device)
             with self._trained(shares, batch):
-                losses = self._losses(shares, batch) / tokens[owners]
-                losses.sum().backward()
-            totals.index_add_(0, owners, losses.detach())
+                means.add(batch, self._sums(shares, batch)).backward()
+        flags = torch.cat([means.totals, means.totals.new_tensor([float(stop)])])
         gradients = [gradient for expert, _ in shares for gradient in expert.gradients()]
         if accelerator.num_processes > 1:
-            flat = accelerator.reduce(torch.cat([totals, *(gradient.flatten() for gradient in gradients)]), "sum")
-            totals, rest = flat[: len(totals)], flat[len(totals) :].split([g.numel() for g in gradients])
+            flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
+            flags, *rest = flat.split([len(flags), *(gradient.numel() for gradient in gradients)])
             for gradient, summed in zip(gradients, rest, strict=True):
                 gradient.copy_(summed.view_as(gradient))
         norms = torch.stack([expert.clip() for expert, _ in shares])
-        *losses_of, stopping = totals.tolist()
-        return list(zip(losses_of, norms.tolist(), strict=True)), bool(stopping)
+        *values, stopping = flags.tolist()
+        return list(zip(means.named(values), norms.tolist(), strict=True)), bool(stopping)
 
     def _batches(self, shares: Sequence[Share], size: int) -> Iterator[MicroBatch | PackedRow]:
         """This process's part of the experts' examples, `size` a forward; an owner is a place in `shares`.
 
-        Experts mix, but for those with a condition: their rows come among themselves.
+        Experts mix, but for those with a condition or a reference: their rows come among themselves.
         """
-        process = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        texts = [(i, e) for i, (expert, some) in enumerate(shares) if expert.perception is None for e in some]
-        if texts:
-            owners, examples = [i for i, _ in texts], [e for _, e in texts]
-            if self.packed:
-                depths = [expert.shared_layers for expert, _ in shares] if self.shares_layers else None
-                yield from packed_rows(examples, size, **process, owners=owners, shared_layers=depths)
-            else:
-                yield from micro_batches(examples, size, **process, owners=owners)
-        for i, (expert, some) in enumerate(shares):
-            if expert.perception is not None:
-                for kind in by_kind(some) if expert.config.disjoint else [some]:
-                    yield from micro_batches(kind, size, **process, owners=[i] * len(kind))
+        mixed = [place for place, (expert, _) in enumerate(shares) if expert.mixes]
+        for places in ([mixed] if mixed else []) + [[i] for i in range(len(shares)) if i not in mixed]:
+            expert, some = shares[places[0]]
+            for kind in by_kind(some) if expert.config.disjoint else [None]:
+                examples = [(i, e) for i in places for e in (shares[i][1] if kind is None else kind)]
+                yield from self._forwards([e for _, e in examples], [i for i, _ in examples], shares, size)
 
-    def _losses(self, shares: Sequence[Share], batch: MicroBatch | PackedRow) -> torch.Tensor:
-        """Summed loss for each of a batch's owners, under the condition of its pictures where there is one."""
+    def _forwards(
+        self, examples: Sequence[Encoded], owners: Sequence[int], shares: Sequence[Share], size: int
+    ) -> Iterator[MicroBatch | PackedRow]:
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if not self.packed or shares[owners[0]][0].perception is not None:
+            return micro_batches(examples, size, process, processes, owners)
+        depths = [expert.shared_layers if expert.mixes else 0 for expert, _ in shares] if self.shares_layers else None
+        return packed_rows(examples, size, process, processes, owners, depths)
+
+    def _sums(self, shares: Sequence[Share], batch: MicroBatch | PackedRow) -> torch.Tensor:
+        """Summed loss for each of a batch's owners, or where only one can have it all sums of that one's objective."""
         expert, device = shares[batch.owners[0]][0], self.accelerator.device
-        if expert.perception is None or expert.adapter.condition is None or isinstance(batch, PackedRow):
+        if expert.mixes:
             return owners_losses(self.model, batch, device, [expert.adapter for expert, _ in shares])
+        if expert.perception is None or expert.adapter.condition is None or isinstance(batch, PackedRow):
+            return expert.objective.sums(self.model, batch, device)
         condition = expert.perception.condition(cast(Condition, expert.adapter.condition), batch.media)
         with use_adapter(self.model, expert.name, condition):
-            return response_losses(self.model, batch, device)
+            return expert.objective.sums(self.model, batch, device)
 
     @staticmethod
     def _trained(shares: Sequence[Share], batch: MicroBatch | PackedRow) -> AbstractContextManager[None]:
@@ -282,26 +285,25 @@ class Run:
         return training_only(expert.adapter, batch) if expert.config.disjoint else nullcontext()
 
     @torch.no_grad()
-    def evaluate(self, shares: Sequence[Share]) -> list[float]:
-        """Each expert's loss per response token over its examples, in nats."""
-        accelerator = self.accelerator
-        totals = torch.zeros(len(shares), device=accelerator.device)
+    def evaluate(self, shares: Sequence[Share]) -> list[dict[str, float]]:
+        """The values of each expert's objective over its examples."""
+        means = Means(shares, self.accelerator.device)
         for batch in self._batches(shares, 2 * self.shared.micro_batch_size):
-            totals.index_add_(0, torch.tensor(batch.owners, device=totals.device), self._losses(shares, batch))
-        sums = accelerator.reduce(totals, "sum").tolist()
-        return [total / max(1, response_tokens(some)) for total, (_, some) in zip(sums, shares, strict=True)]
+            means.add(batch, self._sums(shares, batch))
+        return means.named(self.accelerator.reduce(means.totals, "sum").tolist())
 
     def _validate(self, experts: Sequence[Learner], bar: Any) -> None:
         shares = [(expert, expert.data.val) for expert in experts if expert.data.val]
         if not shares:
             return
         bar.set_description("validating")
-        losses = self.evaluate(shares)
-        bar.set_description(f"val {losses[0]:.3f}" if len(self.experts) == 1 else None)
-        for (expert, _), loss in zip(shares, losses, strict=True):
-            expert.validated(loss)
+        found = self.evaluate(shares)
+        bar.set_description(f"val {found[0]['loss']:.3f}" if len(self.experts) == 1 else None)
+        for (expert, _), values in zip(shares, found, strict=True):
+            expert.validated(values)
             if len(self.experts) > 1 and expert.has_news():
-                say(bar, f"{expert.name}: step {expert.progress.step} of {expert.total}, validation loss {loss:.4f}")
+                step, loss = f"step {expert.progress.step} of {expert.total}", values["loss"]
+                say(bar, f"{expert.name}: {step}, validation loss {loss:.4f}")
 
     def _let_go(self, ended: Sequence[Learner], bar: Any) -> None:
         """Finish the experts that have all their steps."""
@@ -327,9 +329,9 @@ class Run:
         done = sum(min(expert.progress.step, expert.total) for expert in self.experts)
         return done, sum(expert.total for expert in self.experts)
 
-    def _show(self, bar: Any, shares: Sequence[Share], figures: Sequence[tuple[float, float]], seconds: float) -> None:
-        tokens = sum(len(example.input_ids) for _, batch in shares for example in batch)
-        loss = sum(loss for loss, _ in figures) / len(figures)
+    def _show(self, bar: Any, shares: Sequence[Share], figures: Sequence[Figures], seconds: float) -> None:
+        tokens = sum(len(text.input_ids) for _, batch in shares for text in texts_of(batch))
+        loss = sum(values["loss"] for values, _ in figures) / len(figures)
         experts = {} if len(self.experts) == 1 else {"experts": len(shares)}
         bar.set_postfix(**experts, loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
         bar.update(len(shares))

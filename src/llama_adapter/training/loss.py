@@ -47,14 +47,22 @@ def routing_of(batch: MicroBatch | PackedRow, adapters: Sequence[Adapter], devic
 
 
 def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
-    """Summed cross-entropy of a packed row's response tokens, fp32; see `packed_losses`."""
+    """Summed cross-entropy of a packed row's response tokens, fp32; see `packed_logits`."""
     return packed_losses(model, row).sum()
 
 
 def packed_losses(model: PreTrainedModel, row: PackedRow, **options: Any) -> torch.Tensor:
-    """Summed cross-entropy of each section's response tokens, [sections] fp32; the output head runs on no others.
+    """Summed cross-entropy of each section's response tokens, [sections] fp32; see `packed_logits`."""
+    logits = packed_logits(model, row, **options)
+    losses = cross_entropy(logits.flatten(0, 1), row.targets, reduction="none")
+    return torch.stack([section.sum() for section in losses.split(row.losses)])
 
-    `model` must have an adapter, active or not: its attention is what keeps the examples apart. `options` go to it.
+
+def packed_logits(model: PreTrainedModel, row: PackedRow, **options: Any) -> torch.Tensor:
+    """Logits [B, R, vocabulary], fp32, of a packed row, or of B with the same tokens for adapters of their own.
+
+    The output head runs on the R positions that predict a response token and on no other. `model` must have an
+    adapter, active or not: its attention is what keeps the examples apart. `options` go to it.
     """
     logits = model(
         input_ids=row.input_ids,
@@ -67,8 +75,7 @@ def packed_losses(model: PreTrainedModel, row: PackedRow, **options: Any) -> tor
         **{SEGMENTS: row.segments},
         **options,
     ).logits
-    losses = cross_entropy(logits.flatten(0, 1).float(), row.targets, reduction="none")
-    return torch.stack([section.sum() for section in losses.split(row.losses)])
+    return logits.float()
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:

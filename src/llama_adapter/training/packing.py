@@ -1,13 +1,13 @@
 """Encoded examples to packed rows: laid end to end, the tokens that they begin with alike taken once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from llama_adapter.data.encode import IGNORE, Encoded
+from llama_adapter.data.encode import IGNORE, Encoded, texts_of
 from llama_adapter.training.packed_attention import Sections, Segments, SharedBelow, joined
 
 HEAD = 16
@@ -28,6 +28,7 @@ class PackedRow:
         predicting: [R] int64, positions whose next token carries loss.
         targets: [R] int64, those tokens.
         segments: where the examples lie.
+        counts: how many of the predictions each example has, in their order.
         owners: whose the examples of each section are, a number.
         spans: tokens of each section, T in all.
         losses: predictions of each section, R in all.
@@ -38,6 +39,7 @@ class PackedRow:
     predicting: Tensor
     targets: Tensor
     segments: Segments | Sections | SharedBelow
+    counts: tuple[int, ...]
     owners: tuple[int, ...] = (0,)
     spans: tuple[int, ...] = ()
     losses: tuple[int, ...] = ()
@@ -47,9 +49,14 @@ class PackedRow:
         ids, positions, predicting, targets = (
             x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.predicting, self.targets)
         )
-        return PackedRow(
-            ids, positions, predicting, targets, self.segments.to(device), self.owners, self.spans, self.losses
-        )
+        return replace(
+            self, input_ids=ids, position_ids=positions, predicting=predicting, targets=targets,
+            segments=self.segments.to(device),
+        )  # fmt: skip
+
+    def repeated(self, rows: int) -> "PackedRow":
+        """So many rows of these tokens, each for an adapter of its own."""
+        return replace(self, input_ids=self.input_ids.expand(rows, -1), position_ids=self.position_ids.expand(rows, -1))
 
 
 def shared_prefix(examples: Sequence[Encoded]) -> int:
@@ -62,7 +69,7 @@ def shared_prefix(examples: Sequence[Encoded]) -> int:
 
 
 def pack(examples: Sequence[Encoded]) -> PackedRow:
-    """One row of these examples, all of one owner, behind what they begin with alike."""
+    """One row of these examples, all of one owner, behind what they begin with alike; a preference pair is two."""
     return pack_sections([[(0, examples)]])
 
 
@@ -81,14 +88,16 @@ def pack_sections(groups: Sequence[Sequence[Section]], shared_layers: int = 0) -
     source: list[int] = []
     predicting: list[int] = []
     targets: list[int] = []
+    counts: list[int] = []
     owners, below, above, losses = [], [], [], []
     for sections in groups if shared_layers else [[section] for group in groups for section in group]:
-        flat = [example for _, examples in sections for example in examples]
+        texts = [(owner, texts_of(examples)) for owner, examples in sections]
+        flat = [text for _, some in texts for text in some]
         shared, first = shared_prefix(flat), len(ids)
         ids += flat[0].input_ids[:shared]
         positions += range(shared)
         below.append(Segments(shared, tuple(len(example.input_ids) - shared for example in flat)))
-        for owner, examples in sections:
+        for owner, examples in texts:
             prefix, before = shared_prefix(examples), len(targets)
             begin = prefix  # of a section the first example brings the prefix along
             for example in examples:
@@ -98,10 +107,12 @@ def pack_sections(groups: Sequence[Sequence[Section]], shared_layers: int = 0) -
                 source += places[prefix:]
                 ids += example.input_ids[shared:]
                 positions += range(shared, len(example.input_ids))
+                learnt = len(targets)
                 for position in range(prefix, len(example.labels) - 1):
                     if example.labels[position + 1] != IGNORE:
                         predicting.append(offset + position)
                         targets.append(example.labels[position + 1])
+                counts.append(len(targets) - learnt)
             owners.append(owner)
             above.append(Segments(prefix, tuple(len(example.input_ids) - prefix for example in examples)))
             losses.append(len(targets) - before)
@@ -116,6 +127,7 @@ def pack_sections(groups: Sequence[Sequence[Section]], shared_layers: int = 0) -
         torch.tensor(predicting, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
         segments,
+        tuple(counts),
         tuple(owners),
         tuple(section.tokens for section in above),
         tuple(losses),
@@ -140,6 +152,7 @@ def packed_rows(
         micro_batch_size: most examples of a row.
         process: this one,
         processes: of so many.
+        counts: how many of the predictions each example has, in their order.
         owners: whose each example is, a number; by default all are 0's.
         shared_layers: how many of the lowest layers have nothing of each owner's; by default none.
     """

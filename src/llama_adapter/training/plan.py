@@ -44,6 +44,7 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": model,
         "family": shape["model_type"],
+        "method": config.method,
         **data.report(),
         "steps_per_epoch": per_epoch,
         "steps": config.total_steps(per_epoch),

@@ -9,10 +9,12 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from llama_adapter.data.batches import response_tokens
-from llama_adapter.data.encode import Encoded, encode_records
-from llama_adapter.data.examples import Media
+from llama_adapter.data.encode import Encoded, encode_records, texts_of
+from llama_adapter.data.examples import Example, Media
+from llama_adapter.data.formats import parse_record
 from llama_adapter.data.limits import Limits
-from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
+from llama_adapter.data.pairs import SHAPES, parse_pair
+from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, reject
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
 
@@ -49,14 +51,15 @@ class Prepared:
         return list(dict.fromkeys(media for example in (*self.train, *self.val) for media in example.media))
 
     def report(self) -> dict[str, int | float]:
-        """Counts worth seeing before a run: examples, truncations, tokens."""
-        lengths = [len(example.input_ids) for example in (*self.train, *self.val)]
+        """Counts worth seeing before a run: examples, of which a preference pair is one, truncations, tokens."""
+        texts = texts_of([*self.train, *self.val])
+        lengths = [len(text.input_ids) for text in texts]
         return {
             "train_examples": len(self.train),
             "val_examples": len(self.val),
             "skipped_records": len(self.skipped),
-            "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
-            "merged_examples": sum(example.merged for example in (*self.train, *self.val)),
+            "truncated_examples": sum(text.truncated for text in texts),
+            "merged_examples": sum(text.merged for text in texts),
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "longest_tokens": max(lengths),
             "response_tokens": response_tokens(self.train) + response_tokens(self.val),
@@ -116,7 +119,7 @@ def _check(
                 f"The longest example has {report['longest_tokens']} tokens and the base takes {limits.positions}: "
                 f"pass --max-length {limits.positions}, which truncates it."
             )
-        limits.check_ids((text.input_ids for text in (*data.train, *data.val)), tokenizer)
+        limits.check_ids((text.input_ids for text in texts_of([*data.train, *data.val])), tokenizer)
         if report["truncated_examples"] and max_length < config.value("max_length"):
             log.warning(
                 "the base takes %d tokens: %d examples lose what is beyond", max_length, report["truncated_examples"]
@@ -127,7 +130,7 @@ def _check(
         log.warning(
             "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
             "can: begin answers without a blank, or pass another --template",
-            merged, len(data.train) + len(data.val),
+            merged, len(texts_of([*data.train, *data.val])),
         )  # fmt: skip
     if data.raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)
@@ -152,12 +155,23 @@ def _encoded(
     """The records of `sources` and each one's texts; `skipped` gets a sentence for what was left out on the way."""
     options = {"scienceqa": {"style": config.scienceqa_style}}
     kinds = () if config.condition is None else (config.condition,)
-    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
+    parse = parse_pair if config.method == "dpo" else parse_record
+    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, parse, kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
+    if config.method == "dpo":
+        loaded = Loaded(_pairs_of(loaded.examples, rejected), loaded.skipped)
     records = encode_records(loaded.examples, config.value("template"), tokenizer, max_length, now, rejected)
     check_some_left(records, loaded.skipped)
     skipped += loaded.skipped
     return loaded, records
+
+
+def _pairs_of(examples: Sequence[Example], skipped: list[str] | None) -> list[Example]:
+    """The examples with two answers: sources with a reader of their own have none."""
+    for example in examples:
+        if not example.rejected:
+            reject(f"{example.origin}: it is no preference pair; those are: {SHAPES}", skipped)
+    return [example for example in examples if example.rejected]
 
 
 def _split(
@@ -185,7 +199,7 @@ def _split(
 
 def _digest(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
+    for example in texts_of(examples):
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
         for media in example.media:
             digest.update(media if isinstance(media, bytes) else media.encode())

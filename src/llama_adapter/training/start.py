@@ -18,6 +18,7 @@ from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
+from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import BOTTLENECK, DEFAULTS, VISUAL, TrainConfig, idle_settings, load_recipe
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def read_start(source: str, base: str | None = None) -> Start:
 def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
     """The recipe with the settings of the adapter in `init_from`, and that adapter; (recipe, None) without one.
 
-    A run that is resumed has both in its own folder: `init_from` may be gone by then.
+    A run that is resumed has both in its own folder: `init_from` may be gone by then. One that was killed before its
+    first checkpoint begins once more.
 
     Raises:
         AdapterError: there is no sound adapter.
@@ -63,7 +65,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
     """
     if config.init_from is None:
         return config, None
-    if config.resume:
+    if config.resume and RunFolder(config.output_dir).has_checkpoint():
         recipe = Path(config.output_dir) / "recipe.yaml"
         before = load_recipe(str(recipe), {}) if recipe.is_file() else config
         open_ones = [name for name in INHERITED if getattr(config, name) in (None, DEFAULTS[name])]
