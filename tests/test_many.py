@@ -58,8 +58,8 @@ def unlike(base: Path, folder: Path, names=tuple(UNLIKE), **changes) -> dict[str
 def no_pictures():
     """Pictures take more time than these runs; they are somebody else's test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_loss", "plot_gates"):
-            patch.setattr(f"llama_adapter.training.learner.{name}", lambda content, path: path.touch())
+        for name in ("plot_loss", "plot_gates", "plot_rewards"):
+            patch.setattr(f"llama_adapter.training.learner.{name}", lambda content, path, *_: path.touch())
         yield
 
 
@@ -455,6 +455,40 @@ def test_two_processes_end_where_one_does(base, alone, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in recipes:
         assert_same_run(tmp_path / name, alone / name)
+
+
+@pytest.mark.slow
+def test_pictures_and_preferences_among_them(base, alone, tmp_path):
+    from PIL import Image
+
+    seen, pairs = [], []
+    for number in range(12):
+        record = {"instruction": f"colour {number}?", "output": ["red", "blue"][number % 2]}
+        if number % 3:
+            record["image"] = str(tmp_path / f"{number}.png")
+            Image.new("RGB", (16, 16), record["output"]).save(record["image"])
+        seen.append(record)
+        pairs.append({"instruction": f"Repeat {number}", "chosen": "sun " * (1 + number % 3), "rejected": "no moon"})
+    (tmp_path / "seen.json").write_text(json.dumps(seen))
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+
+    def made(folder):
+        return {
+            "text": recipe(base, alone / "plain.json", folder / "text"),
+            "pairs": recipe(base, tmp_path / "pairs.json", folder / "pairs", method="dpo", seed=1),
+            "more": recipe(
+                base, tmp_path / "pairs.json", folder / "more", method="dpo", init_from=str(alone / "plain"),
+                adapter_len=None, adapter_layers=None,
+            ),
+            "seen": recipe(
+                base, tmp_path / "seen.json", folder / "seen", condition="image", tower="bundled", absent="learnt"
+            ),
+        }  # fmt: skip
+
+    train_many(Runs(made(tmp_path / "many")))
+    for name, config in made(tmp_path / "single").items():
+        train(config)
+        assert_same_run(tmp_path / "many" / name, tmp_path / "single" / name)
 
 
 @pytest.mark.slow

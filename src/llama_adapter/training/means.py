@@ -1,4 +1,4 @@
-"""What a step, or a validation, of several experts comes to: each one's sums, divided by what its own examples count."""
+"""What a step, or a validation, of several experts comes to: the sums of each, over what its own examples count."""
 
 from collections.abc import Sequence
 from itertools import accumulate
