@@ -13,7 +13,7 @@ import zstandard
 from pyarrow import parquet
 from runs import WORDS, recipe, tiny_tokenizer
 
-from llama_adapter.data.stream import StreamPart, Stream, first_records, parts_of
+from llama_adapter.data.stream import Stream, StreamPart, first_records, parts_of
 from llama_adapter.errors import ConfigError, DataError, TrainingError
 from llama_adapter.training import feed as feeds
 from llama_adapter.training.config import TrainConfig

@@ -17,7 +17,7 @@ from llama_adapter.data.pairs import SHAPES, parse_pair
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
-from llama_adapter.training.feed import RecordEncoder, Feed, MemoryFeed, StreamFeed
+from llama_adapter.training.feed import Feed, MemoryFeed, RecordEncoder, StreamFeed
 from llama_adapter.training.streaming import digest_of, open_stream
 
 if TYPE_CHECKING:
