@@ -233,6 +233,23 @@ def test_a_lost_process_is_replaced_by_the_launcher(base, data, tmp_path):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "lost" / file).read_bytes()
 
 
+def test_a_run_goes_on_from_its_own_journal_and_not_from_the_adapter_that_it_began_with(
+    base, data, tmp_path, monkeypatch
+):
+    train(recipe(base, data, tmp_path / "first", max_steps=3))
+    settings = recipe(base, data, tmp_path / "whole", max_steps=3, init_from=str(tmp_path / "first"), save_every=100)
+    train(settings)
+    stopped, step = replace(settings, output_dir=str(tmp_path / "out")), Run._step
+    for at in (0, 2):
+        monkeypatch.setattr(Run, "_step", lambda run, *args: 1 / 0 if run.progress.step == at else step(run, *args))  # noqa: B023
+        with pytest.raises(ZeroDivisionError):
+            train(replace(stopped, resume=at > 0))
+    monkeypatch.undo()
+    train(replace(stopped, resume=True))
+    for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_a_clock_that_jumps_changes_nothing(base, data, tmp_path, monkeypatch):
     train(recipe(base, data, tmp_path / "whole"))
     true, jumps = time.time, iter(range(10**6))

@@ -161,8 +161,12 @@ class RunFolder:
         return {"resume: false", "overwrite: false"} <= set(lines)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a step to go on from."""
-        return (self.last / STATE_FILE).is_file()
+        """Whether a resumed run finds a step done; one that does not begins once more.
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
+        """
+        return self.finished_steps() > 0
 
     def check_length(self, config: TrainConfig, steps_per_epoch: int) -> None:
         """Check that a resumed run does not become shorter.

@@ -46,7 +46,7 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
-class InMemory:
+class MemoryFeed:
     """Every epoch is a permutation of all examples."""
 
     examples: Sequence[Encoded]
@@ -71,7 +71,7 @@ class InMemory:
 
 
 @dataclass
-class Encoder:
+class RecordEncoder:
     """Makes texts of raw records; `raw` says whether all must be prompt-completion text."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -122,14 +122,14 @@ class Encoder:
         return encoded
 
 
-class Streamed:
+class StreamFeed:
     """Batches of a stream; each process parses and encodes its own part of a batch, and tells the others.
 
     A batch is `batch_size` texts, or a few more where its last record is several; at the end of a pass over the data it
     is what is left.
     """
 
-    def __init__(self, stream: Stream, encoder: Encoder, batch_size: int, skip_bad_records: bool) -> None:
+    def __init__(self, stream: Stream, encoder: RecordEncoder, batch_size: int, skip_bad_records: bool) -> None:
         self.stream, self.encoder = stream, encoder
         self.batch_size, self.skip_bad_records = batch_size, skip_bad_records
         self.records = self.skipped = 0
