@@ -152,7 +152,7 @@ def test_a_class_of_fsdp_s_own_does_not_hide_the_family():
 def test_a_tensor_parallel_base_is_refused():
     model = tiny_model()
     model._tp_size = 2
-    with pytest.raises(UnsupportedModelError, match="tensor parallelism.*accelerate launch --use_fsdp"):
+    with pytest.raises(UnsupportedModelError, match=r"tensor parallelism.*accelerate launch --use_fsdp"):
         add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2))
 
 

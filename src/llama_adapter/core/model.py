@@ -57,8 +57,8 @@ def add_adapter(
     family_of(model.config)
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
-            "This base is cut head by head over several processes (tensor parallelism), where a gate for every head has no "
-            "place yet: load it whole, or train it in parts by accelerate launch --use_fsdp."
+            "This base is cut head by head over several processes (tensor parallelism), and gates are one for each of "
+            "all heads: load it whole, or shard it by layer with accelerate launch --use_fsdp."
         )
     layers = resolve_layers(config, model.config)
     check_name(name)

@@ -9,7 +9,7 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -273,7 +273,8 @@ class Run:
 
     def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
         """This process's share, `size` examples a forward, and what each counts for, see `in_step`."""
-        make, single = (packed_rows, pack) if self.packed else (micro_batches, collate)
+        make: Callable[..., Iterator[MicroBatch | PackedRow]] = packed_rows if self.packed else micro_batches
+        single: Callable[..., MicroBatch | PackedRow] = pack if self.packed else collate
         accelerator = self.accelerator
         for kind in by_kind(examples) if self.config.disjoint else [examples]:
             share = make(kind, size, accelerator.process_index, accelerator.num_processes)
