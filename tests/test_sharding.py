@@ -129,10 +129,10 @@ def test_processes_without_examples_of_their_own_keep_step(monkeypatch):
             return torch.cat([counts, torch.tensor([3])])
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert list(sharding.in_step("ab", Accelerator(), lambda: "s")) == [("a", 1.0), ("b", 1.0), ("b", 0.0)]
-    assert list(sharding.in_step("", Accelerator(), lambda: "s")) == [("s", 0.0)] * 3
+    assert list(sharding.in_step("ab", Accelerator(), lambda: iter("s"))) == [("a", 1.0), ("b", 1.0), ("b", 0.0)]
+    assert list(sharding.in_step("", Accelerator(), lambda: iter("s"))) == [("s", 0.0)] * 3
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    assert list(sharding.in_step("ab", Accelerator(), lambda: "s")) == [("a", 1.0), ("b", 1.0)]
+    assert list(sharding.in_step("ab", Accelerator(), lambda: iter("s"))) == [("a", 1.0), ("b", 1.0)]
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import MicroBatch, collate, global_batch, micro_batches, steps_per_epoch
+from llama_adapter.data.batches import MicroBatch, micro_batches
 from llama_adapter.data.encode import texts_of
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, Interrupted, TrainingError
@@ -38,14 +38,15 @@ from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.progress import progress_bar
 from llama_adapter.training.card import write_run_card
-from llama_adapter.training.checkpoint import Progress, RunFolder
+from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import why_not_packed
 from llama_adapter.training.objective import Objective, Responses, objective_of
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
-from llama_adapter.training.packing import PackedRow, pack, packed_rows
+from llama_adapter.training.owner import restarted
+from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared, prepare
@@ -84,6 +85,14 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
+    folder = RunFolder(config.output_dir)
+    try:
+        return _train(restarted(config), folder)
+    finally:
+        folder.release()
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     config, start = settle(config)
     check_extras(config)
     base = load_config(config.value("model"))
@@ -94,8 +103,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
-    folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
+        folder.lock()
         folder.check(config)
         if config.push_to_hub:
             open_repository(config.push_to_hub)
@@ -103,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult:
     data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
     check_written_alike(start, data.raw)
     if accelerator.is_main_process:
-        folder.check_length(config, steps_per_epoch(len(data.train), config.batch_size))
+        folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     condition = condition_of(config, data)
@@ -129,9 +138,10 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator.wait_for_everyone()
     objective = objective_of(config, model, adapter, start, folder, accelerator.is_main_process)
     run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception, objective)
-    with compiler_errors():
-        run.loop()
-    return run.finish()
+    with folder.resumable():
+        with compiler_errors():
+            run.loop()
+        return run.finish()
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -186,16 +196,16 @@ class Run:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
         self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
         self.objective = objective or Responses()
-        self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+        self.per_epoch, self.feed = data.steps_per_epoch(config), data.feed(config)
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
+        self.feed.seek(self.progress.position)
         self.is_main = accelerator.is_main_process
         self.packed = self._may_pack()
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
-        longest = max(len(text.input_ids) for text in texts_of([*self.data.train, *self.data.val]))
-        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, longest)
+        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, self.data.longest)
         if self.perception is not None:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
@@ -218,12 +228,10 @@ class Run:
                 self._validate(bar)
             for step in range(start, self.total):
                 began = time.perf_counter()
-                batch = [
-                    self.data.train[i] for i in global_batch(len(self.data.train), config.batch_size, step, config.seed)
-                ]
+                batch = self.feed.batch(step)
                 lr = learning_rate(config, step, self.total)
                 values, norm, stopping = self._step(batch, lr, stop.requested)
-                self.progress.step = step + 1
+                self.progress.step, self.progress.position = step + 1, self.feed.position
                 seconds = time.perf_counter() - began
                 tokens = sum(len(text.input_ids) for text in texts_of(batch))
                 bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
@@ -231,8 +239,8 @@ class Run:
                 self._log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
                 if self._is_due(config.eval_every or self.per_epoch):
                     self._validate(bar)
-                if stopping or self._is_due(config.save_every):
-                    self._save()
+                if self.is_main:
+                    self._save(stopping or self._is_due(config.save_every))
                 if stopping:
                     raise Interrupted(
                         f"Stopped after step {step + 1} of {self.total}; everything is saved. "
@@ -274,11 +282,10 @@ class Run:
     def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
         """This process's share, `size` examples a forward, and what each counts for, see `in_step`."""
         make: Callable[..., Iterator[MicroBatch | PackedRow]] = packed_rows if self.packed else micro_batches
-        single: Callable[..., MicroBatch | PackedRow] = pack if self.packed else collate
         accelerator = self.accelerator
         for kind in by_kind(examples) if self.config.disjoint else [examples]:
             share = make(kind, size, accelerator.process_index, accelerator.num_processes)
-            yield from in_step(share, accelerator, partial(single, kind[:1]))
+            yield from in_step(share, accelerator, partial(make, kind[:1], size))
 
     def _sums(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
         """The objective's sums over a micro-batch, under the condition of its pictures where there is one."""
@@ -317,10 +324,13 @@ class Run:
             if self.is_main:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
 
-    def _save(self) -> None:
-        if self.is_main:
-            data = self.data
-            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, data.digest, data.now)
+    def _save(self, whole: bool) -> None:
+        """Write a checkpoint, or else the step's state alone."""
+        state = Trained(self.adapter, self.optimizer, self.progress, self.data.digest, self.data.now)
+        if whole:
+            self.folder.save_checkpoint(self.model, state)
+        else:
+            self.folder.save_step(state)
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
@@ -328,7 +338,7 @@ class Run:
     def _log(self, **values: float) -> None:
         step = self.progress.step
         if self.is_main:
-            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.folder.log({"step": step, "epoch": self.feed.epoch(step), **values})
             self.accelerator.log(values, step=step)
 
     def _start_trackers(self, start: int) -> None:
@@ -352,6 +362,7 @@ class Run:
 
     def finish(self) -> TrainResult:
         """Write the pictures and the card, push where that is asked for, and sum the run up."""
+        log.info("trained on %s", self.feed.summary())
         self.accelerator.end_training()
         history = self.folder.history() if self.is_main else []
         if self.is_main:
@@ -374,7 +385,7 @@ class Run:
             best_step=self.progress.best_step,
         )
         if self.is_main:
-            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            write_run_card(self.config, asdict(result), self.feed.summary(), len(self.data.val))
             if self.config.push_to_hub:
                 self._push(self.config.push_to_hub)
         return result

@@ -81,7 +81,7 @@ def shards_of(accelerator: Accelerator) -> int | None:
 
 
 def in_step(
-    batches: Iterable[Batch], accelerator: Accelerator, spare: Callable[[], Batch]
+    batches: Iterable[Batch], accelerator: Accelerator, spare: Callable[[], Iterator[Batch]]
 ) -> Iterator[tuple[Batch, float]]:
     """Every batch with weight 1; on a sharded base then one with weight 0 for each that another process has more."""
     if not is_sharded():
@@ -91,4 +91,4 @@ def in_step(
     counts = accelerator.gather(torch.tensor([len(own)], device=accelerator.device))
     yield from ((batch, 1.0) for batch in own)
     for _ in range(int(counts.max()) - len(own)):
-        yield (own[-1] if own else spare()), 0.0
+        yield (own[-1] if own else next(spare())), 0.0
