@@ -18,6 +18,7 @@ llama-adapter train --streaming --max-steps 20000 --data "shards/*.jsonl.gz" --v
 llama-adapter train --init-from runs/first --data more.jsonl --output-dir runs/more
 llama-adapter train --method dpo --beta 0.1 --data pairs.jsonl --init-from runs/first --output-dir runs/preferred
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
+accelerate launch --use_fsdp --num_processes 8 -m llama_adapter train recipes/alpaca-70b.yaml
 """
 
 

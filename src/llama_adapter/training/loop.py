@@ -9,14 +9,15 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -49,6 +50,7 @@ from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared, prepare
+from llama_adapter.training.sharding import check_strategy, in_step, shards_of
 from llama_adapter.training.start import (
     adapter_of,
     check_extras,
@@ -97,6 +99,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     check_start(start, config, base)
     resolve_layers(config.adapter_config(), base)
     check_parts(config.adapter_config(), base)
+    check_strategy(config, base)
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
@@ -117,7 +120,9 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     resolve_layers(adapter_config, base)  # again, with the condition's layers
     perception = None if condition is None else look(condition, config, data, accelerator)
 
-    model = load_base(config.value("model"), accelerator.device, config.precision, config.quantization)
+    model = load_base(
+        config.value("model"), accelerator.device, config.precision, config.quantization, shards_of(accelerator)
+    )
     check_backward(model)
     if config.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
@@ -143,7 +148,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
 
     Raises:
-        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
+        TrainingError: a tracker cannot be used.
     """
     trackers = chosen_trackers(config)
     try:
@@ -157,12 +162,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise TrainingError(f"trackers {', '.join(trackers)} cannot be used: {error}") from None
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    if accelerator.distributed_type in sharded:
-        raise TrainingError(
-            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
-            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
-        )
     return accelerator
 
 
@@ -254,9 +253,9 @@ class Run:
         parameters = list(self.adapter.parameters())
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros(len(self.objective.names), device=accelerator.device)
-        for micro_batch in self._batches(batch, self.config.micro_batch_size):
+        for micro_batch, weight in self._batches(batch, self.config.micro_batch_size):
             with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
-                sums = self._sums(micro_batch) / count
+                sums = self._sums(micro_batch) * weight / count
                 sums[0].backward()
             total += sums.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
@@ -280,11 +279,13 @@ class Run:
         *values, stopping = flags.tolist()
         return dict(zip(self.objective.names, values, strict=True)), norm, bool(stopping)
 
-    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
-        """This process's share, `size` examples a forward."""
-        make = packed_rows if self.packed else micro_batches
+    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
+        """This process's share, `size` examples a forward, and what each counts for, see `in_step`."""
+        make: Callable[..., Iterator[MicroBatch | PackedRow]] = packed_rows if self.packed else micro_batches
+        accelerator = self.accelerator
         for kind in by_kind(examples) if self.config.disjoint else [examples]:
-            yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
+            share = make(kind, size, accelerator.process_index, accelerator.num_processes)
+            yield from in_step(share, accelerator, partial(make, kind[:1], size))
 
     def _sums(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
         """The objective's sums over a micro-batch, under the condition of its pictures where there is one."""
@@ -305,8 +306,8 @@ class Run:
         """The objective's values over `examples`."""
         objective, accelerator = self.objective, self.accelerator
         total = torch.zeros(len(objective.names), device=accelerator.device)
-        for batch in self._batches(examples, 2 * self.config.micro_batch_size):
-            total += self._sums(batch)
+        for batch, weight in self._batches(examples, 2 * self.config.micro_batch_size):
+            total += self._sums(batch) * weight
         means = accelerator.reduce(total, "sum") / max(1, objective.count(examples))
         return dict(zip(objective.names, means.tolist(), strict=True))
 
