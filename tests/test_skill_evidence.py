@@ -24,8 +24,9 @@ from llama_adapter.base import load_base, load_tokenizer
 def result(trial, share=0.5, curve=((0, 2.0), (10, 0.5), (20, 0.25)), prose=20.0, seconds=100.0):
     shares = {**dict.fromkeys(SKILLS, share), "all": share}
     return {
-        "settings": trial.key(), "parameters": 1000, "cpu_seconds": seconds, "val_loss": [list(point) for point in curve],
-        "heldout_entities": shares, "heldout_wordings": shares, "prose_perplexity": prose,
+        "settings": trial.key(), "parameters": 1000, "cpu_seconds": seconds,
+        "val_loss": [list(point) for point in curve], "heldout_entities": shares,
+        "heldout_wordings": shares, "prose_perplexity": prose,
     }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class Options:
         scale: linears with a scale of their inputs beside them (V2).
         bias: linears with a bias beside them (V2).
         parts_lr: factor on the learning rate of norms, scales and biases.
+        lora: rank of LoRA beside the prompts, on `targets`.
+        lora_lr: factor on its learning rate.
         rank: of LoRA.
         targets: of LoRA.
     """
@@ -59,6 +61,8 @@ class Options:
     scale: tuple[str, ...] = ()
     bias: tuple[str, ...] = ()
     parts_lr: float = 1.0
+    lora: int = 0
+    lora_lr: float = 0.5
     rank: int = 3
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
@@ -110,7 +114,10 @@ def zero_init(model: PreTrainedModel, options: Options, tokenizer: Any, example:
             layer.prompt.mul_(options.prompt_scale)
             layer.gate.normal_(0, options.gate_start)
     _add_sink(options.sink)
-    parts = [p for part in adapter.modules.values() for p in part.parameters()]
+    lora_parts, parts = (
+        [p for key, part in adapter.modules.items() if key.startswith("lora.") == wanted for p in part.parameters()]
+        for wanted in (True, False)
+    )
     groups: list[dict[str, Any]] = [
         {"params": [layer.prompt for layer in layers], "factor": 1.0},
         {
@@ -118,6 +125,7 @@ def zero_init(model: PreTrainedModel, options: Options, tokenizer: Any, example:
             **({} if options.gate_decay else {"weight_decay": 0.0}),
         },
         {"params": parts, "factor": options.parts_lr, "weight_decay": 0.0},
+        {"params": lora_parts, "factor": options.lora_lr},
     ]  # fmt: skip
     return Prepared(model, [group for group in groups if group["params"]], _by_session(model), packed_rows)
 

@@ -105,10 +105,10 @@ of our own where everything about the data is known.
 
 ## A real model
 
-SmolLM2-135M-Instruct (30 layers, Apache-2.0) from its PyPI package, in fp32 on a CPU, learns {len(SKILLS)} skills at once
-([recipes/skills](../recipes/skills/README.md)): {", ".join(SKILLS)}. Each step reads two new examples of each. It is then
-asked about entities that training never showed, in known and in new wordings; answers are greedy and a strict checker
-decides. `make evidence-real` runs what is missing and writes this part; single results are in
+SmolLM2-135M-Instruct (30 layers, Apache-2.0) from its PyPI package, in fp32 on a CPU, learns {len(SKILLS)} skills at
+once ([recipes/skills](../recipes/skills/README.md)): {", ".join(SKILLS)}. Each step reads two new examples of each. It
+is then asked about entities that training never showed, in known and in new wordings; answers are greedy and a strict
+checker decides. `make evidence-real` runs what is missing and writes this part; single results are in
 [evidence/skills.jsonl](evidence/skills.jsonl). The runs are short ({plan[0].steps} steps of
 {plan[0].per_skill * len(SKILLS)}): they show how far each method gets in a few minutes, not where it ends.
 
@@ -165,9 +165,9 @@ def _verdict(methods: list[Row], reference: Row | None) -> str:
     values = reference.values(both)
     harm = (best.mean(prose) - bare.mean(prose)) / (reference.mean(prose) - bare.mean(prose) or 1e-9)
     return (
-        f"On both held-out splits together: LoRA {reference.shown(both)}, {best.label} {best.shown(both)}. LoRA's seeds lie "
-        f"{max(values) - min(values):.1%} apart. Harm to prose (rise of perplexity above the bare {bare.mean(prose):.1f}): "
-        f"{harm:.2f} times LoRA's."
+        f"On both held-out splits together: LoRA {reference.shown(both)}, {best.label} {best.shown(both)}. LoRA's "
+        f"seeds lie {max(values) - min(values):.1%} apart. Harm to prose, the rise of perplexity above the bare "
+        f"{bare.mean(prose):.1f}: {harm:.2f} times LoRA's."
     )
 
 

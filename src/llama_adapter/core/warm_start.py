@@ -38,9 +38,11 @@ def prompts_from_text(model: PreTrainedModel, adapter: Adapter, input_ids: Seque
     handles = [
         modules[index].register_forward_pre_hook(_taking(layer, places), with_kwargs=True)
         for index, layer in adapter.layers.items()
+        if len(layer.prompt)  # in early fusion the first layers have none
     ]
     try:
-        model(input_ids=torch.tensor([list(input_ids)], device=model.device), use_cache=False, adapter_names=None)
+        with torch.compiler.set_stance("force_eager"):  # a compiled layer would keep the hooks that it was traced with
+            model(input_ids=torch.tensor([list(input_ids)], device=model.device), use_cache=False, adapter_names=None)
     finally:
         for handle in handles:
             handle.remove()

@@ -105,6 +105,11 @@ class TrainConfig:
         None, "L, top layers with prompts (default: all but the lowest two); 0 for none.", "Adapter"
     )
     gate_activation: GateActivation | None = setting(None, "Applied to the gates.", "Adapter", stands_for="tanh")
+    prompt_init_text: str | None = setting(
+        None, "Start prompts from what each layer reads at this text's tokens; 'data' is the first training example "
+        "(default: N(0, 1)).",
+        "Adapter",
+    )  # fmt: skip
     gate_scale: bool = setting(False, "One more factor per layer on its gates (V2's new_gate).", "Adapter")
     norms: bool = setting(False, "Train own copies of the base's norms (V2).", "Adapter")
     linear_scale: tuple[str, ...] = setting((), "Linears that get a scale of their inputs (V2). Repeatable.", "Adapter")
@@ -229,6 +234,8 @@ class TrainConfig:
                     yield "parts_lr has no effect without norms, linear_scale, linear_bias and lora_rank: leave it out"
                 if parts and self.compile is True:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
+        if self.prompt_init_text is not None and self.init_from is not None and self.resume is not True:
+            yield "prompt_init_text has no effect on the prompts of init_from: leave one of them out"
         if self.condition is not None and self.method == "dpo":
             yield "method dpo compares answers to text, without a condition: leave condition out"
         if self.condition is not None and self.adapter_layers == 0:

@@ -29,6 +29,7 @@ from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
+from llama_adapter.core.warm_start import prompts_from_text
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, micro_batches
 from llama_adapter.data.encode import texts_of
@@ -58,6 +59,7 @@ from llama_adapter.training.start import (
     check_written_alike,
     chosen_trackers,
     settle,
+    start_text,
 )
 from llama_adapter.training.stop import stop_signals
 
@@ -109,8 +111,10 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
         if config.push_to_hub:
             open_repository(config.push_to_hub)
     (now,) = broadcast_object_list([folder.now(config)])
-    data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
+    tokenizer = load_tokenizer(config.value("model"))
+    data = prepare(config, tokenizer, Limits.of(base), now)
     check_written_alike(start, data.raw)
+    text = start_text(config, data.train[0], tokenizer)
     if accelerator.is_main_process:
         folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
@@ -132,6 +136,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
         compile_layers(model)
     torch.manual_seed(config.seed)
     adapter = add_adapter(model, adapter_config, state_dict=None if start is None else start.tensors)
+    if text is not None:
+        prompts_from_text(model, adapter, text)
     optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
         folder.claim(config)
