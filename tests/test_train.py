@@ -147,7 +147,7 @@ train.train(recipe(*map(Path, sys.argv[2:5])))
 """
 
 
-@pytest.mark.parametrize(("at", "where"), [(0, "step"), (1, "step"), (3, "step"), (5, "step"), (0, "save")])
+@pytest.mark.parametrize(("at", "where"), [(0, "step"), (3, "step"), (0, "save")])
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(base, data, tmp_path, at, where):
     train(recipe(base, data, tmp_path / "whole"))
     arguments = [str(Path(__file__).parent), base, data, tmp_path / "killed", at, where]
@@ -308,8 +308,8 @@ def test_resuming_with_changed_data_is_refused(base, tmp_path):
 
 def test_a_damaged_checkpoint_is_one_sentence(base, data, tmp_path):
     train(recipe(base, data, tmp_path / "out", max_steps=2))
-    state = tmp_path / "out" / "last" / "training_state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
+    for state in (tmp_path / "out" / "last").glob("[jt]*"):
+        state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(TrainingError, match="is damaged"):
         train(recipe(base, data, tmp_path / "out", max_steps=2, resume=True))
 

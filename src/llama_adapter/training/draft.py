@@ -15,7 +15,7 @@ from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.core.model import add_adapter, resolve_layers
-from llama_adapter.data.batches import steps_per_epoch
+from llama_adapter.core.warm_start import prompts_from_text
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.formats.push import open_repository
@@ -25,7 +25,7 @@ from llama_adapter.training.learner import Learner
 from llama_adapter.training.optimizer import build_optimizer
 from llama_adapter.training.perceive import condition_of, look
 from llama_adapter.training.prepare import Prepared, prepare
-from llama_adapter.training.start import Start, adapter_of, check_written_alike
+from llama_adapter.training.start import Start, adapter_of, check_written_alike, start_text
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class Draft:
     data: Prepared
     condition: ConditionConfig | None
     adapter: AdapterConfig
+    text: list[int] | None = None
+    """Tokens that its prompts start from."""
 
     def perceive(self, accelerator: Accelerator) -> Perception | None:
         """What looks at the files of its data, where there is a condition."""
@@ -51,6 +53,8 @@ class Draft:
         torch.manual_seed(self.config.seed)
         tensors = None if self.start is None else self.start.tensors
         adapter = add_adapter(model, self.adapter, self.name, state_dict=tensors)
+        if self.text is not None:
+            prompts_from_text(model, adapter, self.text)
         optimizer = build_optimizer(adapter, self.config)
         return Learner(
             self.config, self.folder, self.data, model, adapter, optimizer, perception=perception, is_main=is_main
@@ -58,17 +62,20 @@ class Draft:
 
 
 def read_drafts(
-    settled: Mapping[str, tuple[TrainConfig, Start | None]], accelerator: Accelerator, base: PretrainedConfig
+    settled: Mapping[str, tuple[TrainConfig, Start | None]],
+    folders: Mapping[str, RunFolder],
+    accelerator: Accelerator,
+    base: PretrainedConfig,
 ) -> list[Draft]:
-    """Check the folders of all runs, then read the data of each.
+    """Lock and check the folders of all runs, then read the data of each.
 
     Raises:
         LlamaAdapterError: a folder holds something else, or data cannot be used.
     """
-    folders = {name: RunFolder(config.output_dir) for name, (config, _) in settled.items()}
     for name, (config, _) in settled.items():
         if accelerator.is_main_process:
             with telling(name, settled):
+                folders[name].lock()
                 folders[name].check(config)
                 if config.push_to_hub:
                     open_repository(config.push_to_hub)
@@ -79,14 +86,15 @@ def read_drafts(
         with telling(name, settled):
             data = prepare(config, tokenizer, Limits.of(base), now)
             check_written_alike(start, data.raw)
+            text = start_text(config, data.train[0], tokenizer)
             if accelerator.is_main_process:
-                folders[name].check_length(config, steps_per_epoch(len(data.train), config.batch_size))
+                folders[name].check_length(config, data.steps_per_epoch(config))
             whose = "" if len(settled) == 1 else f" of {name}"
             log.info("data%s: %s", whose, ", ".join(f"{value} {key}" for key, value in data.report().items()))
             condition = condition_of(config, data)
             adapter = adapter_of(config, start, condition, data.raw)
             resolve_layers(adapter, base)  # again, with the condition's layers
-            drafts.append(Draft(name, config, start, folders[name], data, condition, adapter))
+            drafts.append(Draft(name, config, start, folders[name], data, condition, adapter, text))
     return drafts
 
 

@@ -20,14 +20,14 @@ from llama_adapter.base import first_sentence
 from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.routing import Adapter
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import global_batch, steps_per_epoch
-from llama_adapter.errors import AdapterError, TrainingError
+from llama_adapter.errors import AdapterError, LlamaAdapterError, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import push_adapter
 from llama_adapter.progress import SECONDS
 from llama_adapter.training.card import write_run_card
-from llama_adapter.training.checkpoint import Progress, RunFolder
+from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.feed import Feed
 from llama_adapter.training.objective import Objective, Responses
 from llama_adapter.training.optimizer import learning_rate
 from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
@@ -65,6 +65,7 @@ class Learner:
         perception: reads the files of its examples, where there is a condition.
         is_main: whether this process writes.
         progress: how far it is.
+        feed: the batches of its steps.
         trackers: what its figures go to beside metrics.jsonl.
         failure: why it stopped before its end; the others of a run go on.
         said: when it last had a line of its own among many.
@@ -81,8 +82,12 @@ class Learner:
     is_main: bool = True
     progress: Progress = field(default_factory=Progress)
     trackers: list[Any] = field(default_factory=list)
-    failure: TrainingError | None = None
+    failure: LlamaAdapterError | None = None
     said: float = field(default_factory=time.monotonic)
+    feed: Feed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.feed = self.data.feed(self.config)
 
     @property
     def name(self) -> str:
@@ -92,7 +97,7 @@ class Learner:
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
-        return steps_per_epoch(len(self.data.train), self.config.batch_size)
+        return self.data.steps_per_epoch(self.config)
 
     @property
     def total(self) -> int:
@@ -117,6 +122,7 @@ class Learner:
         """
         if self.config.resume:
             self.progress = self.folder.restore(self.adapter, self.optimizer, self.data.digest)
+        self.feed.seek(self.progress.position)
 
     def start_trackers(self) -> None:
         """Open what the recipe logs to.
@@ -141,10 +147,12 @@ class Learner:
             ) from None
 
     def batch(self) -> list[Encoded]:
-        """The examples of its next step."""
-        config = self.config
-        order = global_batch(len(self.data.train), config.batch_size, self.progress.step, config.seed)
-        return [self.data.train[i] for i in order]
+        """The examples of its next step; asked for once a step.
+
+        Raises:
+            DataError: streamed data cannot be read.
+        """
+        return self.feed.batch(self.progress.step)
 
     @property
     def mixes(self) -> bool:
@@ -184,7 +192,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         self.optimizer.step()
-        self.progress.step += 1
+        self.progress.step, self.progress.position = self.progress.step + 1, self.feed.position
 
     def is_due(self, every: int) -> bool:
         """Whether what is done after so many steps, and after the last, is to be done now."""
@@ -206,17 +214,19 @@ class Learner:
         self.said = now if news else self.said
         return news
 
-    def save(self) -> None:
-        """Write a checkpoint."""
-        if self.is_main:
-            data = self.data
-            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, data.digest, data.now)
+    def save(self, whole: bool) -> None:
+        """Write a checkpoint, or else the step's state alone."""
+        state = Trained(self.adapter, self.optimizer, self.progress, self.data.digest, self.data.now)
+        if self.is_main and whole:
+            self.folder.save_checkpoint(self.model, state)
+        elif self.is_main:
+            self.folder.save_step(state)
 
     def log(self, **values: float) -> None:
         """One line of metrics.jsonl, and the trackers."""
         step = self.progress.step
         if self.is_main:
-            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.folder.log({"step": step, "epoch": self.feed.epoch(step), **values})
             for tracker in self.trackers:
                 tracker.log(values, step=step)
 
@@ -236,7 +246,7 @@ class Learner:
                 plot_gates(gates, self.folder.path / "gates.png")
         result = self._result(history)
         if self.is_main:
-            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            write_run_card(self.config, asdict(result), self.feed.summary(), len(self.data.val))
         return result
 
     def _result(self, history: Sequence[dict[str, Any]]) -> TrainResult:

@@ -10,12 +10,13 @@ Gradients are 1.2M numbers an expert: one flat sum over the processes.
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,8 +29,9 @@ from llama_adapter.core.quantised import check_backward
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, micro_batches
 from llama_adapter.data.encode import texts_of
-from llama_adapter.errors import AdapterError, Interrupted, LlamaAdapterError, TrainingError
+from llama_adapter.errors import DataError, Interrupted, LlamaAdapterError, TrainingError
 from llama_adapter.progress import progress_bar, say
+from llama_adapter.training.checkpoint import RunFolder, resumable
 from llama_adapter.training.config import TrainConfig, check_alike
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.draft import read_drafts, telling
@@ -38,8 +40,10 @@ from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, why_not_packed
 from llama_adapter.training.means import Figures, Means, Share
 from llama_adapter.training.objective import objective_of
+from llama_adapter.training.owner import restarted
 from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
+from llama_adapter.training.sharding import check_strategy, in_step, shards_of
 from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
 
@@ -70,6 +74,17 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
         LlamaAdapterError: as `train`; of several runs it begins with the name of the one that is meant. A loss that is
             not finite ends that run alone, and is raised when the others have ended.
     """
+    folders = {name: RunFolder(config.output_dir, len(recipes)) for name, config in recipes.items()}
+    try:
+        return _train_together({name: restarted(config) for name, config in recipes.items()}, folders, again)
+    finally:
+        for folder in folders.values():
+            folder.release()
+
+
+def _train_together(
+    recipes: Mapping[str, TrainConfig], folders: Mapping[str, RunFolder], again: str | None
+) -> dict[str, TrainResult]:
     settled = {}
     for name, config in recipes.items():
         with telling(name, recipes):
@@ -83,16 +98,19 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
             check_start(start, config, base)
             resolve_layers(config.adapter_config(), base)
             check_parts(config.adapter_config(), base)
+    check_strategy(shared, base, len(recipes))
     accelerator = start_accelerator()
     if shared.base_precision == "fp8":
         require_fp8(accelerator.device, base)
-    drafts = read_drafts(settled, accelerator, base)
+    drafts = read_drafts(settled, folders, accelerator, base)
     perceptions: dict[str, Perception | None] = {}
     for draft in drafts:
         with telling(draft.name, recipes):
             perceptions[draft.name] = draft.perceive(accelerator)
 
-    model = load_base(shared.value("model"), accelerator.device, shared.precision, shared.quantization)
+    model = load_base(
+        shared.value("model"), accelerator.device, shared.precision, shared.quantization, shards_of(accelerator)
+    )
     check_backward(model)
     if shared.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
@@ -103,7 +121,8 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
     experts = [draft.expert(model, perceptions[draft.name], accelerator.is_main_process) for draft in drafts]
     if accelerator.is_main_process:
         for expert in experts:
-            expert.folder.claim(expert.config)
+            with telling(expert.name, recipes):
+                expert.folder.claim(expert.config)
     accelerator.wait_for_everyone()
     for draft, expert in zip(drafts, experts, strict=True):
         with telling(expert.name, recipes):
@@ -112,27 +131,18 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
             )
             expert.restore()
     run = Run(experts, accelerator, model, again)
-    with compiler_errors():
-        run.loop()
-    return run.finish()
+    with resumable(run.again):
+        with compiler_errors():
+            run.loop()
+        return run.finish()
 
 
 def start_accelerator() -> Accelerator:
-    """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
-
-    Raises:
-        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
-    """
+    """The processes and devices that `accelerate launch` or torchrun set up; one process without them."""
     # accelerate takes processes on the CPU for strangers to each other unless it is told
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    if accelerator.distributed_type in sharded:
-        raise TrainingError(
-            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
-            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
-        )
     return accelerator
 
 
@@ -172,10 +182,9 @@ class Run:
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
         readers = [expert for expert in self.experts if expert.perception is None]
-        texts = texts_of(e for expert in readers for e in (*expert.data.train, *expert.data.val))
-        longest = max((len(text.input_ids) for text in texts), default=0)
+        longest = max((expert.data.longest for expert in readers), default=0)
         reason = "packing is off" if not self.shared.packing else why_not_packed(self.model, longest)
-        if not texts:
+        if not readers:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
         return reason is None
@@ -192,8 +201,9 @@ class Run:
             self._validate([expert for expert in self.experts if expert.progress.step == 0], bar)
             while learning := [expert for expert in self.experts if expert.learns]:
                 began = time.perf_counter()
-                rates = [expert.lr for expert in learning]
-                shares = [(expert, expert.batch()) for expert in learning]
+                if not (shares := self._draw(learning)):
+                    continue
+                rates = [expert.lr for expert, _ in shares]
                 figures, stopping = self._step(shares, stop.requested)
                 seconds = round(time.perf_counter() - began, 4)
                 moved = [expert for expert in learning if expert.failure is None]
@@ -204,11 +214,27 @@ class Run:
                         expert.log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
                 self._validate([e for e in moved if e.is_due(e.config.eval_every or e.per_epoch)], bar)
                 for expert in moved:
-                    if stopping or expert.is_due(expert.config.save_every):
-                        expert.save()
+                    expert.save(stopping or expert.is_due(expert.config.save_every))
                 if stopping:
                     raise Interrupted(self._stopped())
                 self._let_go([expert for expert in moved if not expert.learns], bar)
+
+    def _draw(self, learning: Sequence[Learner]) -> list[Share]:
+        """The examples of each expert's next step; of those whose data, read as they are needed, can be read."""
+        shares: list[Share] = []
+        for expert in learning:
+            try:
+                shares.append((expert, expert.batch()))
+            except DataError as error:
+                self._fail(expert, error)
+        return shares
+
+    def _fail(self, expert: Learner, error: LlamaAdapterError) -> None:
+        """Stop one of several experts; the only one stops the run."""
+        if len(self.experts) == 1:
+            raise error
+        log.warning("%s: %s The others go on.", expert.name, error)
+        expert.failure = error
 
     def _step(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
         """An optimiser step of each expert on its examples.
@@ -221,10 +247,7 @@ class Run:
             try:
                 expert.update(values["loss"], norm)
             except TrainingError as error:
-                if len(self.experts) == 1:
-                    raise
-                log.warning("%s: %s The others go on.", expert.name, error)
-                expert.failure = error
+                self._fail(expert, error)
         return figures, stopping
 
     def _gradients(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
@@ -232,9 +255,9 @@ class Run:
         accelerator, means = self.accelerator, Means(shares, self.accelerator.device)
         for expert, _ in shares:
             expert.optimizer.zero_grad(set_to_none=False)
-        for batch in self._batches(shares, self.shared.micro_batch_size):
+        for batch, weight in self._batches(shares, self.shared.micro_batch_size):
             with self._trained(shares, batch):
-                means.add(batch, self._sums(shares, batch)).backward()
+                means.add(batch, self._sums(shares, batch) * weight).backward()
         flags = torch.cat([means.totals, means.totals.new_tensor([float(stop)])])
         gradients = [gradient for expert, _ in shares for gradient in expert.gradients()]
         if accelerator.num_processes > 1:
@@ -246,8 +269,10 @@ class Run:
         *values, stopping = flags.tolist()
         return list(zip(means.named(values), norms.tolist(), strict=True)), bool(stopping)
 
-    def _batches(self, shares: Sequence[Share], size: int) -> Iterator[MicroBatch | PackedRow]:
+    def _batches(self, shares: Sequence[Share], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
         """This process's part of the experts' examples, `size` a forward; an owner is a place in `shares`.
+
+        With each batch comes what it counts for, see `in_step`.
 
         Experts mix, but for those with a condition or a reference: their rows come among themselves.
         """
@@ -260,12 +285,14 @@ class Run:
 
     def _forwards(
         self, examples: Sequence[Encoded], owners: Sequence[int], shares: Sequence[Share], size: int
-    ) -> Iterator[MicroBatch | PackedRow]:
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if not self.packed or shares[owners[0]][0].perception is not None:
-            return micro_batches(examples, size, process, processes, owners)
-        depths = [expert.shared_layers if expert.mixes else 0 for expert, _ in shares] if self.shares_layers else None
-        return packed_rows(examples, size, process, processes, owners, depths)
+    ) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
+        accelerator = self.accelerator
+        make: Callable[..., Iterator[MicroBatch | PackedRow]] = micro_batches
+        if self.packed and shares[owners[0]][0].perception is None:
+            depths = [expert.shared_layers if expert.mixes else 0 for expert, _ in shares]
+            make = partial(packed_rows, shared_layers=depths if self.shares_layers else None)
+        own = make(examples, size, accelerator.process_index, accelerator.num_processes, owners)
+        return in_step(own, accelerator, partial(make, examples[:1], size, owners=owners[:1]))
 
     def _sums(self, shares: Sequence[Share], batch: MicroBatch | PackedRow) -> torch.Tensor:
         """Summed loss for each of a batch's owners, or where only one can have it all sums of that one's objective."""
@@ -288,8 +315,8 @@ class Run:
     def evaluate(self, shares: Sequence[Share]) -> list[dict[str, float]]:
         """The values of each expert's objective over its examples."""
         means = Means(shares, self.accelerator.device)
-        for batch in self._batches(shares, 2 * self.shared.micro_batch_size):
-            means.add(batch, self._sums(shares, batch))
+        for batch, weight in self._batches(shares, 2 * self.shared.micro_batch_size):
+            means.add(batch, self._sums(shares, batch) * weight)
         return means.named(self.accelerator.reduce(means.totals, "sum").tolist())
 
     def _validate(self, experts: Sequence[Learner], bar: Any) -> None:
@@ -347,6 +374,8 @@ class Run:
             AdapterError: that failed; the run is kept.
             TrainingError: of several experts some did not reach their end; the others are finished.
         """
+        for expert in self.experts:
+            log.info("%strained on %s", "" if len(self.experts) == 1 else f"{expert.name}: ", expert.feed.summary())
         self.accelerator.end_training()
         failures: dict[str, LlamaAdapterError] = {}
         for expert in self.experts:
@@ -354,7 +383,7 @@ class Run:
                 if expert.failure is not None:
                     raise expert.failure
                 expert.push()
-            except (AdapterError, TrainingError) as error:
+            except LlamaAdapterError as error:
                 failures[expert.name] = error
         if len(self.experts) == 1 and failures:
             raise failures.popitem()[1]

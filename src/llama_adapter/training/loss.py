@@ -59,7 +59,7 @@ def packed_losses(model: PreTrainedModel, row: PackedRow, **options: Any) -> tor
 
 
 def packed_logits(model: PreTrainedModel, row: PackedRow, **options: Any) -> torch.Tensor:
-    """Logits [B, R, vocabulary], fp32, of a packed row, or of B with the same tokens for adapters of their own.
+    """Logits [1, R, vocabulary], fp32, of a packed row.
 
     The output head runs on the R positions that predict a response token and on no other. `model` must have an
     adapter, active or not: its attention is what keeps the examples apart. `options` go to it.

@@ -5,12 +5,11 @@
     reward = beta * (log p(answer | prompt) - log p_reference(answer | prompt))        p of all its tokens
     loss   = -log sigmoid(reward of the chosen answer - reward of the rejected one)
 
-The policy is the base with the adapter. The reference is what the run starts from, on the same weights and in the same
-forward, a row beside each row of the policy: the bare base, or the adapter that the run goes on from.
+The policy is the base with the adapter. The reference is what the run starts from: the bare base, or the adapter that
+the run goes on from. It reads the same texts on the same weights, in a forward of its own that keeps no activations.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -25,7 +24,7 @@ from llama_adapter.formats.load import load_adapter
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
-from llama_adapter.training.loss import packed_logits, response_logits, response_loss, row_losses
+from llama_adapter.training.loss import packed_logits, response_loss, response_losses
 from llama_adapter.training.packing import PackedRow
 from llama_adapter.training.start import Start
 
@@ -117,7 +116,7 @@ class Preferences:
     def sums(self, model: PreTrainedModel, batch: MicroBatch | PackedRow, device: torch.device) -> torch.Tensor:
         """[5], of a batch whose texts are chosen and rejected in turns."""
         policy, reference = self.log_probabilities(model, batch, device)
-        rewards = self.beta * (policy - reference.detach())
+        rewards = self.beta * (policy - reference)
         chosen, rejected = rewards.view(-1, 2).unbind(1)
         margins = chosen - rejected
         loss = -logsigmoid(margins).sum()
@@ -127,22 +126,17 @@ class Preferences:
     def log_probabilities(
         self, model: PreTrainedModel, batch: MicroBatch | PackedRow, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of every text's answer, [N] fp32, under the policy and under the reference."""
-        if isinstance(batch, PackedRow):
-            row = batch.to(device)
-            with use_adapter(model, [self.policy, self.reference]):
-                logits = packed_logits(model, row.repeated(2))
-            losses = cross_entropy(logits.flatten(0, 1), row.targets.repeat(2), reduction="none").view(2, -1)
-            policy, reference = torch.stack([part.sum(1) for part in losses.split(row.counts, 1)], 1)
-        else:
-            texts = len(batch.input_ids)
-            twice = replace(
-                batch,
-                input_ids=batch.input_ids.repeat(2, 1),
-                attention_mask=batch.attention_mask.repeat(2, 1),
-                labels=batch.labels.repeat(2, 1),
-                media=(),
-            )
-            with use_adapter(model, [self.policy] * texts + [self.reference] * texts):
-                policy, reference = row_losses(*response_logits(model, twice, device)).split(texts)
-        return -policy, -reference
+        """Log-probability of every text's answer, [N] fp32, under the policy and, without gradient, the reference."""
+        with torch.no_grad(), use_adapter(model, self.reference):
+            reference = -text_losses(model, batch, device)
+        with use_adapter(model, self.policy):
+            return -text_losses(model, batch, device), reference
+
+
+def text_losses(model: PreTrainedModel, batch: MicroBatch | PackedRow, device: torch.device) -> torch.Tensor:
+    """Summed cross-entropy of each text's response tokens, [N] fp32."""
+    if not isinstance(batch, PackedRow):
+        return response_losses(model, batch, device)
+    row = batch.to(device)
+    losses = cross_entropy(packed_logits(model, row)[0], row.targets, reduction="none")
+    return torch.stack([own.sum() for own in losses.split(row.counts)])

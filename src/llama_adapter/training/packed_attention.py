@@ -80,17 +80,16 @@ class Segments:
         Args:
             text_attention: called once for the prefix and for every example, where `varlen.py` has nothing quicker.
             module: the attention module.
-            query: [B, H, T, D], rotated by positions that restart behind the prefix; rows with the same tokens.
-            key: [B, kv heads, T, D].
+            query: [1, H, T, D], rotated by positions that restart behind the prefix.
+            key: [1, kv heads, T, D].
             value: as `key`.
             kwargs: handed on.
 
         Returns:
-            [B, T, H, D].
+            [1, T, H, D].
         """
         if fits(query, kwargs):
-            rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
-            return torch.cat([attend_at_once(self.ranges, *row, kwargs.get("scaling")) for row in rows])
+            return attend_at_once(self.ranges, query, key, value, kwargs.get("scaling"))
         # Split, not sliced: the backward of a slice fills a tensor of the whole row with zeros, for every example anew.
         sizes = [self.prefix, *self.lengths]
         (first_query, *queries), (first_key, *keys), (first_value, *values) = (

@@ -54,10 +54,6 @@ class PackedRow:
             segments=self.segments.to(device),
         )  # fmt: skip
 
-    def repeated(self, rows: int) -> "PackedRow":
-        """So many rows of these tokens, each for an adapter of its own."""
-        return replace(self, input_ids=self.input_ids.expand(rows, -1), position_ids=self.position_ids.expand(rows, -1))
-
 
 def shared_prefix(examples: Sequence[Encoded]) -> int:
     """How many first tokens can be taken once for all: alike, and none of them predicts a token that carries loss."""

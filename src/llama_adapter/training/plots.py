@@ -1,6 +1,7 @@
 """Pictures of a run: the loss curve, and the gates layer by head."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llama_adapter.errors import ConfigError
+from llama_adapter.files import write_atomically, writing
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, unit: str = "loss per response token (nats)") -> None:
@@ -97,8 +99,11 @@ def plot_scores(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
 def _write(figure: Figure, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path} does not end in .png: pictures are PNG files.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    content = BytesIO()
+    figure.savefig(content, dpi=120)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
 
 
 def smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
