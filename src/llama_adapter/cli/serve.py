@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 NOT_VLLMS = (
-    "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_waiting", "max_tokens", "deadline",
+    "tower", "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_waiting", "max_tokens", "deadline",
 )  # fmt: skip
 """Flags that vLLM has no like for."""
 VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}

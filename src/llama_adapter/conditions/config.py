@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from llama_adapter.errors import AdapterError
 from llama_adapter.settings import Count, Sound, check, parse, shown
 
 if TYPE_CHECKING:
@@ -16,6 +17,18 @@ AnyKind = Literal["image", "visual_prompt", "audio", "video", "image_bind"]
 Activation = Literal["silu", "gelu", "relu", "identity"]
 Absent = Literal["zero", "learnt"]
 LAST = (-1,)
+PYTHON = "python:"
+"""How the name of a tower begins that Python code makes, which runs only where a user names it."""
+
+
+def is_python(tower: str | None) -> bool:
+    """Whether a tower's name is that of Python code."""
+    return tower is not None and tower.startswith(PYTHON)
+
+
+def unnamed(tower: str) -> str:
+    """The sentence about a tower that an adapter or a recipe names, and nobody on the command line."""
+    return f"The tower '{tower}' is Python code, which runs only if you name it yourself: pass --tower {tower}."
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class ConditionConfig:
             through a bottleneck (section 3.4 of the paper); "visual_prompt" lets learnable queries read all tokens
             of a picture (LLaMA-Adapter V2); "image_bind" is ImageBind-LLM's bridge, whose embeddings no tower here
             gives: hand them to the condition yourself.
-        tower: the frozen encoder: a folder, a hub name or "bundled".
+        tower: the frozen encoder: a folder, a hub name, "bundled" or "python:FILE.py:FUNCTION", see `python_towers`.
         tower_width: D, the width of one scale's features, or of one token's for "visual_prompt".
         depths: which hidden states of the tower are pooled, one scale each; 0 is its embedding, -1 its last layer.
             "visual_prompt" reads the last one, so it takes (-1,) and nothing else.
@@ -41,6 +54,7 @@ class ConditionConfig:
         layers: early fusion, as LLaMA-Adapter V2's paper has it: how many of the base's first layers read the condition
             as prompts of their own, through gates of their own. None adds it to the prompts of every adapted layer.
         visual_len: prompts that "visual_prompt" makes for them; None stands for `adapter_len`.
+        tower_digest: of the weights of a tower that Python code makes; None for all others.
         legacy_bridge: whether "image_bind" has LayerNorm and biases, as its first checkpoints, or RMSNorm and none.
 
     Raises:
@@ -61,6 +75,7 @@ class ConditionConfig:
     layers: Count | None = None
     visual_len: Count | None = None
     legacy_bridge: bool = False
+    tower_digest: str | None = None
 
     def __post_init__(self) -> None:
         check(self, self._between)
@@ -116,7 +131,10 @@ class ConditionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        return {**dataclasses.asdict(self), "depths": list(self.depths)}
+        values = {**dataclasses.asdict(self), "depths": list(self.depths)}
+        if self.tower_digest is None:  # older releases do not know the key, and read such files
+            del values["tower_digest"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "condition") -> "ConditionConfig":
@@ -126,3 +144,16 @@ class ConditionConfig:
             ConfigError: an unknown key, a missing one or a wrong type; the message begins with `source`.
         """
         return parse(cls, values, source)
+
+
+def check_digest(condition: ConditionConfig, tower: str, digest: str | None) -> None:
+    """Refuse Python code's tower of other weights than those that a condition was trained with.
+
+    Raises:
+        AdapterError: naming both.
+    """
+    if condition.tower_digest != digest:
+        raise AdapterError(
+            f"The adapter was trained with the tower '{condition.tower}', and '{tower}' has other weights: "
+            "pass --tower with the one that it was trained with."
+        )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llama_adapter.conditions.cache import FeatureCache
-from llama_adapter.conditions.config import AnyKind, ConditionConfig, Kind
+from llama_adapter.conditions.config import AnyKind, ConditionConfig, Kind, is_python
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.pictures import read_picture, read_video
+from llama_adapter.conditions.python_towers import PythonTower, named_tower
 from llama_adapter.conditions.recordings import read_audio
 from llama_adapter.conditions.tower_families import check_tower, spread_depths, tower_width
 from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
@@ -23,12 +24,14 @@ READERS: dict[AnyKind, Callable[[Any], Any]] = {
 }
 
 
-def condition_config(kind: Kind, tower: str, depths: Sequence[int] = (), **settings: Any) -> ConditionConfig:
+def condition_config(
+    kind: Kind, tower: str | PythonTower, depths: Sequence[int] = (), **settings: Any
+) -> ConditionConfig:
     """A condition for a tower, whose width is read from its configuration.
 
     Args:
         kind: what is perceived.
-        tower: folder, hub name or 'bundled'.
+        tower: folder, hub name or 'bundled'; or one that Python code made.
         depths: hidden states that are pooled; empty takes up to six, evenly spread ("visual_prompt": the last).
         settings: other fields of `ConditionConfig`.
 
@@ -37,6 +40,8 @@ def condition_config(kind: Kind, tower: str, depths: Sequence[int] = (), **setti
         AdapterError: the tower does not fit the kind, or has no such hidden state.
         ConfigError: a setting breaks its rule.
     """
+    if isinstance(tower, PythonTower):
+        return tower.condition(kind, depths, **settings)
     encoder = load_tower_config(tower)
     chosen = tuple(depths) or ((-1,) if kind == "visual_prompt" else spread_depths(encoder))
     config = ConditionConfig(kind, tower, tower_width(encoder), chosen, **settings)
@@ -53,10 +58,12 @@ class Perception:
         cache: folder in which features are kept between runs; None keeps them in memory.
         most: how many are kept in memory, the last ones; None keeps all.
         others: perceptions of other adapters; one with the same tower lends it.
+        towers: those of Python code that the user named; no other code is run.
 
     Raises:
         ModelError, UnsupportedModelError: there is no such tower, or it is damaged.
-        AdapterError: the tower has another width or fewer layers than the adapter was made for.
+        AdapterError: the tower has another width or fewer layers than the adapter was made for, or is Python code
+            and not among `towers`.
     """
 
     def __init__(
@@ -66,11 +73,10 @@ class Perception:
         cache: str | Path | None = None,
         most: int | None = None,
         others: Iterable["Perception"] = (),
+        towers: Sequence[PythonTower] = (),
     ) -> None:
         self.config = config
-        check_tower(config, load_tower_config(config.tower), config.tower)
-        lent = next((other.tower for other in others if other.config.tower == config.tower), None)
-        self.tower: Tower = load_tower(config.tower, device) if lent is None else lent
+        self.tower: Tower = _tower(config, device, others, towers)
         depths = None if config.kind == "visual_prompt" else config.depths
         self.cache = FeatureCache(cache, self.tower.key(depths), most=most)
 
@@ -108,3 +114,13 @@ class Perception:
         if self.config.kind == "visual_prompt":
             return self.tower.tokens(inputs)
         return self.tower.features(inputs, self.config.depths)
+
+
+def _tower(
+    config: ConditionConfig, device: torch.device, others: Iterable[Perception], towers: Sequence[PythonTower]
+) -> Tower:
+    if is_python(config.tower):
+        return named_tower(config, towers)
+    check_tower(config, load_tower_config(config.tower), config.tower)
+    lent = next((other.tower for other in others if other.config.tower == config.tower), None)
+    return load_tower(config.tower, device) if lent is None else lent

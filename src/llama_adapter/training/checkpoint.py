@@ -33,7 +33,7 @@ from llama_adapter.errors import TrainingError
 from llama_adapter.files import write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from llama_adapter.training.config import TrainConfig, load_recipe
+from llama_adapter.training.config import TrainConfig, read_recipe
 
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
@@ -109,7 +109,7 @@ class RunFolder:
         """
         if not config.resume:
             return
-        before = load_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        before = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
         if config.total_steps(steps_per_epoch) < before:
             raise TrainingError(
                 f"The run in {self.path} has {before} steps and cannot be resumed with "
@@ -143,7 +143,7 @@ class RunFolder:
             card.unlink()
 
     def _check_same(self, config: TrainConfig) -> None:
-        before = load_recipe(str(self.recipe), {})
+        before = read_recipe(str(self.recipe), {})
         changed = [
             f"{f.name} {config.value(f.name)!r} (was {before.value(f.name)!r})"
             for f in dataclasses.fields(config)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from llama_adapter.conditions.config import Absent, Activation, Kind
+from llama_adapter.conditions.config import Absent, Activation, Kind, is_python, unnamed
 from llama_adapter.core.config import V2_FIELDS, AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import (
@@ -98,8 +98,9 @@ class TrainConfig:
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
     tower: Place | None = setting(
-        None, "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition", stands_for=BUNDLED
-    )
+        None, "Frozen encoder: a folder, a hub name, 'bundled', or your code: python:FILE.py:FUNCTION.", "Condition",
+        stands_for=BUNDLED,
+    )  # fmt: skip
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
@@ -278,6 +279,18 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         path: the recipe's file, 'bundled' for the one that fits the bundled base, or None for the defaults alone; with
             `resume` among the flags None is the recipe of the run in `output_dir`, where there is one.
         overrides: values that replace the recipe's.
+
+    Raises:
+        ConfigError: as `read_recipe`; or the file, and no flag, names a tower that Python code makes.
+    """
+    config = read_recipe(path, overrides)
+    if is_python(config.tower) and overrides.get("tower") is None:
+        raise ConfigError(f"{path or 'recipe.yaml'}: {unnamed(config.tower or '')}")
+    return config
+
+
+def read_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """`load_recipe` for whoever looks at a recipe and does not run it.
 
     Raises:
         ConfigError: the file is missing or is no YAML mapping, two flags exclude each other, or a value breaks its

@@ -43,7 +43,7 @@ from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.loss import response_loss, why_not_packed
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.packing import PackedRow, packed_rows
-from llama_adapter.training.perceive import condition_of, look
+from llama_adapter.training.perceive import condition_of, look, tower_of
 from llama_adapter.training.plots import plot_gates, plot_loss
 from llama_adapter.training.prepare import Prepared, prepare
 from llama_adapter.training.start import (
@@ -101,10 +101,11 @@ def train(config: TrainConfig) -> TrainResult:
         folder.check_length(config, steps_per_epoch(len(data.train), config.batch_size))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
-    condition = condition_of(config, data)
+    tower = tower_of(config, accelerator.device)
+    condition = condition_of(config, data, tower)
     adapter_config = adapter_of(config, start, condition, data.raw)
     resolve_layers(adapter_config, base)  # again, with the condition's layers
-    perception = None if condition is None else look(condition, config, data, accelerator)
+    perception = None if condition is None else look(condition, config, data, accelerator, tower)
 
     model = load_base(config.value("model"), accelerator.device, config.precision, config.quantization)
     check_backward(model)
