@@ -23,7 +23,7 @@ from llama_adapter.training.loop import train
 from llama_adapter.training.plan import plan_run
 
 CPU = torch.device("cpu")
-CODE = '''
+CODE = """
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,10 @@ def ear():
     return Vector(), lambda samples: torch.from_numpy(samples[:100].copy())
 
 
+def wide():
+    return Eye(), lambda picture: preprocess(picture)[:, :8]
+
+
 def only_a_module():
     return Eye()
 
@@ -119,7 +123,7 @@ def broken():
 
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +205,12 @@ def test_tokens_and_vectors(code):
     torch.testing.assert_close(tower.features([photo()])[:, 0], values.mean(1))
     tower = load(code, "vector")
     torch.testing.assert_close(tower.features([photo()])[:, 0], tower.model(tower.preprocess(photo())[None]))
-    with pytest.raises(AdapterError, match=r"condition visual_prompt reads a picture's tokens, and .* gives one vector"):
+    with pytest.raises(
+        AdapterError, match=r"condition visual_prompt reads a picture's tokens, and .* gives one vector"
+    ):
         condition_config("visual_prompt", tower)
+    with pytest.raises(AdapterError, match="is no square: let preprocess give square pictures"):
+        condition_config("patches", load(code, "wide"))
 
 
 def test_recordings(code):
@@ -290,7 +298,7 @@ def test_an_adapter_keeps_the_tower_and_asks_for_it(trained, code, pictures, ran
 
 
 def test_other_weights_are_refused(trained, code, tmp_path):
-    with pytest.raises(AdapterError, match="eyes.py:other' has other weights: pass --tower with the one that it was"):
+    with pytest.raises(AdapterError, match=r"eyes.py:other' has other weights: pass --tower with the one that it was"):
         load_session(None, {"run": str(trained)}, CPU, towers=[f"python:{code}:other"])
     moved = tmp_path / "moved.py"
     moved.write_text(CODE, encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.conditions.cache import FeatureCache
-from llama_adapter.conditions.config import AnyKind, ConditionConfig, Kind, is_python
+from llama_adapter.conditions.config import TOKEN_KINDS, AnyKind, ConditionConfig, Kind, is_python
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.pictures import read_picture, read_video
 from llama_adapter.conditions.python_towers import PythonTower, named_tower
@@ -18,6 +18,7 @@ from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
 
 READERS: dict[AnyKind, Callable[[Any], Any]] = {
     "image": read_picture,
+    "patches": read_picture,
     "visual_prompt": read_picture,
     "audio": read_audio,
     "video": read_video,
@@ -32,7 +33,7 @@ def condition_config(
     Args:
         kind: what is perceived.
         tower: folder, hub name or 'bundled'; or one that Python code made.
-        depths: hidden states that are pooled; empty takes up to six, evenly spread ("visual_prompt": the last).
+        depths: hidden states that are pooled; empty takes up to six, evenly spread (`TOKEN_KINDS`: the last).
         settings: other fields of `ConditionConfig`.
 
     Raises:
@@ -43,7 +44,7 @@ def condition_config(
     if isinstance(tower, PythonTower):
         return tower.condition(kind, depths, **settings)
     encoder = load_tower_config(tower)
-    chosen = tuple(depths) or ((-1,) if kind == "visual_prompt" else spread_depths(encoder))
+    chosen = tuple(depths) or ((-1,) if kind in TOKEN_KINDS else spread_depths(encoder))
     config = ConditionConfig(kind, tower, tower_width(encoder), chosen, **settings)
     check_tower(config, encoder, tower)
     return config
@@ -77,7 +78,7 @@ class Perception:
     ) -> None:
         self.config = config
         self.tower: Tower = _tower(config, device, others, towers)
-        depths = None if config.kind == "visual_prompt" else config.depths
+        depths = None if config.kind in TOKEN_KINDS else config.depths
         self.cache = FeatureCache(cache, self.tower.key(depths), most=most)
 
     def features(self, files: Sequence[str | bytes]) -> list[Tensor]:
@@ -111,7 +112,7 @@ class Perception:
 
     def _encode(self, files: list[str | bytes]) -> Tensor:
         inputs = [READERS[self.config.kind](file) for file in files]
-        if self.config.kind == "visual_prompt":
+        if self.config.kind in TOKEN_KINDS:
             return self.tower.tokens(inputs)
         return self.tower.features(inputs, self.config.depths)
 

@@ -29,7 +29,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llama_adapter.base import first_sentence
-from llama_adapter.conditions.config import PYTHON, AnyKind, ConditionConfig, check_digest, is_python, unnamed
+from llama_adapter.conditions.config import (
+    PYTHON,
+    TOKEN_KINDS,
+    AnyKind,
+    ConditionConfig,
+    check_digest,
+    is_python,
+    unnamed,
+)
 from llama_adapter.conditions.processors import Piece
 from llama_adapter.conditions.tower_families import resolve_depths
 from llama_adapter.conditions.towers import CPU, Tower
@@ -60,6 +68,7 @@ class PythonTower(Tower):
             states = self.hidden_states(torch.stack(probes[:1]).to(self.device, self.dtype))
         self.width, self.depths = max(_width(state) for state in states), len(states)
         self.has_tokens = states[-1].dim() > 2
+        self._square = states[-1].dim() != 4 or states[-1].shape[2] == states[-1].shape[3]
 
     def pieces(self, given: Any) -> list[Piece]:
         """See `Tower.pieces`."""
@@ -135,13 +144,12 @@ class PythonTower(Tower):
                 f"condition {condition.kind} reads a picture's tokens, and the tower '{self.name}' gives one vector: "
                 "let its module return [N, tokens, W] or a feature map, or take --condition image."
             )
+        if condition.kind == "patches" and not self._square:
+            raise AdapterError(f"The feature map of '{self.name}' is no square: let preprocess give square pictures.")
         resolve_depths(condition.depths, self.depths, self.name)
 
     def _filled(self, found: Tensor) -> Tensor:
         return nn.functional.pad(found, (0, self.width - found.shape[-1]))
-
-
-TOKEN_KINDS = ("visual_prompt",)
 
 
 def load_python_tower(name: str, kind: AnyKind, device: torch.device = CPU) -> PythonTower:

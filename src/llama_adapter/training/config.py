@@ -117,7 +117,9 @@ class TrainConfig:
         None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
         "Condition",
     )  # fmt: skip
-    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    visual_len: Count | None = setting(
+        None, "Prompts of patches or a visual prompt in early fusion (default: K).", "Condition"
+    )
     disjoint: bool = setting(
         False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
         "Condition",
@@ -248,6 +250,8 @@ DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
 STANDS_FOR = {setting.name: setting.metadata["stands_for"] for setting in fields(TrainConfig)}
 BOTTLENECK = {"condition_width", "condition_activation"}
 VISUAL = {"visual_blocks", "visual_width", "visual_heads", "visual_len"}
+IDLE = {"visual_prompt": BOTTLENECK, "patches": VISUAL - {"visual_len"}}
+"""Settings without effect on a condition of this kind; `VISUAL` on all others."""
 
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
@@ -259,7 +263,7 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     for name in given:
         if kind is None and name in of_condition and not values.get("init_from"):
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
-        elif kind is not None and name in (BOTTLENECK if kind == "visual_prompt" else VISUAL):
+        elif kind is not None and name in IDLE.get(kind, VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
         elif name == "scienceqa_style" and isinstance(data, str | list | tuple) and "scienceqa:" not in str(data):
             sentences[name] = f"{name} has no effect without --data scienceqa:FOLDER: leave it out"

