@@ -95,7 +95,9 @@ def test_top_layers_are_the_whole_model():
     questions = [("sun?", "cat"), ("what is on the left?", "dog tree"), ("moon?", "yes")]
     whole, cut = (tiny_llama(vocab_size=len(tokenizer)) for _ in range(2))
     cut.load_state_dict(whole.state_dict())
-    top = top_layers.TopLayers(cut, tokenizer, 2, questions)
+    top = top_layers.TopLayers(cut, tokenizer, 2)
+    top.read(questions[:2])
+    top.read(questions)
     adapters = [add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2)) for model in (whole, cut)]
     open_gates(adapters[0])
     for lower, upper in zip(adapters[1].layers.values(), adapters[0].layers.values(), strict=True):
@@ -117,7 +119,8 @@ def test_a_trial_learns_what_its_features_say():
     tokenizer = tiny_tokenizer()
     names = ("cat", "dog")
     questions = clothes.every_question(names, real_trial.WORDINGS["one"])
-    top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2, questions)
+    top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2)
+    top.read(questions)
     labels = np.arange(40) % 2
     tokens = torch.randn(40, 49, 6) * 0.1 + torch.from_numpy(labels)[:, None, None]
     features = real_trial.Features(tokens.half(), tokens.mean(1, keepdim=True).repeat(1, 7, 1), labels)

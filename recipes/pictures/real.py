@@ -6,7 +6,7 @@
     python recipes/pictures/real.py --data scienceqa      # ScienceQA's pictures too
     python recipes/pictures/real.py --report-only         # docs/pictures.md alone
 
-Each run trains an adapter of the top eight layers and asks about pictures and in wordings that it has not seen. Figures
+Each run trains an adapter of the top four layers and asks about pictures and in wordings that it has not seen. Figures
 are kept as they end, so that a stopped run goes on where it was.
 """
 
@@ -53,13 +53,13 @@ def trials(seeds: int) -> list[Trial]:
         Trial("one vector", "two", 0),
         Trial("one vector, to every second prompt", "one", 0, settings=HALF),
         Trial("one vector of both halves", "two", 0, reads="halves"),
-        Trial("one vector", "topics", 0),
-        Trial("patches", "topics", 0, "patches", "tokens"),
     ]
     again = [replace(trial, seed=seed) for seed in range(1, seeds) for trial in first[:4]]
     return [
         *first,
         *again,
+        Trial("one vector", "topics", 0),
+        Trial("patches", "topics", 0, "patches", "tokens"),
         Trial("one vector of six scales", "one", 0, reads="scales"),
         Trial("visual prompt", "one", 0, "visual_prompt", "tokens", settings=VISUAL),
         Trial("visual prompt", "two", 0, "visual_prompt", "tokens", settings=VISUAL),
@@ -131,9 +131,7 @@ def measure(args: argparse.Namespace) -> None:
     sets: dict[str, dict[str, PictureSet]] = fashion_sets(args.fashion)
     if args.data:
         sets["topics"] = topic_sets(args.data)
-    scenes = list(dict.fromkeys(trial.scenes for trial in plan))
-    asked = [q for name in scenes for q in every_question(sets[name]["train"].names, WORDINGS[name])]
-    top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), LAYERS, asked) if plan else None
+    top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), LAYERS) if plan else None
     features: dict[str, dict[str, Features]] = {}
     for trial in plan:
         if trial.scenes not in features:
@@ -143,6 +141,7 @@ def measure(args: argparse.Namespace) -> None:
             measure_probes(trial.scenes, of, halves["train"].names)
         of = features[trial.scenes]
         assert top is not None
+        top.read(every_question(sets[trial.scenes]["train"].names, WORDINGS[trial.scenes]))
         found = run(trial, top, of["train"], of["test"], sets[trial.scenes]["train"].names)
         keep({"label": trial.label, "settings": trial.key(), **sizes(of), **found})
 

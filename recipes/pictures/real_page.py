@@ -13,7 +13,7 @@ INTRO = """\
 
 SmolLM2-135M-Instruct looks through EfficientNet-Lite0 (ImageNet) at real pictures: the ten kinds of clothes of
 Fashion-MNIST, and ScienceQA's pictures by their school subject. Base and encoder stay frozen; an adapter of the top
-eight layers with ten prompts is trained for {steps} steps of {batch} questions, half "What is this?" in eight wordings,
+four layers with ten prompts is trained for {steps} steps of {batch} questions, half "What is this?" in eight wordings,
 half "Is this a coat?" in six. Asked are pictures and wordings that no run has seen. An answer counts that greedy
 decoding writes to the letter, its end included. The linear probe is a classifier trained on the same features; it says
 yes where the thing that is asked about is what it takes the picture for, and has the best of three penalties on the

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-QUESTION = "Question: {}\nAnswer:"
+QUESTION = "{}\nAnswer:"
 Question = tuple[str, str]
 
 
@@ -35,23 +35,33 @@ class TopLayers:
     """The top layers of a Llama with its head.
 
     Args:
-        model: it is cut down to them.
+        model: of which only those layers are left to run; it has no adapter.
         tokenizer: of the base.
         layers: L.
-        questions: all texts that will be asked for.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layers: int, questions: Sequence[Question]) -> None:
-        self.model, self._kept = model, {}
-        decoder = model.model
-        encoded = [(question, *encode(tokenizer, question)) for question in dict.fromkeys(questions)]
-        encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
-        for start in range(0, len(encoded), 32):
-            self._keep(encoded[start : start + 32], len(decoder.layers) - layers)
-        decoder.layers = nn.ModuleList(decoder.layers[-layers:])
-        model.config.num_hidden_layers = layers
-        for number, layer in enumerate(decoder.layers):
+    def __init__(self, model: Any, tokenizer: Any, layers: int) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._kept: dict[Question, tuple[Tensor, int, Tensor]] = {}
+        self._whole = list(model.model.layers)
+        self._top = self._whole[-layers:]
+        self._run(self._top)
+
+    def _run(self, layers: Sequence[Any]) -> None:
+        self.model.model.layers = nn.ModuleList(layers)
+        self.model.config.num_hidden_layers = len(layers)
+        for number, layer in enumerate(layers):
             layer.self_attn.layer_idx = number
+
+    def read(self, questions: Sequence[Question]) -> None:
+        """Compute what the lower layers make of those that are new; no adapter may be on the model."""
+        new = [question for question in dict.fromkeys(questions) if question not in self._kept]
+        encoded = [(question, *encode(self.tokenizer, question)) for question in new]
+        encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
+        self._run(self._whole)
+        for start in range(0, len(encoded), 32):
+            self._keep(encoded[start : start + 32], len(self._whole) - len(self._top))
+        self._run(self._top)
 
     @torch.no_grad()
     def _keep(self, rows: Sequence[tuple[Question, list[int], list[int]]], depth: int) -> None:

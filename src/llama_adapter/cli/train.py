@@ -15,6 +15,7 @@ llama-adapter train recipes/alpaca-7b.yaml --model ./Llama-2-7b-hf --data alpaca
 llama-adapter train --output-dir runs/first --resume
 llama-adapter train --output-dir runs/first --resume --epochs 8
 llama-adapter train --init-from runs/first --data more.jsonl --output-dir runs/more
+llama-adapter train --model BASE --data llava.json --condition image --tower python:encoder.py:factory
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
 """
 
