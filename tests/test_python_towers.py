@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from llama_adapter import load_session
 from llama_adapter.cli import main
+from llama_adapter.cli.train import named_tower
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.conditions.python_towers import load_named_towers, load_python_tower
@@ -323,6 +324,11 @@ def test_towers_are_made_for_what_their_adapters_take(code):
     sees = ConditionConfig("image", "python:x:y", 5)
     assert [tower.sense for tower in load_named_towers([f"python:{code}:ear"], [hears], CPU)] == ["audio"]
     assert [tower.sense for tower in load_named_towers([f"python:{code}:eye"], [sees], CPU)] == ["picture"]
+
+
+def test_the_end_of_a_run_says_how_to_ask_it():
+    assert named_tower("python:a.py:f") == ["--tower", "python:a.py:f"]
+    assert named_tower(None) == named_tower("bundled") == []
 
 
 def test_the_commands_ask_for_it(trained, base, code, pictures, fail, ran, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 from llama_adapter.cli import output
 from llama_adapter.cli.parser import add_command
 from llama_adapter.cli.recipe import USAGE, add_recipe_arguments, recipe_from
+from llama_adapter.conditions.config import is_python
 
 EXAMPLES = """
 llama-adapter train bundled --output-dir runs/first
@@ -44,7 +45,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"adapter in {result.output_dir}, with loss.png and gates.png")
     print(
         "ask it:",
-        output.copyable("llama-adapter", "generate", "--adapter", result.output_dir),
+        output.copyable("llama-adapter", "generate", "--adapter", result.output_dir, *named_tower(config.tower)),
         '"..."',
         file=sys.stderr,
     )
+
+
+def named_tower(tower: str | None) -> list[str]:
+    """What an answer needs beside the adapter: a tower that is code runs only where it is named."""
+    return ["--tower", str(tower)] if is_python(tower) else []
