@@ -19,7 +19,7 @@ from llama_adapter.base import load_base
 from llama_adapter.inference.session import Session, load_session
 from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
-from llama_adapter.serving.run import bind
+from llama_adapter.serving.run import bind, settings
 
 ADMIN = {"Authorization": "Bearer admin"}
 
@@ -69,7 +69,7 @@ def serving(base: Path, adapters: dict[str, str], **changes) -> Iterator[Running
     config = replace(ServeConfig(port=0, drain=5.0), **changes)
     listening = bind(config)
     app = create_app(session, config, "base", adapters)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=6))
+    server = uvicorn.Server(settings(app, config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

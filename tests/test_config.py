@@ -474,6 +474,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "condition_layers": ("2", 2),
         "visual_len": ("20", 20),
         "feature_cache": ("cache", "cache"),
+        "method": ("dpo", "dpo"),
+        "beta": ("0.2", 0.2),
         "init_from": ("runs/first", "runs/first"),
         "adapter_len": ("7", 7),
         "adapter_layers": ("3", 3),
@@ -503,7 +505,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     }
     image, visual = ["--condition", "image"], ["--condition", "visual_prompt"]
     beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
-    beside |= {"condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
+    beside |= {"beta": ["--method", "dpo"], "condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
     lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
     beside |= {"parts_lr": lora, "lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
     beside |= {"visual_len": visual, "visual_blocks": visual, "visual_width": visual, "visual_heads": visual}

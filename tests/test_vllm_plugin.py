@@ -210,13 +210,21 @@ class TestCommand:
         assert [self.value(line, flag) for flag in ("--host", "--port")] == ["127.0.0.1", "1234"]
         assert [self.value(line, f"--max-{name}") for name in ("lora-rank", "loras", "cpu-loras")] == ["8", "1", "1"]
         assert line[-2:] == ["--dtype", "float32"]
-        assert launch.environment(None) == {}
+        assert list(launch.environment(None)) == ["VLLM_PLUGINS"]
 
     def test_a_directory_is_looked_through(self, base, experts):
         line = launch.command(str(base), {}, adapter_dir=str(experts))
         assert [self.value(line, f"--max-{name}") for name in ("lora-rank", "loras", "cpu-loras")] == ["32", "3", "3"]
         assert not {"--lora-target-modules", "--lora-modules"} & set(line)  # there is LoRA among them
         assert launch.environment(str(experts))["LLAMA_ADAPTER_DIR"] == str(experts)
+
+    def test_the_page_is_switched_on_and_no_plugin_off(self, monkeypatch):
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        monkeypatch.setattr(launch, "entry_points", lambda group: [SimpleNamespace(name=group.partition(".")[2])])
+        named = launch.environment(None)["VLLM_PLUGINS"].split(",")
+        assert {"llama_adapter", "general_plugins", "platform_plugins"} <= set(named)
+        monkeypatch.setenv("VLLM_PLUGINS", "other")
+        assert launch.environment(None)["VLLM_PLUGINS"] == "llama_adapter,other"
 
     def test_what_cannot_be_served_is_said_before_anything_starts(self, base, experts, monkeypatch):
         wider = tiny_llama(hidden_size=64)

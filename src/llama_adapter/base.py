@@ -179,7 +179,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_base(
-    name: str, device: torch.device, precision: Precision = "auto", quantization: Quantization | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision = "auto",
+    quantization: Quantization | None = None,
+    shards: int | None = None,
 ) -> PreTrainedModel:
     """The base on `device`, in evaluation mode.
 
@@ -188,6 +192,7 @@ def load_base(
         device: where its weights go.
         precision: see `resolve_dtype`.
         quantization: what its linears are rounded to.
+        shards: over how many processes, all that there are, FSDP2 shards its weights; each reads its part alone.
 
     Raises:
         ModelError: it is not there, is damaged, or does not fit into memory.
@@ -202,6 +207,11 @@ def load_base(
     options: dict[str, Any] = {
         "dtype": dtype, "device_map": {"": device}, "generation_config": GenerationConfig(), **gguf,
     }  # fmt: skip
+    if shards is not None:
+        from transformers.distributed import DistributedConfig
+
+        del options["device_map"]
+        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
     text = text_config(config)
     pad = getattr(text, "pad_token_id", None)
     if pad is not None and not 0 <= pad < text.vocab_size:
@@ -214,7 +224,7 @@ def load_base(
         _check_plain(name, config)
         options["quantization_config"] = quantization_config(quantization, dtype)
     try:
-        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
+        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet(), reading_in_parts():
             model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -237,6 +247,18 @@ def load_base(
         with torch.no_grad():
             model.eval()(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model.eval()
+
+
+@contextmanager
+def reading_in_parts() -> Iterator[None]:
+    """Every process reads its own part: accelerate's way is that the first reads all and sends it to the others."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def empty_base(config: PretrainedConfig) -> PreTrainedModel:

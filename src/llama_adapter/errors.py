@@ -6,6 +6,7 @@
     ├── ModelError          the base model cannot be found or read
     │   └── UnsupportedModelError   its family cannot be adapted
     ├── AdapterError        an adapter on disk or on a model is missing, foreign or of another shape
+    │   └── NotWrittenError         a full disk or a forbidden folder; what was there before is kept
     ├── TrainingError       a run cannot start, go on or be resumed
     │   └── Interrupted     Ctrl-C or SIGTERM stopped a run after it was saved (exit code 130)
     └── MissingExtraError   an optional dependency is not installed
@@ -39,6 +40,10 @@ class UnsupportedModelError(ModelError):
 
 class AdapterError(LlamaAdapterError):
     """An adapter on disk or on a model is missing, foreign, damaged or of another shape."""
+
+
+class NotWrittenError(AdapterError):
+    """A full disk or a forbidden folder; what was there before is kept."""
 
 
 class TrainingError(LlamaAdapterError):

@@ -254,6 +254,15 @@ def greedy_text(base: Path, folder: Path | None, text: str, new: int) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def first_scores(base: Path, folder: Path, text: str, count: int) -> list[float]:
+    """The largest log probabilities of what follows a text, as transformers has them."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    load_adapter(model, folder)
+    with torch.inference_mode():
+        logits = model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits[0, -1]
+    return logits.log_softmax(-1).topk(count).values.tolist()
+
+
 @cache
 def _other_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))

@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
     limits = parser.add_argument_group("limits")
     for flag, field, text in (
         ("--max-rows", "max_rows", "answers written side by side"),
+        ("--max-adapters", "max_adapters", "adapters of --adapter-dir that stay loaded while nobody asks them"),
         ("--max-waiting", "max_waiting", "answers in line; more are refused with 429"),
         ("--max-tokens", "max_tokens", "longest answer"),
         ("--deadline", "deadline", "seconds that a request may take"),
@@ -53,7 +54,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     config = ServeConfig(
-        host=args.host, port=args.port, adapter_dir=args.adapter_dir, max_rows=args.max_rows,
+        host=args.host, port=args.port, adapter_dir=args.adapter_dir,
+        max_rows=args.max_rows, max_adapters=args.max_adapters,
         max_waiting=args.max_waiting, max_tokens=args.max_tokens, deadline=args.deadline,
         api_keys=_keys(args.api_key_file, "LLAMA_ADAPTER_API_KEY"),
         admin_key=next(iter(_keys(args.admin_key_file, "LLAMA_ADAPTER_ADMIN_KEY")), None),
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 NOT_VLLMS = (
-    "tower", "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_waiting", "max_tokens", "deadline",
+    "tower", "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_adapters", "max_waiting", "max_tokens",
+    "deadline",
 )  # fmt: skip
 """Flags that vLLM has no like for."""
 VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}

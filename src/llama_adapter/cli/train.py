@@ -15,9 +15,12 @@ llama-adapter train bundled --output-dir runs/first
 llama-adapter train recipes/alpaca-7b.yaml --model ./Llama-2-7b-hf --data alpaca_data.json
 llama-adapter train --output-dir runs/first --resume
 llama-adapter train --output-dir runs/first --resume --epochs 8
+llama-adapter train --streaming --max-steps 20000 --data "shards/*.jsonl.gz" --val-size 500
 llama-adapter train --init-from runs/first --data more.jsonl --output-dir runs/more
 llama-adapter train --model BASE --data llava.json --condition image --tower python:encoder.py:factory
+llama-adapter train --method dpo --beta 0.1 --data pairs.jsonl --init-from runs/first --output-dir runs/preferred
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
+accelerate launch --use_fsdp --num_processes 8 -m llama_adapter train recipes/alpaca-70b.yaml
 """
 
 

@@ -84,7 +84,8 @@ def wrap_attention(config: Any) -> None:
 
 def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The eager function of the model file that `module` comes from."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)  # FSDP2 puts a class of its own in front
+    function = next((found for file in files if (found := getattr(file, "eager_attention_forward", None))), None)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no eager attention: load the base with sdpa.")
     return function(module, *args, **kwargs)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, pad
 
 from llama_adapter.core.fixed_dtype import FixedDtype
@@ -40,6 +41,7 @@ class OwnNorm(Part):
         offloaded = getattr(getattr(home, "_hf_hook", None), "weights_map", None) or {}  # accelerate's, of what is away
         for name, parameter in home.named_parameters(recurse=False):
             weight = offloaded[name] if parameter.is_meta and name in offloaded else parameter.detach()
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of a base in parts
             self.register_parameter(name, nn.Parameter(weight.to(torch.float32, copy=True)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_adapter.data.encode import IGNORE, Encoded
+from llama_adapter.data.encode import IGNORE, Encoded, texts_of
 from llama_adapter.data.examples import Media
 
 
@@ -35,7 +35,8 @@ class MicroBatch:
 
 
 def collate(examples: Sequence[Encoded]) -> MicroBatch:
-    """Pad examples to their longest."""
+    """Pad examples to their longest; a preference pair is two rows."""
+    examples = texts_of(examples)
     longest = max(len(example.input_ids) for example in examples)
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:
@@ -51,7 +52,7 @@ def collate(examples: Sequence[Encoded]) -> MicroBatch:
 
 def response_tokens(examples: Sequence[Encoded]) -> int:
     """How many next-token predictions carry loss (the first token of a row is predicted by none)."""
-    return sum(label != IGNORE for example in examples for label in example.labels[1:])
+    return sum(label != IGNORE for text in texts_of(examples) for label in text.labels[1:])
 
 
 def global_batch(count: int, batch_size: int, step: int, seed: int) -> list[int]:

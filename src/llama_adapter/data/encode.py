@@ -1,6 +1,6 @@
 """From text to tokens and labels: one tokenisation of the whole text, labels by character spans."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import groupby
@@ -31,6 +31,7 @@ class Encoded:
         truncated: whether tokens were cut off.
         media: files that belong to the example.
         merged: whether a token holds both characters of a response and others, as no answer to the prompt can.
+        rejected: of a preference pair the text with the worse answer, which begins with the same prompt.
     """
 
     input_ids: list[int]
@@ -38,6 +39,12 @@ class Encoded:
     truncated: bool
     media: tuple[Media, ...] = ()
     merged: bool = False
+    rejected: "Encoded | None" = None
+
+
+def texts_of(examples: Iterable[Encoded]) -> list[Encoded]:
+    """Every text that a model reads for these: of a preference pair the chosen one, then the rejected one."""
+    return [text for example in examples for text in (example, example.rejected) if text is not None]
 
 
 def encode(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
@@ -109,8 +116,27 @@ def encode_records(
                 skipped.append(str(error))
         tokens = iter(_tokenise([text for _, texts in batch for text in texts], tokenizer))
         for example, texts in batch:
-            encoded.append([_encoded(text, *next(tokens), tokenizer, max_length, example.media) for text in texts])
+            whole = [_encoded(text, *next(tokens), tokenizer, example.media) for text in texts]
+            bos = tokenizer.bos_token_id
+            if not example.rejected:
+                encoded.append([_cut(text, max_length, bos) for text in whole])
+                continue
+            try:
+                encoded.append([_pair(whole[0], whole[1], max_length, bos)])
+            except DataError as error:
+                if skipped is None:
+                    raise DataError(f"{example.origin}: {error}" if example.origin else str(error)) from None
+                skipped.append(f"{example.origin}: {error}.")
     return encoded
+
+
+def _pair(chosen: Encoded, rejected: Encoded, max_length: int, bos: int | None) -> Encoded:
+    """The pair of two texts, whose prompt loses the same beginning in both: the answers are to one question."""
+    drop = max(_surplus(text, max_length) for text in (chosen, rejected))
+    chosen, rejected = (_cut(text, max_length, bos, drop) for text in (chosen, rejected))
+    if chosen.input_ids == rejected.input_ids:
+        raise DataError(f"'chosen' and 'rejected' are the same {len(chosen.input_ids)} tokens, which teaches nothing")
+    return replace(chosen, rejected=rejected)
 
 
 def _encoded(
@@ -118,9 +144,9 @@ def _encoded(
     ids: list[int],
     offsets: list[tuple[int, int]],
     tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
     media: tuple[Media, ...],
 ) -> Encoded:
+    """A whole text, however long."""
     spans = list(_without_gaps(offsets))
     edges = [edge for response in rendered.responses for edge in response]
     merged = any(start < edge < end for edge in edges for start, end in spans)
@@ -128,8 +154,7 @@ def _encoded(
     if not rendered.ends_with_eos:
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    bos_length = 1 if ids[0] == tokenizer.bos_token_id else 0
-    return replace(_truncate(ids, labels, max_length, bos_length), media=media, merged=merged)
+    return Encoded(ids, labels, False, media, merged)
 
 
 def encode_prompt(
@@ -159,8 +184,12 @@ def _check_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", now: datetime) -> list[Rendered]:
+    worse = [replace(example, messages=example.rejected, rejected=())] if example.rejected else []
     try:
-        return render(example, template, tokenizer, now)
+        texts = [render(one, template, tokenizer, now) for one in (example, *worse)]
+        if worse and any(len(found) > 1 for found in texts):
+            raise DataError("its chat template makes several texts of a conversation, and a pair needs one of each")
+        return [text for found in texts for text in found]
     except DataError as error:
         raise DataError(f"{example.origin}: {error}" if example.origin else str(error)) from error
 
@@ -208,13 +237,22 @@ def _without_gaps(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int
         covered = end
 
 
-def _truncate(ids: list[int], labels: list[int], max_length: int, bos_length: int) -> Encoded:
-    """Cut to `max_length` tokens so that a fair part of the first response is left; BOS stays in front."""
-    if len(ids) <= max_length:
-        return Encoded(ids, labels, False)
+def _surplus(text: Encoded, max_length: int) -> int:
+    """How many tokens its prompt loses so that of what is too long a fair part of the first response is left."""
+    if len(text.input_ids) <= max_length:
+        return 0
+    labels = text.labels
     first = next(index for index, label in enumerate(labels) if label != IGNORE)
     length = next((n for n, label in enumerate(labels[first:]) if label == IGNORE), len(labels) - first)
-    keep = min(length, max(1, max_length // 4))
-    drop = max(0, first + keep - max_length)
-    kept = slice(bos_length + drop, max_length + drop)
-    return Encoded(ids[:bos_length] + ids[kept], labels[:bos_length] + labels[kept], True)
+    return max(0, first + min(length, max(1, max_length // 4)) - max_length)
+
+
+def _cut(text: Encoded, max_length: int, bos: int | None, drop: int | None = None) -> Encoded:
+    """The text in at most `max_length` tokens, without the first `drop` of its prompt; BOS stays in front."""
+    drop = _surplus(text, max_length) if drop is None else drop
+    ids, labels = text.input_ids, text.labels
+    if not drop and len(ids) <= max_length:
+        return text
+    front = 1 if ids[0] == bos else 0
+    kept = slice(front + drop, max_length + drop)
+    return replace(text, input_ids=ids[:front] + ids[kept], labels=labels[:front] + labels[kept], truncated=True)

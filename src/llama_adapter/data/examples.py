@@ -51,6 +51,7 @@ class Example:
         media: pictures, recordings or videos that belong to the conversation: paths of files, or their content.
         tools: descriptions of functions that may be called, for the chat template.
         family: what groups it with others in an evaluation.
+        rejected: of a preference pair the same conversation with the worse answer; else empty.
         notes: what its record holds and nobody uses, in half-sentences that are counted over all records.
 
     Raises:
@@ -64,6 +65,7 @@ class Example:
     media: tuple[Media, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     family: str = ""
+    rejected: tuple[Message, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

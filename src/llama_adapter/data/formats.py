@@ -24,6 +24,7 @@ HARMLESS = (
 COMMON = (*MEDIA_KEYS, "system", "system_prompt", "tools", "functions", "label", "kto_tag", "family")
 """Keys that mean the same in every format."""
 PREFERENCE = ("chosen", "rejected")
+"""Keys of the two answers of a preference pair, see `pairs.py`."""
 
 
 def parse_record(record: object) -> Example:
@@ -51,8 +52,8 @@ def parse_record(record: object) -> Example:
             raise
     if compared:
         raise DataError(
-            f"it is of a preference file ({', '.join(compared)}), which trains by comparing answers and cannot be "
-            "learnt here: to learn the better answer alone, write it where the format has its answer"
+            f"it is of a preference file ({', '.join(compared)}), which trains by comparing answers: pass --method "
+            "dpo; to learn the better answer alone, write it where the format has its answer"
         )
     accepted = "; ".join(" + ".join(keys) for keys, _, _ in FORMATS)
     found = ", ".join(shown(key).strip("'") for key in list(record)[:20]) or "none"

@@ -44,7 +44,7 @@ _LINE_HINT = "write one complete JSON object on each line"
 
 def is_data_file(name: str) -> bool:
     """Whether `name` ends as data files do."""
-    return _suffix(name) in SUFFIXES
+    return suffix_of(name) in SUFFIXES
 
 
 def data_files(source: str) -> list[str]:
@@ -83,7 +83,7 @@ def read_file(source: str, bad: list[str] | None = None) -> Records:
         DataError: the file cannot be read or is damaged; without `bad`, one of its lines is.
         MissingExtraError: its kind needs a package that is not installed.
     """
-    path, suffix = Path(os.path.expanduser(source)), _suffix(source)
+    path, suffix = Path(os.path.expanduser(source)), suffix_of(source)
     if source != STDIN and suffix not in SUFFIXES and not _is_piped(path):
         if os.path.isdir(path) or not os.path.exists(path):
             _content(path)  # says so
@@ -121,7 +121,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     """The suffix that says the kind, in lower case: ".jsonl" of "a.jsonl.gz"."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
@@ -137,16 +137,28 @@ def _content(path: Path) -> bytes:
     try:
         if str(path) == STDIN:
             return sys.stdin.buffer.read()
+        check_file(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
+
+
+def check_file(path: Path, piped: bool = True) -> None:
+    """Check that it is a file that can be read to its end, also a pipe where `piped` allows it.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
         # os.path's tests say no where Path's raise, as in a folder that may not be searched.
         if os.path.isdir(path):
             raise DataError(f"{path} is a folder: give the path of a file.")
         if not os.path.exists(path):
             raise DataError(_missing(path))
-        if not stat.S_ISREG(os.stat(path).st_mode) and not _is_piped(path):
+        if not stat.S_ISREG(os.stat(path).st_mode) and not (piped and _is_piped(path)):
             raise DataError(f"{path} is a device or a pipe, not a file: give a file, or '-' for standard input.")
         if is_lfs_pointer(path):
             raise DataError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder.")
-        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
 
@@ -165,10 +177,43 @@ def _missing(path: Path) -> str:
     return f"{path} does not exist: {hint}"
 
 
-def _unpacked(path: Path, content: bytes) -> bytes:
+def packing_of(path: Path, content: bytes | None = None) -> str:
+    """ ".gz", ".zst" or "", by the beginning of a file.
+
+    Raises:
+        DataError: its name says another, or it cannot be read.
+    """
+    if content is None:
+        try:
+            with path.open("rb") as file:
+                content = file.read(max(map(len, _MAGIC.values())))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
     packing = next((kind for kind, magic in _MAGIC.items() if content.startswith(magic)), "")
     if (named := path.suffix.lower()) in _MAGIC and named != packing:
         raise DataError(f"{path} is no {named} file: give it the suffix of what it is, or take another copy.")
+    return packing
+
+
+def zstd_reader(path: Path) -> Any:
+    """A .zst file, opened to be unpacked as it is read.
+
+    Raises:
+        MissingExtraError: the package for it is not installed.
+    """
+    if sys.version_info >= (3, 14):
+        from compression.zstd import ZstdFile
+
+        return ZstdFile(path)
+    try:
+        from zstandard import ZstdDecompressor
+    except ImportError:
+        raise MissingExtraError("zstandard", "zstd", f"reading {path}") from None
+    return ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    packing = packing_of(path, content)
     if not packing:
         return content
     new: Callable[[], Any] = _zstd(path) if packing == ".zst" else lambda: zlib.decompressobj(wbits=31)

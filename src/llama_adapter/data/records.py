@@ -2,12 +2,14 @@
 
 import os.path
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.data.kinds import STDIN, Records, is_data_file, read_file, without_nulls
 from llama_adapter.errors import DataError, MissingExtraError
 
+Result = TypeVar("Result")
 BUNDLED_INSTRUCTIONS = Path(__file__).parent.parent / "bundled" / "instructions.json"
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<split>.+))?")
@@ -28,30 +30,48 @@ def read_records(source: str, bad: list[str] | None = None) -> Records:
         DataError: the source cannot be found or read, is damaged, or holds no record.
         MissingExtraError: a package that it needs is not installed.
     """
-    path, before = os.path.expanduser(source), len(bad or ())
-    hub_name = _HUB_NAME.fullmatch(source)
+    before = len(bad or ())
+    hub = hub_parts(source)
     if source == "bundled":
         records = read_file(str(BUNDLED_INSTRUCTIONS))
-    elif source == STDIN or not hub_name or os.path.exists(path) or is_data_file(source):
+    elif hub is None:
         records = read_file(source, bad)
     else:
-        records = _read_hub(hub_name["name"], hub_name["split"] or "train")
+        records = _read_hub(*hub)
     if not records and len(bad or ()) == before:
         raise DataError(f"{source} holds no records: give a source with at least one.")
     return records
 
 
+def hub_parts(source: str) -> tuple[str, str] | None:
+    """Name and split of a dataset on the hub; None for a file, also for one that is not there."""
+    found = _HUB_NAME.fullmatch(source)
+    if source == STDIN or not found or os.path.exists(os.path.expanduser(source)) or is_data_file(source):
+        return None
+    return found["name"], found["split"] or "train"
+
+
 def _read_hub(name: str, split: str) -> Records:
+    return open_hub(name, split, lambda dataset: list(enumerate(map(without_nulls, dataset), start=1)))
+
+
+def open_hub(name: str, split: str, read: Callable[[Any], Result], **options: Any) -> Result:
+    """What `read` makes of a dataset on the hub, whose pictures and recordings stay as they are stored.
+
+    Raises:
+        DataError: it cannot be loaded, or `read` fails.
+        MissingExtraError: `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError("datasets", "datasets", f"loading '{name}' from the hub") from error
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(name, split=split, **options)
         for column, feature in (dataset.features or {}).items():
             if (encoded := _encoded(feature)) is not feature:  # one damaged file would otherwise stop the reading
                 dataset = dataset.cast_column(column, encoded)
-        return list(enumerate(map(without_nulls, dataset), start=1))
+        return read(dataset)
     except Exception as error:  # datasets, hub and network libraries raise dozens of unrelated types here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(

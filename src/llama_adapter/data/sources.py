@@ -62,12 +62,15 @@ class Loaded:
     @property
     def notes(self) -> list[str]:
         """One sentence for each kind of thing, the most frequent first."""
-        counts = Counter(note for example in self.examples for note in example.notes)
-        shown = [
-            f"{note} ({count:,} of {len(self.examples):,} records)" for note, count in counts.most_common(MOST_NOTES)
-        ]
-        rest = len(counts) - len(shown)
-        return [*shown, f"and {rest:,} more such keys"] if rest else shown
+        return notes_of(self.examples)
+
+
+def notes_of(examples: Sequence[Example]) -> list[str]:
+    """What examples hold and nobody reads: one sentence for each kind of thing, the most frequent first."""
+    counts = Counter(note for example in examples for note in example.notes)
+    shown = [f"{note} ({count:,} of {len(examples):,} records)" for note, count in counts.most_common(MOST_NOTES)]
+    rest = len(counts) - len(shown)
+    return [*shown, f"and {rest:,} more such keys"] if rest else shown
 
 
 def load_examples(
@@ -190,10 +193,11 @@ def _entries(
         for file in data_files(source):
             folder = Path(os.path.expanduser(file)).parent
             for number, record in read_records(file, bad):
-                yield f"{file}, record {number}", partial(_parsed, record, folder, parse)
+                yield f"{file}, record {number}", partial(parsed, record, folder, parse)
 
 
-def _parsed(record: object, folder: Path, parse: Callable[[object], Example]) -> Example:
+def parsed(record: object, folder: Path, parse: Callable[[object], Example]) -> Example:
+    """The example of a record, whose files are looked for beside it, in `folder`."""
     example = parse(record)
     return replace(example, media=tuple(found(media, folder) for media in example.media))
 

@@ -21,7 +21,7 @@ from llama_adapter.core.model import get_adapter, list_adapters
 from llama_adapter.core.registry import device_of, in_use
 from llama_adapter.core.routing import Adapter, Routing
 from llama_adapter.core.zero_init import Prompts
-from llama_adapter.inference.cache import GrowingCache
+from llama_adapter.inference.cache import GrowingCache, GrowingLayer
 from llama_adapter.inference.choice import Choice, Row, choose
 from llama_adapter.inference.compiled import CompiledSteps
 from llama_adapter.inference.slots import BASE, Slots
@@ -44,6 +44,32 @@ class Member:
         return len(self.answer) >= self.row.max_new_tokens or (bool(self.answer) and self.answer[-1] in self.row.stops)
 
 
+@dataclass(eq=False)
+class Prefill:
+    """Rows whose prompts are being read.
+
+    Attributes:
+        members: the rows.
+        ids, mask, positions: int64 [B, T], flush right.
+        cache: of the first `seen` columns.
+    """
+
+    members: list[Member]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    cache: Any
+    seen: int = 0
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.members = [self.members[number] for number in kept]
+        index = torch.tensor(kept, device=self.ids.device)
+        self.ids, self.mask, self.positions = (part[index] for part in (self.ids, self.mask, self.positions))
+        if self.seen:
+            self.cache.keep(index, self.seen)
+
+
 class Batch:
     """Rows that one engine is answering. One thread drives it, between two steps:
 
@@ -51,6 +77,9 @@ class Batch:
         for member, choice in batch.choose(): ...
         batch.drop(ended)
         batch.advance()
+
+    Long prompts may be read piece by piece, so that others go on meanwhile: `batch.begin(members)`, and
+    `batch.read(512)` between steps until nobody is `joining`.
 
     Args:
         model: the base with its adapters.
@@ -61,7 +90,9 @@ class Batch:
     def __init__(self, model: PreTrainedModel, slots: Slots, compiled: CompiledSteps | None = None) -> None:
         self.model, self.slots, self.compiled = model, slots, compiled
         self.members: list[Member] = []
+        self._attention = attention_modules(model)[0].config
         self._quick: QuickSteps | None = None
+        self._reading: Prefill | None = None
         self._cache: Any = None
         self._mask = self._positions = self._ids = torch.empty(0)
         self._padded = False
@@ -95,27 +126,65 @@ class Batch:
             undo.pop_all()
             return members
 
+    @property
+    def joining(self) -> list[Member]:
+        """Rows whose prompts are being read."""
+        return self._reading.members if self._reading is not None else []
+
     def join(self, members: Sequence[Member]) -> None:
-        """Read the prompts of admitted rows; they are members from then on. Where that fails, none of them is."""
-        if not members:
-            return
+        """Read the prompts of admitted rows at once; they are members from then on."""
+        if members:
+            self.begin(members)
+            self.read()
+
+    def begin(self, members: Sequence[Member]) -> None:
+        """Have `read` read the prompts of admitted rows, while nobody else joins; the batch releases them."""
         rows = [member.row for member in members]
-        device = device_of(self.model.get_input_embeddings())
-        ids, mask = left_padded([row.tokens for row in rows], device)
-        positions = mask.cumsum(-1).sub(1).clamp(min=0)
-        padded = not bool(mask.all())
+        ids, mask = left_padded([row.tokens for row in rows], device_of(self.model.get_input_embeddings()))
         cache = self._new_cache(len(rows), ids.shape[1] + max(row.max_new_tokens for row in rows))
-        logits = self._forward(ids, positions, mask if padded else None, cache, self._routing_of(members))
-        self._quick = None if self.compiled is not None else QuickSteps.of(self.model)
+        self._reading = Prefill(list(members), ids, mask, mask.cumsum(-1).sub(1).clamp(min=0), cache)
+
+    def read(self, tokens: int | None = None) -> None:
+        """Read on in the prompts of the rows that are joining, which are members when the last token is read.
+
+        Args:
+            tokens: how many about, padding included; None, and where a piece would be read otherwise than the whole,
+                reads all.
+        """
+        reading = self._reading
+        if reading is None:
+            return
+        count, width = reading.ids.shape
+        start, end = reading.seen, width
+        if tokens is not None and self._reads_in_pieces(reading.cache):
+            end = min(width, start + max(1, tokens // count))
+        ids, positions, mask = reading.ids[:, start:end], reading.positions[:, start:end], reading.mask[:, :end]
+        padded = not bool(reading.mask.all())
+        routing = self._routing_of(reading.members)
+        logits = self._forward(ids, positions, mask if padded else None, reading.cache, routing)
+        reading.seen = end
+        if end == width:
+            self._reading = None
+            self._take_in(reading, logits)
+
+    def _reads_in_pieces(self, cache: Any) -> bool:
+        """Whether a prompt's pieces, one after the other, are what the whole is."""
+        grows = all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+        return grows and stretches_beyond(self.model.config) is None
+
+    def _take_in(self, new: Prefill, logits: Tensor) -> None:
+        """Lay rows whose prompts are read below the others'."""
+        positions = new.positions[:, -1:]
         if not self.members:
-            self._cache, self._mask, self._positions, self._logits = cache, mask, positions[:, -1:], logits
+            self._quick = None if self.compiled is not None else QuickSteps.of(self.model)
+            self._cache, self._mask, self._positions, self._logits = new.cache, new.mask, positions, logits
         else:
-            self._cache.take_in(cache)
-            width = max(self._mask.shape[1], mask.shape[1])
-            self._mask = torch.cat([left_filled(part, width) for part in (self._mask, mask)])
-            self._positions = torch.cat([self._positions, positions[:, -1:]])
+            self._cache.take_in(new.cache)
+            width = max(self._mask.shape[1], new.mask.shape[1])
+            self._mask = torch.cat([left_filled(part, width) for part in (self._mask, new.mask)])
+            self._positions = torch.cat([self._positions, positions])
             self._logits = logits if self._logits is None else torch.cat([self._logits, logits])
-        self.members += members
+        self.members += new.members
         self.route()
 
     def choose(self) -> list[tuple[Member, Choice]]:
@@ -135,6 +204,7 @@ class Batch:
     def drop(self, members: Sequence[Member]) -> None:
         """Let rows leave: those that have ended, or that nobody waits for any more."""
         gone = {id(member) for member in members}
+        self._drop_joining(gone)
         kept = [number for number, member in enumerate(self.members) if id(member) not in gone]
         for member in members:
             member.release()
@@ -152,6 +222,15 @@ class Batch:
         self._cache.keep(index, tokens)
         self.route()
 
+    def _drop_joining(self, gone: set[int]) -> None:
+        kept = [number for number, member in enumerate(self.joining) if id(member) not in gone]
+        if self._reading is None or len(kept) == len(self.joining):
+            return
+        if kept:
+            self._reading.keep(kept)
+        else:
+            self._reading = None
+
     def advance(self) -> None:
         """One forward: every member's last token is read, and the logits of its next one are there."""
         if not self.members:
@@ -166,7 +245,8 @@ class Batch:
 
     def close(self) -> None:
         """Let every row leave."""
-        members, self.members, self._cache, self._logits = self.members, [], None, None
+        members = [*self.members, *self.joining]
+        self.members, self._reading, self._cache, self._logits = [], None, None, None
         for member in members:
             member.release()
 
@@ -200,7 +280,7 @@ class Batch:
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, routing: Routing) -> Tensor:
         """Logits [B, vocabulary] behind ids [B, T] at positions [B, T], by transformers' own forward."""
-        wrap_attention(attention_modules(self.model)[0].config)
+        wrap_attention(self._attention)
         arguments: dict[str, Any] = {ROUTING: routing} if list_adapters(self.model) else {}
         return self.model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,

@@ -118,6 +118,8 @@ class Slots:
         """The tensors of a layer, large enough for every slot and the longest prompt."""
         old = self.layers.get(layer)
         size, longest = len(self.lengths), max(lengths.get(layer, 0) for lengths in self.lengths)
+        if old is not None:  # the longest may have left since
+            longest = max(longest, old[0].shape[2])
         if old is None or len(old[0]) < size or old[0].shape[2] < longest:
             like = new.key if old is None and new is not None else old[0]  # type: ignore[index]
             stores = tuple(like.new_zeros(size, like.shape[1], longest, like.shape[3]) for _ in range(2))

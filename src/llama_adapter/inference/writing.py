@@ -40,6 +40,7 @@ class Prompt:
         media: pictures (or recordings, or videos) it is about.
         tools: descriptions of functions that may be called, for the chat template.
         raw: the text of its one message as it is, whatever the template; "raw" as template means it for every prompt.
+        ids: tokens that are asked as they are, whatever the messages.
         origin: where it comes from, such as "data.json, record 17", for error messages.
     """
 
@@ -48,6 +49,7 @@ class Prompt:
     media: tuple[Media, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     raw: bool = False
+    ids: tuple[int, ...] = ()
     origin: str = field(default="", compare=False)
 
     @staticmethod
@@ -58,7 +60,9 @@ class Prompt:
     @staticmethod
     def before(example: Example) -> "Prompt":
         """What an example of training data asks, its last answer left out."""
-        return Prompt(example.messages[:-1], example.input, example.media, example.tools, example.raw, example.origin)
+        return Prompt(
+            example.messages[:-1], example.input, example.media, example.tools, example.raw, origin=example.origin
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Writer:
             check_encodable(prompt.input, "the input")
             if raw:
                 _check_raw(prompt.messages, prompt.input)
-            ids = encode_prompt(prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools)
+            ids = list(prompt.ids) or encode_prompt(
+                prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools
+            )
             self.limits.room(len(ids))
             self.limits.check_ids([ids], self.tokenizer)
         except DataError as error:

@@ -43,6 +43,7 @@ class Answering:
         writers: the text of each answer.
         choices: the tokens of each, where log-probabilities were asked for.
         prompt_tokens: of every prompt, once.
+        echoes: what each answer's text begins with: its prompt, where that was asked for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Answering:
     metrics: Metrics
     leave: Callable[[], None]
     deadline: float
+    echoes: list[str] = field(init=False)
     choices: list[list[Choice]] = field(init=False)
     began: float = field(default_factory=time.monotonic)
     _pieces: "asyncio.Queue[Delta | Exception | None]" = field(default_factory=asyncio.Queue)
@@ -62,6 +64,7 @@ class Answering:
 
     def __post_init__(self) -> None:
         self.choices = [[] for _ in self.rows]
+        self.echoes = ["" for _ in self.rows]
 
     @property
     def new_tokens(self) -> int:
@@ -145,13 +148,20 @@ class Answerer:
         return self._prepare(request, lambda key, config: self._rows([prompt], key, config, request.n or 1))
 
     def complete(self, request: CompletionRequest) -> Answering:
-        """A completion request: text as it is."""
+        """A completion request: text, or tokens, as they are."""
+        count = request.n or 1
 
         def rows(key: str | None, config: GenerateConfig) -> list[Row]:
-            prompts = [replace(Prompt.of(prompt), raw=True) for prompt in request.prompts]
-            return self._rows(prompts, key, config, request.n or 1)
+            return self._rows([as_it_is(prompt) for prompt in request.prompts], key, config, count)
 
-        return self._prepare(request, rows, strip=False)
+        answering = self._prepare(request, rows, strip=False)
+        if request.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else str(self.session.tokenizer.decode(prompt))
+                for prompt in request.prompts
+            ]
+            answering.echoes = [text for text in texts for _ in range(count)]
+        return answering
 
     def _prompt(self, messages: list[ChatMessage]) -> Prompt:
         read = [message.read() for message in messages]
@@ -213,3 +223,10 @@ class Answerer:
 
     def _decode(self, tokens: Any) -> str:
         return str(self.session.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def as_it_is(prompt: str | list[int]) -> Prompt:
+    """What is asked without a template."""
+    if isinstance(prompt, str):
+        return replace(Prompt.of(prompt), raw=True)
+    return replace(Prompt.of("a"), raw=True, ids=tuple(prompt))

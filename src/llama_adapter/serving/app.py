@@ -53,6 +53,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
         (401, "Wrong or missing key."),
         (403, "Another host's name."),
         (404, "No such model."),
+        (408, "The request did not come to its end."),
         (413, "The request is too large."),
         (429, "Too many requests wait."),
         (500, "A fault of the server."),
@@ -69,7 +70,7 @@ class Server:
         self.config, self.session, self.created = config, session, int(time.time())
         self.scheduler = Scheduler(session.engine, config.max_rows, config.max_waiting)
         self.metrics = Metrics(lambda: self.scheduler.running, lambda: self.scheduler.waiting)
-        self.experts = Experts(session, self.scheduler, base, folders, config.adapter_dir)
+        self.experts = Experts(session, self.scheduler, base, folders, config.adapter_dir, config.max_adapters)
         self.answerer = Answerer(session, self.experts, self.scheduler, config, self.metrics)
 
     def say(self, token: int) -> bytes:
@@ -206,6 +207,7 @@ def create_app(session: Session, config: ServeConfig, base: str, folders: dict[s
         api_keys=config.api_keys,
         admin_key=config.admin_key,
         max_body=config.max_body,
+        idle=config.idle,
         hosts=hosts,
         failed=server.failed,
     )

@@ -1,7 +1,8 @@
 """Adapters by the names that requests call them: loaded when they are first asked for, replaced while others answer.
 
 A name points to one version of an adapter. Loading it anew adds a second version to the model and moves the pointer;
-requests that were taken before go on with the first, which is removed with the last of them.
+requests that were taken before go on with the first, which is removed with the last of them. Adapters that a request
+had loaded from the directory leave the same way where there are too many, those asked longest ago first.
 """
 
 import contextlib
@@ -39,14 +40,18 @@ class Expert:
         name: what requests call it.
         key: its name on the model.
         folder: where it was read from.
+        on_demand: whether a request's name had it loaded, and will again.
         users: requests that are not done with it.
+        used: the turn in which a request last named it.
         retired: whether its name points elsewhere by now.
     """
 
     name: str
     key: str | None
     folder: str | None = None
+    on_demand: bool = False
     users: int = 0
+    used: int = 0
     retired: bool = False
 
 
@@ -59,16 +64,18 @@ class Experts:
         base: what the bare base is called.
         folders: where the session's adapters came from, by name.
         directory: whose subfolders are adapters by name; None: no others than those loaded.
+        most: adapters of the directory that stay loaded while no request uses them.
     """
 
     def __init__(
-        self, session: Session, scheduler: Scheduler, base: str, folders: dict[str, str], directory: str | None = None
-    ) -> None:
-        self.session, self.scheduler, self.base = session, scheduler, base
+        self, session: Session, scheduler: Scheduler, base: str, folders: dict[str, str], directory: str | None = None,
+        most: int = 64,
+    ) -> None:  # fmt: skip
+        self.session, self.scheduler, self.base, self.most = session, scheduler, base, most
         self.directory = None if directory is None else Path(os.path.expanduser(directory)).resolve()
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Expert]] = {}
-        self._versions = itertools.count(1)
+        self._versions, self._turns = itertools.count(1), itertools.count(1)
         self._experts = {base: Expert(base, None)}
         for name in session.adapters:
             self._experts[name] = Expert(name, name, folders.get(name))
@@ -97,7 +104,7 @@ class Experts:
         with self._lock:
             expert = self._experts.get(name)
             if expert is not None:
-                expert.users += 1
+                self._enter(expert)
         if expert is None:
             folder = self._inside(name) if NAME.fullmatch(name) else None
             if folder is None:
@@ -105,20 +112,20 @@ class Experts:
                 raise UnknownExpertError(
                     f"There is {unknown_name('model', name, known)}".replace("is unknown", "is no")
                 )
-            expert = self.load(name, str(folder), replace=False, use=True)
+            expert = self.load(name, str(folder), replace=False, on_demand=True)
         try:
             yield expert
         finally:
             self._leave(expert)
 
-    def load(self, name: str, folder: str, replace: bool, use: bool = False) -> Expert:
+    def load(self, name: str, folder: str, replace: bool, on_demand: bool = False) -> Expert:
         """Read an adapter and let `name` point to it; what answers meanwhile is the version before.
 
         Args:
             name: what requests will call it.
             folder: where it lies.
             replace: whether the name may be taken.
-            use: count the caller as one of its users.
+            on_demand: it is for a request, which is counted as one of its users.
 
         Raises:
             AdapterError: the name is malformed or taken, or the folder is damaged or made for another base.
@@ -129,24 +136,22 @@ class Experts:
             raise AdapterError(f"'{name}' is what the bare base is called: choose another name.")
         with self._lock:
             if name in self._experts and not replace:
-                if use:
-                    self._experts[name].users += 1
-                    return self._experts[name]
+                if on_demand:
+                    return self._enter(self._experts[name])
                 raise AdapterError(f"There is an adapter '{name}' already: unload it first, or pass load_inplace.")
             waiting = self._loading.get(name)
             if waiting is None:
                 mine: Future[Expert] = Future()
                 self._loading[name] = mine
         if waiting is not None:
-            if waiting.exception() is not None and use:
+            if waiting.exception() is not None and on_demand:
                 waiting.result()
             with self._lock:
-                if use and not waiting.result().retired:
-                    waiting.result().users += 1
-                    return waiting.result()
-            return self.load(name, folder, replace, use)
+                if on_demand and not waiting.result().retired:
+                    return self._enter(waiting.result())
+            return self.load(name, folder, replace, on_demand)
         try:
-            expert = self._load(name, folder)
+            expert = self._load(name, folder, on_demand)
         except BaseException as error:
             with self._lock:
                 del self._loading[name]
@@ -155,11 +160,13 @@ class Experts:
         with self._lock:
             before = self._experts.get(name)
             self._experts[name] = expert
-            expert.users += use
+            if on_demand:
+                self._enter(expert)
             del self._loading[name]
         mine.set_result(expert)
         if before is not None:
             self._retire(before)
+        self._put_out()
         return expert
 
     def unload(self, name: str) -> None:
@@ -199,14 +206,31 @@ class Experts:
                 return folder
         return None
 
-    def _load(self, name: str, folder: str) -> Expert:
+    def _load(self, name: str, folder: str, on_demand: bool) -> Expert:
         if not os.path.isfile(os.path.join(folder, WEIGHTS_FILE)):  # other formats may be pickles
             raise AdapterError(f"{folder} has no {WEIGHTS_FILE}: run 'llama-adapter convert' on it, and serve that.")
         key = f"{name}.v{next(self._versions)}"
         while key in self.session.adapters:
             key = f"{name}.v{next(self._versions)}"
         self.scheduler.between_steps(lambda: self.session.add(key, folder)).result()
-        return Expert(name, key, os.path.abspath(folder))
+        return Expert(name, key, os.path.abspath(folder), on_demand)
+
+    def _enter(self, expert: Expert) -> Expert:
+        """Count one more user; under the lock."""
+        expert.users += 1
+        expert.used = next(self._turns)
+        return expert
+
+    def _put_out(self) -> None:
+        """Retire adapters that nobody uses and any request can have back, while there are more than may stay."""
+        with self._lock:
+            loaded = [expert for expert in self._experts.values() if expert.on_demand]
+            idle = sorted((expert for expert in loaded if not expert.users), key=lambda expert: expert.used)
+            leaving = idle[: max(0, len(loaded) - self.most)]
+            for expert in leaving:
+                del self._experts[expert.name]
+        for expert in leaving:
+            self._retire(expert)
 
     def _retire(self, expert: Expert) -> None:
         with self._lock:
@@ -218,9 +242,11 @@ class Experts:
     def _leave(self, expert: Expert) -> None:
         with self._lock:
             expert.users -= 1
-            done = expert.retired and expert.users == 0
-        if done:
+            idle, retired = expert.users == 0, expert.retired
+        if idle and retired:
             self._remove(expert)
+        elif idle:
+            self._put_out()
 
     def _remove(self, expert: Expert) -> None:
         key: Any = expert.key

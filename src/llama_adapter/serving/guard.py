@@ -1,5 +1,6 @@
 """What stands before the routes: keys, sizes, headers."""
 
+import asyncio
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,18 +30,21 @@ class Guard:
         api_keys: one of them opens everything but administration; empty asks for none.
         admin_key: opens administration, and the rest; None closes administration.
         max_body: largest request, in bytes.
+        idle: seconds to wait for each piece of a request.
         hosts: values of the `Host` header that are answered, port aside, and of `Origin`; empty takes any. Keeps web
             pages from reaching a server on this machine, be it under a name of theirs.
         failed: the reply to a request that ended by an exception.
     """
 
     def __init__(
-        self, app: Any, api_keys: Sequence[str], admin_key: str | None, max_body: int, hosts: Sequence[str],
-        failed: Callable[[Exception], Response],
+        self, app: Any, api_keys: Sequence[str], admin_key: str | None, max_body: int, idle: float,
+        hosts: Sequence[str], failed: Callable[[Exception], Response],
     ) -> None:  # fmt: skip
         self.failed = failed
         self.app, self.max_body, self.hosts = app, max_body, tuple(hosts)
+        self.idle = idle
         self._too_large = f"The request has more than {max_body} bytes."
+        self._too_slow = f"The rest of the request did not come within {idle:g} seconds."
         self.keys, self.admin = [key.encode() for key in api_keys], admin_key and admin_key.encode()
 
     async def __call__(
@@ -65,12 +69,18 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, reply)
             return
-        seen = 0
+        seen, whole = 0, False
 
         async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            nonlocal seen, whole
+            if whole:  # what is waited for now is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout(self.idle):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, self._too_slow, {"connection": "close"}) from None
+            seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
             if seen > self.max_body:
                 raise HTTPException(413, self._too_large)
             return message
@@ -108,11 +118,7 @@ class Guard:
         matches = [hmac.compare_digest(shown.strip(), key) for key in allowed]  # all of them: no early way out
         if word.lower() == b"bearer" and any(matches):
             return None
-        reply = refused(
-            401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
-        )
-        reply.headers["www-authenticate"] = "Bearer"
-        return reply
+        return wrong_key()
 
 
 def named(authority: str) -> str:
@@ -124,3 +130,12 @@ def refused(status: int, message: str, kind: str, code: str | None = None) -> JS
     """A reply in OpenAI's error shape."""
     safe = message.encode("utf-8", "replace").decode()
     return JSONResponse(error_body(safe, kind, code=code), status)
+
+
+def wrong_key() -> JSONResponse:
+    """The reply to whoever shows no key that is let in."""
+    reply = refused(
+        401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
+    )
+    reply.headers["www-authenticate"] = "Bearer"
+    return reply

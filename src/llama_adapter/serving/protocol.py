@@ -14,6 +14,8 @@ from llama_adapter.errors import DataError
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(max_length=4_000_000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=4_000_000)]
+Several = Field(min_length=1, max_length=64)
 Nothing = Annotated[list[Any] | dict[str, Any] | None, Field(max_length=0)]
 """A field of something that is not supported, and may be there as long as it is empty."""
 
@@ -227,19 +229,27 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    """`POST /v1/completions`: the text as it is, without a template."""
+    """`POST /v1/completions`: text, or tokens, as they are, without a template."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    prompt: Text | Annotated[list[Text], Several] | Ids | Annotated[list[Ids], Several]
     max_tokens: Tokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
+    @model_validator(mode="after")
+    def _echoes_text_alone(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not supported: leave one of them out")
+        return self
+
     @property
-    def prompts(self) -> list[str]:
-        """Each prompt."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt: a text or its tokens."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
     @property
     def longest(self) -> int:

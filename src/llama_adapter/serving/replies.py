@@ -84,7 +84,7 @@ def completion_reply(request: CompletionRequest, answering: Answering, say: Say)
     choices = [
         {
             "index": i,
-            "text": written.text,
+            "text": answering.echoes[i] + written.text,
             "logprobs": None if request.top is None else completion_logprobs(answering.choices[i], say),
             "finish_reason": written.reason,
         }
@@ -122,6 +122,14 @@ async def completion_events(request: CompletionRequest, answering: Answering, sa
     head, tail = _head("text_completion", "cmpl", answering), _usage_field(request, None)
     waiting: dict[int, list[Choice]] = {}
     offsets = [0] * len(answering.rows)
+
+    def chunk(number: int, text: str, logprobs: Event | None = None, reason: str | None = None) -> str:
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return event({**head, "choices": [choice], **tail})
+
+    for number, echo in enumerate(answering.echoes):
+        if echo:
+            yield chunk(number, echo)
     async for piece in answering.pieces():
         choices = _collected(waiting, piece)
         if not (piece.text or piece.ended):
@@ -130,8 +138,7 @@ async def completion_events(request: CompletionRequest, answering: Answering, sa
         waiting[piece.number] = []
         offsets[piece.number] += len(piece.text)
         reason = answering.writers[piece.number].reason if piece.ended else None
-        choice = {"index": piece.number, "text": piece.text, "logprobs": logprobs, "finish_reason": reason}
-        yield event({**head, "choices": [choice], **tail})
+        yield chunk(piece.number, piece.text, logprobs, reason)
     if _wants_usage(request):
         yield event({**head, "choices": [], "usage": usage(answering)})
     yield event("[DONE]")

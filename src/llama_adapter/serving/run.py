@@ -1,11 +1,15 @@
 """Listening: a socket before the base is read, a server until SIGTERM."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.inference.session import Session
@@ -62,10 +66,50 @@ def serve(
     if len(app.state.server.experts.names()) == 1:
         where = f"{config.adapter_dir} has none" if config.adapter_dir else "none was given"
         log.warning("the bare base is served alone: no adapter is there (%s)", where)
-    settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
-        timeout_graceful_shutdown=int(config.drain) + 1,
-    )  # fmt: skip
     host, port = listening.getsockname()[:2]
     on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    uvicorn.Server(settings).run(sockets=[listening])
+    uvicorn.Server(settings(app, config)).run(sockets=[listening])
+
+
+def settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
+    """How uvicorn serves an application of `create_app`."""
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
+        timeout_graceful_shutdown=int(config.drain) + 1, http=type("Http", (Impatient,), {"idle": config.idle}),
+    )  # fmt: skip
+
+
+class Impatient(H11Protocol):
+    """HTTP of clients that send the head of a request in time: uvicorn itself waits for it for ever.
+
+    Attributes:
+        idle: seconds from connecting, or from a head's first byte, to its last.
+    """
+
+    idle: float
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _watch(self) -> None:
+        """Close the connection later, unless the head of a request is there."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(self.idle, self.transport.close)

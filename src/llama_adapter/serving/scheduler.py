@@ -20,6 +20,9 @@ T = TypeVar("T")
 PREFILL = 4096
 """Prompt tokens, padding included, that join at once; one long prompt may have more."""
 
+PIECE = 512
+"""Of those, how many are read between two steps, so that others' answers go on."""
+
 LATE = "The request took longer than the server allows: ask for less, or later."
 
 
@@ -71,6 +74,8 @@ class Scheduler:
         self._beyond = stretches_beyond(engine.model.config)
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
+        self._joining: list[Ticket] = []
+        self._suspects: deque[Ticket] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -119,7 +124,7 @@ class Scheduler:
             self._closing = True
             self._news.notify()
         until = time.monotonic() + seconds
-        for ticket in (*self._waiting, *self._running):
+        for ticket in (*self._waiting, *self._suspects, *self._running):
             ticket.deadline = min(ticket.deadline, until)
         self._thread.join(seconds + 10)
 
@@ -153,7 +158,9 @@ class Scheduler:
                     self._answer(batch)
             except Exception as error:  # a fault of the batch is one of all its requests, and the server goes on
                 log.exception("the running batch failed")
-                failed, self._running = self._running, []
+                failed = [*self._running, *self._suspects]
+                self._running, self._joining = [], []
+                self._suspects.clear()
                 for ticket in failed:
                     ticket.open.clear()
                     tell(ticket, error)
@@ -170,7 +177,10 @@ class Scheduler:
         while True:
             self._do_jobs(batch)
             self._let_in(batch)
+            self._read_on(batch)
             if not batch.members:
+                if batch.joining or self._suspects:
+                    continue
                 return
             places = {id(member): (t, i) for t in self._running for i, member in enumerate(t.members)}
             ended: list[Member] = []
@@ -183,7 +193,7 @@ class Scheduler:
             batch.advance()
 
     def _let_go(self, batch: Batch, ended: list[Member]) -> None:
-        """Let the rows that have ended leave, and requests that are done, late or given up."""
+        """Let the rows that have ended leave, and requests that are done, late or given up, be they still joining."""
         done = [ticket for ticket in self._running if not ticket.open or ticket.cancelled or ticket.late]
         for ticket in done:
             self._running.remove(ticket)
@@ -195,14 +205,14 @@ class Scheduler:
             ticket.open.clear()
 
     def _let_in(self, batch: Batch) -> None:
-        """Let waiting requests join while there is room, in their order."""
+        """Let waiting requests begin to join while there is room, in their order."""
         new: list[Ticket] = []
         with self._news:
             gone = [ticket for ticket in self._waiting if ticket.cancelled or ticket.late]
             for ticket in gone:  # wherever they stand: behind one that finds no room they would fill the line
                 self._waiting.remove(ticket)
             rows, longest = len(batch.members), 0
-            while self._waiting:
+            while self._waiting and not batch.joining and not self._suspects:
                 ticket = self._waiting[0]
                 longest = max(longest, *(len(row.tokens) for row in ticket.rows))
                 joining = sum(len(other.rows) for other in new) + len(ticket.rows)
@@ -212,7 +222,10 @@ class Scheduler:
                 new.append(self._waiting.popleft())
         for ticket in gone:
             tell(ticket, TimeoutError(LATE))
-        self._join(batch, new)
+        if self._suspects and not batch.joining:
+            new = [self._suspects.popleft()]
+        if new:
+            self._begin(batch, new)
 
     def _may_stand_beside(self, ticket: Ticket, new: Sequence[Ticket]) -> bool:
         """Whether nobody's rotations would be scaled by the length of another's rows."""
@@ -223,28 +236,39 @@ class Scheduler:
         others = [*self._running, *new]
         return self._beyond is None or not others or not any(map(stretches, (ticket, *others)))
 
-    def _join(self, batch: Batch, new: Sequence[Ticket]) -> None:
-        """Admit requests and read their prompts together; where that fails, one by one, to find whose fault it is."""
-        if not new:
-            return
-        members: list[Member] = []
+    def _begin(self, batch: Batch, new: list[Ticket]) -> None:
+        """Admit requests, whose prompts are read from now on."""
+        self._running += new
+        self._joining = new
         try:
             members = batch.admit([row for ticket in new for row in ticket.rows])
-            batch.join(members)
+            for ticket in new:
+                ticket.members, members = members[: len(ticket.rows)], members[len(ticket.rows) :]
+                ticket.open = set(range(len(ticket.rows)))
+            batch.begin([member for ticket in new for member in ticket.members])
         except Exception as error:
-            for member in members:
-                member.release()
-            if len(new) > 1:
-                for ticket in new:
-                    self._join(batch, [ticket])
-                return
-            log.debug("a request could not join the batch", exc_info=True)
-            tell(new[0], error)
+            self._could_not_join(batch, error)
+
+    def _read_on(self, batch: Batch) -> None:
+        """Read a piece of the prompts of those who are joining."""
+        try:
+            batch.read(PIECE)
+        except Exception as error:
+            self._could_not_join(batch, error)
+
+    def _could_not_join(self, batch: Batch, error: Exception) -> None:
+        """Say so to the one whose fault it is; of several, each joins alone, to find out who."""
+        failed = [ticket for ticket in self._joining if ticket in self._running]
+        batch.drop([member for ticket in failed for member in ticket.members])
+        for ticket in failed:
+            self._running.remove(ticket)
+            ticket.members, ticket.open = [], set()
+        if len(failed) > 1:
+            self._suspects += failed
             return
-        for ticket in new:
-            ticket.members, members = members[: len(ticket.rows)], members[len(ticket.rows) :]
-            ticket.open = set(range(len(ticket.rows)))
-            self._running.append(ticket)
+        log.debug("a request could not join the batch", exc_info=error)
+        for ticket in failed:
+            tell(ticket, error)
 
 
 def enough(ticket: Ticket, number: int, member: Member, choice: Choice) -> bool:

@@ -19,13 +19,13 @@ OF_THE_MACHINE = {
 """Settings that no reader of a card needs; some are paths, which are nobody's business."""
 
 
-def write_run_card(config: TrainConfig, result: Mapping[str, Any], train_examples: int, val_examples: int) -> None:
+def write_run_card(config: TrainConfig, result: Mapping[str, Any], learnt_from: str, val_examples: int) -> None:
     """Write the card of a run's adapter into its folder; an edited one is kept.
 
     Args:
         config: the run's.
         result: the fields of its `TrainResult`.
-        train_examples: how many it learnt from.
+        learnt_from: how many examples that were, in a few words.
         val_examples: how many it was measured on.
 
     Raises:
@@ -34,7 +34,7 @@ def write_run_card(config: TrainConfig, result: Mapping[str, Any], train_example
     sources = [*config.data, *config.val_data]
     names = ", ".join(_data_name(source) for source in sources)
     rows: dict[str, object] = {
-        "data": f"{names}: {train_examples:,} examples to train on, {val_examples:,} to validate",
+        "data": f"{names}: {learnt_from}, {val_examples:,} to validate",
         "training": f"{result['steps']:,} steps of {config.batch_size} examples, learning rate {config.peak_lr:g}",
     }
     before, best = result["base_val_loss"], result["best_val_loss"]

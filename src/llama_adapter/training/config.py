@@ -36,6 +36,7 @@ from llama_adapter.settings import (
 log = logging.getLogger(__name__)
 
 BasePrecision = Literal["auto", "fp8", "int8"]
+Method = Literal["sft", "dpo"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 
@@ -77,6 +78,22 @@ class TrainConfig:
         stands_for=512,
     )  # fmt: skip
     skip_bad_records: bool = setting(False, "Count unusable records instead of stopping.", "Model and data")
+    streaming: bool = setting(
+        False, "Read --data as it is needed, where they are larger than memory: .jsonl, .gz, .zst, .parquet, patterns, "
+        "hub names. Needs --max-steps; --val-size is then the first N records.",
+        "Model and data",
+    )  # fmt: skip
+    shuffle_buffer: Count | None = setting(
+        None, "Records that --streaming shuffles at a time.", "Model and data", stands_for=10_000
+    )
+
+    method: Method = setting(
+        "sft", "Learn answers (sft), or from chosen and rejected ones which is better (dpo).", "Method"
+    )
+    beta: Positive | None = setting(
+        None, "Of dpo: how near to the reference, which the run starts from, the adapter stays.", "Method",
+        stands_for=0.1,
+    )  # fmt: skip
 
     init_from: Place | None = setting(
         None,
@@ -88,6 +105,11 @@ class TrainConfig:
         None, "L, top layers with prompts (default: all but the lowest two); 0 for none.", "Adapter"
     )
     gate_activation: GateActivation | None = setting(None, "Applied to the gates.", "Adapter", stands_for="tanh")
+    prompt_init_text: str | None = setting(
+        None, "Start prompts from what each layer reads at this text's tokens; 'data' is the first training example "
+        "(default: N(0, 1)).",
+        "Adapter",
+    )  # fmt: skip
     gate_scale: bool = setting(False, "One more factor per layer on its gates (V2's new_gate).", "Adapter")
     norms: bool = setting(False, "Train own copies of the base's norms (V2).", "Adapter")
     linear_scale: tuple[str, ...] = setting((), "Linears that get a scale of their inputs (V2). Repeatable.", "Adapter")
@@ -159,8 +181,13 @@ class TrainConfig:
     )
     compile: bool = setting(False, "Compile the layers: slow start, quicker steps.", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
-    eval_every: Count | None = setting(None, "Steps between validations (default: once an epoch).", "Running")
-    save_every: Count = setting(100, "Steps between checkpoints.", "Running")
+    eval_every: Count | None = setting(
+        None, "Steps between validations (default: once an epoch; with --streaming a tenth of the run).", "Running"
+    )
+    save_every: Count = setting(
+        100, "Steps between checkpoints. A journal keeps every step between, if that takes a tenth of the time.",
+        "Running",
+    )  # fmt: skip
     trackers: tuple[Tracker, ...] = setting(
         (), "Also log to: tensorboard (the default), wandb, trackio. Repeatable; 'none' for none.", "Running"
     )
@@ -191,6 +218,8 @@ class TrainConfig:
             yield f"min_lr is {self.min_lr}, above the peak learning rate {self.peak_lr:g}: lower it, or pass --lr"
         if sound("trackers") and "none" in self.trackers and len(set(self.trackers)) > 1:
             yield f"trackers are {', '.join(self.trackers)}: pass 'none' or the others"
+        if sound("streaming", "max_steps", "val_size", "condition"):
+            yield from self._between_streaming()
         if sound("condition", "data"):
             yield from idle_settings(vars(self)).values()
         if sound("base_precision", "load_in_4bit", "load_in_8bit"):
@@ -208,10 +237,30 @@ class TrainConfig:
                     yield "parts_lr has no effect without norms, linear_scale, linear_bias and lora_rank: leave it out"
                 if parts and self.compile is True:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
+        if self.prompt_init_text is not None and self.init_from is not None and self.resume is not True:
+            yield "prompt_init_text has no effect on the prompts of init_from: leave one of them out"
+        if self.condition is not None and self.method == "dpo":
+            yield "method dpo compares answers to text, without a condition: leave condition out"
         if self.condition is not None and self.adapter_layers == 0:
             yield "adapter_layers is 0, and a condition is added to prompts: give at least 1"
         if self.resume is True and self.overwrite is True:
             yield "resume and overwrite exclude each other: pass one of them"
+
+    def _between_streaming(self) -> Iterator[str]:
+        if not self.streaming:
+            return
+        if self.max_steps is None:
+            yield "streaming needs max_steps, as nobody knows how many records there are: pass --max-steps N"
+        if self.val_size is not None and self.val_size % 1 and not self.val_data:
+            yield (
+                f"val_size is {self.val_size}, a share of what nobody knows with streaming: pass --val-size N for the "
+                "first N records, or --val-data FILE"
+            )
+        if self.condition is not None:
+            yield (
+                f"streaming knows no condition, and this is {self.condition}, whose files are encoded before a run: "
+                "leave one of them out"
+            )
 
     def value(self, name: str) -> Any:
         """The setting of this name, or what it stands for where it is a default None."""
@@ -265,6 +314,10 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
         elif kind is not None and name in IDLE.get(kind, VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
+        elif name == "shuffle_buffer" and not values.get("streaming"):
+            sentences[name] = "shuffle_buffer has no effect without streaming: pass --streaming, or leave it out"
+        elif name == "beta" and values.get("method", "sft") == "sft":
+            sentences[name] = "beta has no effect without method dpo: pass --method dpo, or leave it out"
         elif name == "scienceqa_style" and isinstance(data, str | list | tuple) and "scienceqa:" not in str(data):
             sentences[name] = f"{name} has no effect without --data scienceqa:FOLDER: leave it out"
     return sentences

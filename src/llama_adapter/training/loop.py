@@ -9,14 +9,15 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,24 +29,29 @@ from llama_adapter.conditions.perception import Perception
 from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
 from llama_adapter.core.routing import Adapter
+from llama_adapter.core.warm_start import prompts_from_text
 from llama_adapter.data import Encoded
-from llama_adapter.data.batches import MicroBatch, global_batch, micro_batches, response_tokens, steps_per_epoch
+from llama_adapter.data.batches import MicroBatch, micro_batches
+from llama_adapter.data.encode import texts_of
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.progress import progress_bar
 from llama_adapter.training.card import write_run_card
-from llama_adapter.training.checkpoint import Progress, RunFolder
+from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.fp8 import quantise_base, require_fp8
-from llama_adapter.training.loss import response_loss, why_not_packed
+from llama_adapter.training.loss import why_not_packed
+from llama_adapter.training.objective import Objective, Responses, objective_of
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
+from llama_adapter.training.owner import restarted
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.perceive import condition_of, look, tower_of
-from llama_adapter.training.plots import plot_gates, plot_loss
+from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared, prepare
+from llama_adapter.training.sharding import check_strategy, in_step, shards_of
 from llama_adapter.training.start import (
     adapter_of,
     check_extras,
@@ -53,6 +59,7 @@ from llama_adapter.training.start import (
     check_written_alike,
     chosen_trackers,
     settle,
+    start_text,
 )
 from llama_adapter.training.stop import stop_signals
 
@@ -80,25 +87,36 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
+    folder = RunFolder(config.output_dir)
+    try:
+        return _train(restarted(config), folder)
+    finally:
+        folder.release()
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
     config, start = settle(config)
     check_extras(config)
     base = load_config(config.value("model"))
     check_start(start, config, base)
     resolve_layers(config.adapter_config(), base)
     check_parts(config.adapter_config(), base)
+    check_strategy(config, base)
     accelerator = start_accelerator(config)
     if config.base_precision == "fp8":
         require_fp8(accelerator.device, base)
-    folder = RunFolder(config.output_dir)
     if accelerator.is_main_process:
+        folder.lock()
         folder.check(config)
         if config.push_to_hub:
             open_repository(config.push_to_hub)
     (now,) = broadcast_object_list([folder.now(config)])
-    data = prepare(config, load_tokenizer(config.value("model")), Limits.of(base), now)
+    tokenizer = load_tokenizer(config.value("model"))
+    data = prepare(config, tokenizer, Limits.of(base), now)
     check_written_alike(start, data.raw)
+    text = start_text(config, data.train[0], tokenizer)
     if accelerator.is_main_process:
-        folder.check_length(config, steps_per_epoch(len(data.train), config.batch_size))
+        folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
     tower = tower_of(config, accelerator.device)
@@ -107,7 +125,9 @@ def train(config: TrainConfig) -> TrainResult:
     resolve_layers(adapter_config, base)  # again, with the condition's layers
     perception = None if condition is None else look(condition, config, data, accelerator, tower)
 
-    model = load_base(config.value("model"), accelerator.device, config.precision, config.quantization)
+    model = load_base(
+        config.value("model"), accelerator.device, config.precision, config.quantization, shards_of(accelerator)
+    )
     check_backward(model)
     if config.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
@@ -117,21 +137,25 @@ def train(config: TrainConfig) -> TrainResult:
         compile_layers(model)
     torch.manual_seed(config.seed)
     adapter = add_adapter(model, adapter_config, state_dict=None if start is None else start.tensors)
+    if text is not None:
+        prompts_from_text(model, adapter, text)
     optimizer = build_optimizer(adapter, config)
     if accelerator.is_main_process:
         folder.claim(config)
     accelerator.wait_for_everyone()
-    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception)
-    with compiler_errors():
-        run.loop()
-    return run.finish()
+    objective = objective_of(config, model, adapter, start, folder, accelerator.is_main_process)
+    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception, objective)
+    with folder.resumable():
+        with compiler_errors():
+            run.loop()
+        return run.finish()
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
 
     Raises:
-        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
+        TrainingError: a tracker cannot be used.
     """
     trackers = chosen_trackers(config)
     try:
@@ -145,12 +169,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise TrainingError(f"trackers {', '.join(trackers)} cannot be used: {error}") from None
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    if accelerator.distributed_type in sharded:
-        raise TrainingError(
-            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
-            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
-        )
     return accelerator
 
 
@@ -180,19 +198,21 @@ class Run:
         adapter: Adapter,
         optimizer: torch.optim.AdamW,
         perception: Perception | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
         self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
-        self.per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+        self.objective = objective or Responses()
+        self.per_epoch, self.feed = data.steps_per_epoch(config), data.feed(config)
         self.total = config.total_steps(self.per_epoch)
         self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
+        self.feed.seek(self.progress.position)
         self.is_main = accelerator.is_main_process
         self.packed = self._may_pack()
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
-        longest = max(len(example.input_ids) for example in (*self.data.train, *self.data.val))
-        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, longest)
+        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, self.data.longest)
         if self.perception is not None:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
@@ -215,43 +235,41 @@ class Run:
                 self._validate(bar)
             for step in range(start, self.total):
                 began = time.perf_counter()
-                batch = [
-                    self.data.train[i] for i in global_batch(len(self.data.train), config.batch_size, step, config.seed)
-                ]
+                batch = self.feed.batch(step)
                 lr = learning_rate(config, step, self.total)
-                loss, norm, stopping = self._step(batch, lr, stop.requested)
-                self.progress.step = step + 1
+                values, norm, stopping = self._step(batch, lr, stop.requested)
+                self.progress.step, self.progress.position = step + 1, self.feed.position
                 seconds = time.perf_counter() - began
-                tokens = sum(len(example.input_ids) for example in batch)
-                bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+                tokens = sum(len(text.input_ids) for text in texts_of(batch))
+                bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
                 bar.update()
-                self._log(loss=loss, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
+                self._log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
                 if self._is_due(config.eval_every or self.per_epoch):
                     self._validate(bar)
-                if stopping or self._is_due(config.save_every):
-                    self._save()
+                if self.is_main:
+                    self._save(stopping or self._is_due(config.save_every))
                 if stopping:
                     raise Interrupted(
                         f"Stopped after step {step + 1} of {self.total}; everything is saved. "
                         f"Go on with: llama-adapter train {shlex.quote(str(self.folder.recipe))} --resume"
                     )
 
-    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[float, float, bool]:
-        """One optimiser step; returns the loss per response token, the gradient's norm, and whether to stop."""
-        accelerator, tokens = self.accelerator, max(1, response_tokens(batch))
+    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[dict[str, float], float, bool]:
+        """One optimiser step; returns the objective's values, the gradient's norm, and whether to stop."""
+        accelerator, count = self.accelerator, max(1, self.objective.count(batch))
         parameters = list(self.adapter.parameters())
         self.optimizer.zero_grad(set_to_none=False)
-        total = torch.zeros((), device=accelerator.device)
-        for micro_batch in self._batches(batch, self.config.micro_batch_size):
+        total = torch.zeros(len(self.objective.names), device=accelerator.device)
+        for micro_batch, weight in self._batches(batch, self.config.micro_batch_size):
             with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
-                loss = self._loss(micro_batch) / tokens
-                loss.backward()
-            total += loss.detach()
+                sums = self._sums(micro_batch) * weight / count
+                sums[0].backward()
+            total += sums.detach()
         gradients = [self._gradient(parameter) for parameter in parameters]
-        flags = torch.stack([total, total.new_tensor(float(stop))])
+        flags = torch.cat([total, total.new_tensor([float(stop)])])
         if accelerator.num_processes > 1:
             flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
-            flags, rest = flat[:2], flat[2:].split([gradient.numel() for gradient in gradients])
+            flags, *rest = flat.split([len(flags), *(gradient.numel() for gradient in gradients)])
             for gradient, summed in zip(gradients, rest, strict=True):
                 gradient.copy_(summed.view_as(gradient))
         limit = self.config.max_grad_norm or float("inf")
@@ -265,21 +283,24 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         self.optimizer.step()
-        return float(flags[0]), norm, bool(flags[1])
+        *values, stopping = flags.tolist()
+        return dict(zip(self.objective.names, values, strict=True)), norm, bool(stopping)
 
-    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
-        """This process's share, `size` examples a forward."""
-        make = packed_rows if self.packed else micro_batches
+    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
+        """This process's share, `size` examples a forward, and what each counts for, see `in_step`."""
+        make: Callable[..., Iterator[MicroBatch | PackedRow]] = packed_rows if self.packed else micro_batches
+        accelerator = self.accelerator
         for kind in by_kind(examples) if self.config.disjoint else [examples]:
-            yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
+            share = make(kind, size, accelerator.process_index, accelerator.num_processes)
+            yield from in_step(share, accelerator, partial(make, kind[:1], size))
 
-    def _loss(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
-        """Summed loss of a micro-batch, under the condition of its pictures where there is one."""
+    def _sums(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
+        """The objective's sums over a micro-batch, under the condition of its pictures where there is one."""
         if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
-            return response_loss(self.model, batch, self.accelerator.device)
+            return self.objective.sums(self.model, batch, self.accelerator.device)
         condition = self.perception.condition(cast(Condition, self.adapter.condition), batch.media)
         with use_adapter(self.model, self.adapter.name, condition):
-            return response_loss(self.model, batch, self.accelerator.device)
+            return self.objective.sums(self.model, batch, self.accelerator.device)
 
     @staticmethod
     def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -288,30 +309,35 @@ class Run:
         return parameter.grad
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Encoded]) -> float:
-        """Loss per response token over `examples`, in nats."""
-        accelerator = self.accelerator
-        total = torch.zeros((), device=accelerator.device)
-        for batch in self._batches(examples, 2 * self.config.micro_batch_size):
-            total += self._loss(batch)
-        return float(accelerator.reduce(total, "sum")) / max(1, response_tokens(examples))
+    def evaluate(self, examples: Sequence[Encoded]) -> dict[str, float]:
+        """The objective's values over `examples`."""
+        objective, accelerator = self.objective, self.accelerator
+        total = torch.zeros(len(objective.names), device=accelerator.device)
+        for batch, weight in self._batches(examples, 2 * self.config.micro_batch_size):
+            total += self._sums(batch) * weight
+        means = accelerator.reduce(total, "sum") / max(1, objective.count(examples))
+        return dict(zip(objective.names, means.tolist(), strict=True))
 
     def _validate(self, bar: Any) -> None:
         if not self.data.val:
             return
         bar.set_description("validating")
-        loss = self.evaluate(self.data.val)
+        values = self.evaluate(self.data.val)
+        loss = values["loss"]
         bar.set_description(f"val {loss:.3f}")
-        self._log(val_loss=loss)
+        self._log(**{f"val_{name}": value for name, value in values.items()})
         if loss < self.progress.best_val_loss:
             self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
             if self.is_main:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
 
-    def _save(self) -> None:
-        if self.is_main:
-            data = self.data
-            self.folder.save_checkpoint(self.model, self.adapter, self.optimizer, self.progress, data.digest, data.now)
+    def _save(self, whole: bool) -> None:
+        """Write a checkpoint, or else the step's state alone."""
+        state = Trained(self.adapter, self.optimizer, self.progress, self.data.digest, self.data.now)
+        if whole:
+            self.folder.save_checkpoint(self.model, state)
+        else:
+            self.folder.save_step(state)
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total
@@ -319,7 +345,7 @@ class Run:
     def _log(self, **values: float) -> None:
         step = self.progress.step
         if self.is_main:
-            self.folder.log({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+            self.folder.log({"step": step, "epoch": self.feed.epoch(step), **values})
             self.accelerator.log(values, step=step)
 
     def _start_trackers(self, start: int) -> None:
@@ -343,12 +369,15 @@ class Run:
 
     def finish(self) -> TrainResult:
         """Write the pictures and the card, push where that is asked for, and sum the run up."""
+        log.info("trained on %s", self.feed.summary())
         self.accelerator.end_training()
         history = self.folder.history() if self.is_main else []
         if self.is_main:
             if not self.data.val:
                 save_adapter(self.model, self.folder.path, self.adapter.name)
-            plot_loss(history, self.folder.path / "loss.png")
+            plot_loss(history, self.folder.path / "loss.png", self.objective.unit)
+            if self.config.method == "dpo":
+                plot_rewards(history, self.folder.path / "rewards.png")
             gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
             if gates:
                 plot_gates(gates, self.folder.path / "gates.png")
@@ -363,7 +392,7 @@ class Run:
             best_step=self.progress.best_step,
         )
         if self.is_main:
-            write_run_card(self.config, asdict(result), len(self.data.train), len(self.data.val))
+            write_run_card(self.config, asdict(result), self.feed.summary(), len(self.data.val))
             if self.config.push_to_hub:
                 self._push(self.config.push_to_hub)
         return result

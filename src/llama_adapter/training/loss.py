@@ -19,9 +19,15 @@ def response_loss(model: PreTrainedModel, batch: MicroBatch | PackedRow, device:
 
 
 def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
-    """Summed cross-entropy of a packed row's response tokens, fp32; the output head runs on no other position.
+    """Summed cross-entropy of a packed row's response tokens, fp32; see `packed_logits`."""
+    return cross_entropy(packed_logits(model, row).flatten(0, 1), row.targets, reduction="sum")
 
-    `model` must have an adapter, active or not: its attention is what keeps the examples apart.
+
+def packed_logits(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+    """Logits [1, R, vocabulary], fp32, of a packed row.
+
+    The output head runs on the R positions that predict a response token and on no other. `model` must have an
+    adapter, active or not: its attention is what keeps the examples apart.
     """
     logits = model(
         input_ids=row.input_ids,
@@ -33,7 +39,7 @@ def packed_loss(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
         use_cache=False,
         **{SEGMENTS: row.segments},
     ).logits
-    return cross_entropy(logits.flatten(0, 1).float(), row.targets, reduction="sum")
+    return logits.float()
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:

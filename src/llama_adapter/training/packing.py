@@ -7,7 +7,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from llama_adapter.data.encode import IGNORE, Encoded
+from llama_adapter.data.encode import IGNORE, Encoded, texts_of
 from llama_adapter.training.packed_attention import Segments
 
 HEAD = 16
@@ -24,6 +24,7 @@ class PackedRow:
         predicting: [R] int64, positions whose next token carries loss.
         targets: [R] int64, those tokens.
         segments: where the examples lie.
+        counts: how many of the predictions each example has, in their order.
     """
 
     input_ids: Tensor
@@ -31,13 +32,14 @@ class PackedRow:
     predicting: Tensor
     targets: Tensor
     segments: Segments
+    counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> "PackedRow":
         """The same on `device`."""
         ids, positions, predicting, targets = (
             x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.predicting, self.targets)
         )
-        return PackedRow(ids, positions, predicting, targets, self.segments.to(device))
+        return PackedRow(ids, positions, predicting, targets, self.segments.to(device), self.counts)
 
 
 def shared_prefix(examples: Sequence[Encoded]) -> int:
@@ -50,16 +52,20 @@ def shared_prefix(examples: Sequence[Encoded]) -> int:
 
 
 def pack(examples: Sequence[Encoded]) -> PackedRow:
-    """One row of these examples."""
+    """One row of these examples; a preference pair is two of them."""
+    examples = texts_of(examples)
     prefix = shared_prefix(examples)
     ids, positions = list(examples[0].input_ids[:prefix]), list(range(prefix))
-    predicting, targets = [], []
+    predicting: list[int] = []
+    targets: list[int] = []
+    counts = []
     for example in examples:
-        offset = len(ids) - prefix
+        offset, before = len(ids) - prefix, len(targets)
         for position in range(prefix, len(example.labels) - 1):
             if example.labels[position + 1] != IGNORE:
                 predicting.append(offset + position)
                 targets.append(example.labels[position + 1])
+        counts.append(len(targets) - before)
         ids += example.input_ids[prefix:]
         positions += range(prefix, len(example.input_ids))
     return PackedRow(
@@ -68,6 +74,7 @@ def pack(examples: Sequence[Encoded]) -> PackedRow:
         torch.tensor(predicting, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
         Segments(prefix, tuple(len(example.input_ids) - prefix for example in examples)),
+        tuple(counts),
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from llama_adapter.base import check_parts, load_config, load_tokenizer
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import resolve_layers
-from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.limits import Limits
 from llama_adapter.formats.native import tensor_shapes
 from llama_adapter.training.checkpoint import RunFolder
@@ -34,7 +33,7 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
         folder.check(config)
     data = prepare(config, load_tokenizer(model), Limits.of(base))
     check_written_alike(start, data.raw)
-    per_epoch = steps_per_epoch(len(data.train), config.batch_size)
+    per_epoch = data.steps_per_epoch(config)
     folder.check_length(config, per_epoch)
     adapter = adapter_of(config, start, condition_of(config, data, tower_of(config)), data.raw)
     layers, shape = resolve_layers(adapter, base), shape_of(base)
@@ -44,8 +43,9 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": model,
         "family": shape["model_type"],
+        "method": config.method,
         **data.report(),
-        "steps_per_epoch": per_epoch,
+        **({} if data.streamed else {"steps_per_epoch": per_epoch}),
         "steps": config.total_steps(per_epoch),
         "peak_lr": config.peak_lr,
         "adapter_layers": layers,

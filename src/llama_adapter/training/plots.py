@@ -1,6 +1,7 @@
 """Pictures of a run: the loss curve, and the gates layer by head."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llama_adapter.errors import ConfigError
+from llama_adapter.files import write_atomically, writing
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, unit: str = "loss per response token (nats)") -> None:
     """Training loss per step (thin, and smoothed) and validation loss, from the lines of metrics.jsonl."""
     train = [(line["step"], line["loss"]) for line in history if "loss" in line]
     val = [(line["step"], line["val_loss"]) for line in history if "val_loss" in line]
@@ -24,9 +26,31 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         steps, losses = np.array(val).T
         axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
         axes.axhline(losses[0], color="grey", linewidth=1, linestyle=":", label="the base, before training")
-    axes.set(xlabel="optimiser step", ylabel="loss per response token (nats)", title="Loss")
+    axes.set(xlabel="optimiser step", ylabel=unit, title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, path)
+
+
+def plot_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rewards of a DPO run (smoothed) and, on validation data, how often the chosen answer has the higher one."""
+    train = [line for line in history if "rewards/chosen" in line]
+    val = [line for line in history if "val_rewards/accuracies" in line]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    for name, colour in (("chosen", "tab:green"), ("rejected", "tab:red"), ("margins", "tab:blue")):
+        if train:
+            values = np.array([line[f"rewards/{name}"] for line in train])
+            above.plot([line["step"] for line in train], smooth(values), color=colour, label=name)
+    steps = [line["step"] for line in train]
+    below.plot(steps, smooth(np.array([line["rewards/accuracies"] for line in train])), label="training")
+    shares = [line["val_rewards/accuracies"] for line in val]
+    below.plot([line["step"] for line in val], shares, marker="o", markersize=4, label="validation")
+    above.set(ylabel="reward", title="Rewards: beta x log-ratio to the reference")
+    below.set(xlabel="optimiser step", ylabel="chosen above rejected", ylim=(0, 1))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.legend()
     _write(figure, path)
 
 
@@ -75,8 +99,11 @@ def plot_scores(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
 def _write(figure: Figure, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path} does not end in .png: pictures are PNG files.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    content = BytesIO()
+    figure.savefig(content, dpi=120)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
 
 
 def smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:

@@ -3,18 +3,22 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from llama_adapter.data.batches import response_tokens
-from llama_adapter.data.encode import Encoded, encode_records
-from llama_adapter.data.examples import Media
+from llama_adapter.data.batches import response_tokens, steps_per_epoch
+from llama_adapter.data.encode import Encoded, encode_records, texts_of
+from llama_adapter.data.examples import Example, Media
+from llama_adapter.data.formats import parse_record
 from llama_adapter.data.limits import Limits
-from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings
+from llama_adapter.data.pairs import SHAPES, parse_pair
+from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
+from llama_adapter.training.feed import Feed, MemoryFeed, RecordEncoder, StreamFeed
+from llama_adapter.training.streaming import digest_of, open_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,13 +31,16 @@ class Prepared:
     """Everything a run learns from and is measured on.
 
     Attributes:
-        train: encoded training examples.
+        train: encoded training examples; of streamed data the first ones, which stand for the others.
         val: encoded validation examples; may be empty.
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
-        digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same.
+        digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same. Of streamed data
+            it is that of the files' sizes, beginnings and ends.
         now: what a chat template that writes the date was told; a resumed run tells it the same.
         notes: what the records hold and nobody reads, with counts.
+        longest: no example has more tokens.
+        streamed: the batches of streamed data; None where all is in memory.
     """
 
     train: list[Encoded]
@@ -43,20 +50,34 @@ class Prepared:
     digest: str
     now: datetime
     notes: list[str] = field(default_factory=list)
+    longest: int = 0
+    streamed: StreamFeed | None = None
+
+    def feed(self, config: TrainConfig) -> Feed:
+        """The batches of the run, from its beginning."""
+        return self.streamed or MemoryFeed(self.train, config.batch_size, config.seed)
+
+    def steps_per_epoch(self, config: TrainConfig) -> int:
+        """Optimiser steps in one pass over the data; of streamed data, whose end nobody knows, a tenth of the run's."""
+        if self.streamed is not None:
+            return -(-config.total_steps(1) // 10)
+        return steps_per_epoch(len(self.train), config.batch_size)
 
     def media(self) -> list[Media]:
         """Every file that an example names, once."""
         return list(dict.fromkeys(media for example in (*self.train, *self.val) for media in example.media))
 
     def report(self) -> dict[str, int | float]:
-        """Counts worth seeing before a run: examples, truncations, tokens."""
-        lengths = [len(example.input_ids) for example in (*self.train, *self.val)]
-        return {
-            "train_examples": len(self.train),
+        """Counts worth seeing before a run: examples, of which a preference pair is one, truncations, tokens."""
+        texts = texts_of([*self.train, *self.val])
+        lengths = [len(text.input_ids) for text in texts]
+        streamed = {} if self.streamed is None else {"streamed_sources": len(self.streamed.stream.parts)}
+        return streamed | {
+            "train_examples" if self.streamed is None else "examples_looked_at": len(self.train),
             "val_examples": len(self.val),
             "skipped_records": len(self.skipped),
-            "truncated_examples": sum(example.truncated for example in (*self.train, *self.val)),
-            "merged_examples": sum(example.merged for example in (*self.train, *self.val)),
+            "truncated_examples": sum(text.truncated for text in texts),
+            "merged_examples": sum(text.merged for text in texts),
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "longest_tokens": max(lengths),
             "response_tokens": response_tokens(self.train) + response_tokens(self.val),
@@ -84,6 +105,11 @@ def prepare(
     now = now or datetime.now()
     max_length = _max_length(config, limits)
     skipped: list[str] = []
+    if config.streaming:
+        result = _streamed(config, tokenizer, limits, now, max_length, skipped)
+        _check(result, config, max_length, limits, tokenizer)
+        log_findings(skipped, result.notes)
+        return result
     loaded, train = _encoded(config, config.data, max_length, tokenizer, now, skipped)
     notes = loaded.notes
     if config.val_data:
@@ -100,9 +126,34 @@ def prepare(
         now=now,
         notes=notes,
     )
+    result = replace(result, longest=max(len(text.input_ids) for text in texts_of([*result.train, *result.val])))
     _check(result, config, max_length, limits, tokenizer)
     log_findings(skipped, notes)
     return result
+
+
+def _streamed(
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: Limits | None,
+    now: datetime,
+    max_length: int,
+    skipped: list[str],
+) -> Prepared:
+    """Data that are read as they are needed, of which the first are looked at."""
+    encoder = RecordEncoder(tokenizer, config.value("template"), max_length, now, limits, _parser(config))
+    streamed, first = open_stream(config, encoder)
+    notes, val = notes_of(first.examples), first.val
+    skipped += first.skipped
+    if config.val_data:
+        held_out, records = _encoded(config, config.val_data, max_length, tokenizer, now, skipped)
+        notes += [f"validation: {note}" for note in held_out.notes]
+        val = [text for texts in records for text in texts]
+    elif val:
+        log.info("validation: the first %d examples, which are not trained on", len(val))
+    return Prepared(
+        first.seen, val, encoder.raw, skipped, digest_of(streamed, _digest(val)), now, notes, max_length, streamed
+    )
 
 
 def _check(
@@ -111,12 +162,13 @@ def _check(
     """Raise for what the base cannot take; say what is lost or has no effect."""
     report = data.report()
     if limits is not None:
-        if limits.positions is not None and report["longest_tokens"] > limits.positions:
+        if limits.positions is not None and data.longest > limits.positions:
+            most = "up to " if data.streamed else ""
             raise ConfigError(
-                f"The longest example has {report['longest_tokens']} tokens and the base takes {limits.positions}: "
+                f"The longest example has {most}{data.longest} tokens and the base takes {limits.positions}: "
                 f"pass --max-length {limits.positions}, which truncates it."
             )
-        limits.check_ids((text.input_ids for text in (*data.train, *data.val)), tokenizer)
+        limits.check_ids((text.input_ids for text in texts_of([*data.train, *data.val])), tokenizer)
         if report["truncated_examples"] and max_length < config.value("max_length"):
             log.warning(
                 "the base takes %d tokens: %d examples lose what is beyond", max_length, report["truncated_examples"]
@@ -127,7 +179,7 @@ def _check(
         log.warning(
             "%d of %d examples have a token that joins an answer's edge with its neighbour, as no generated answer "
             "can: begin answers without a blank, or pass another --template",
-            merged, len(data.train) + len(data.val),
+            merged, len(texts_of([*data.train, *data.val])),
         )  # fmt: skip
     if data.raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)
@@ -152,12 +204,26 @@ def _encoded(
     """The records of `sources` and each one's texts; `skipped` gets a sentence for what was left out on the way."""
     options = {"scienceqa": {"style": config.scienceqa_style}}
     kinds = () if config.condition is None else (config.condition,)
-    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, kinds=kinds)
+    loaded = load_examples(sources, config.skip_bad_records, bool(kinds), options, _parser(config), kinds)
     rejected = loaded.skipped if config.skip_bad_records else None
+    if config.method == "dpo":
+        loaded = Loaded(_pairs_of(loaded.examples, rejected), loaded.skipped)
     records = encode_records(loaded.examples, config.value("template"), tokenizer, max_length, now, rejected)
     check_some_left(records, loaded.skipped)
     skipped += loaded.skipped
     return loaded, records
+
+
+def _parser(config: TrainConfig) -> Callable[[object], Example]:
+    return parse_pair if config.method == "dpo" else parse_record
+
+
+def _pairs_of(examples: Sequence[Example], skipped: list[str] | None) -> list[Example]:
+    """The examples with two answers: sources with a reader of their own have none."""
+    for example in examples:
+        if not example.rejected:
+            reject(f"{example.origin}: it is no preference pair; those are: {SHAPES}", skipped)
+    return [example for example in examples if example.rejected]
 
 
 def _split(
@@ -185,7 +251,7 @@ def _split(
 
 def _digest(examples: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
+    for example in texts_of(examples):
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
         for media in example.media:
             digest.update(media if isinstance(media, bytes) else media.encode())

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -14,11 +14,17 @@ from llama_adapter.base import empty_base, load_config
 from llama_adapter.conditions.config import ConditionConfig, check_digest, is_python, unnamed
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
+from llama_adapter.data import Encoded
 from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
+from llama_adapter.settings import shown
+from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import DEFAULTS, IDLE, VISUAL, TrainConfig, idle_settings, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 FROM_CONDITION = {
@@ -55,7 +61,8 @@ def read_start(source: str, base: str | None = None) -> Start:
 def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
     """The recipe with the settings of the adapter in `init_from`, and that adapter; (recipe, None) without one.
 
-    A run that is resumed has both in its own folder: `init_from` may be gone by then.
+    A run that is resumed has both in its own folder: `init_from` may be gone by then. One that was killed before its
+    first checkpoint begins once more.
 
     Raises:
         AdapterError: there is no sound adapter.
@@ -63,7 +70,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
     """
     if config.init_from is None:
         return config, None
-    if config.resume:
+    if config.resume and RunFolder(config.output_dir).has_checkpoint():
         recipe = Path(config.output_dir) / "recipe.yaml"
         named = {} if config.tower is None else {"tower": config.tower}
         before = load_recipe(str(recipe), named) if recipe.is_file() else config
@@ -120,6 +127,30 @@ def check_start(start: Start | None, config: TrainConfig, base: PretrainedConfig
         check_base(start.config, shape_of(base), config.init_from)
         if start.config.has_parts:
             check_parts_fit(start.config, start.tensors, empty_base(base), config.init_from)
+
+
+def start_text(config: TrainConfig, example: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+    """The tokens that prompts start from; None where they are drawn.
+
+    Args:
+        config: the recipe.
+        example: the first training example.
+        tokenizer: the base's.
+
+    Raises:
+        ConfigError: they are fewer than the prompts.
+    """
+    text, needed = config.prompt_init_text, config.value("adapter_len")
+    if text is None:
+        return None
+    ids: list[int] = example.input_ids if text == "data" else tokenizer(text)["input_ids"]
+    if len(ids) < needed:
+        what = "first training example" if text == "data" else f"prompt_init_text {shown(text)}"
+        raise ConfigError(
+            f"The {what} has {len(ids)} tokens, fewer than adapter_len {needed}, the prompts that start from it: give "
+            "a longer text, or lower --adapter-len."
+        )
+    return ids
 
 
 def check_written_alike(start: Start | None, raw: bool) -> None:

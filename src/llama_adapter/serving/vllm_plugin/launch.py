@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from llama_adapter.base import load_config, resolve_model
@@ -18,6 +19,8 @@ from llama_adapter.serving.vllm_plugin.folders import is_ours, rank_of, read_ser
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
+UNASKED = ("general", "platform", "io_processor", "stat_logger")
+"""Kinds of plugins that vLLM loads where nobody names any."""
 MOST_SLOTS = 64
 """Adapters that one batch may hold where nobody said; vLLM's scheduler keeps others waiting."""
 
@@ -78,10 +81,18 @@ def command(
 
 
 def environment(adapter_dir: str | None) -> dict[str, str]:
-    """What `command` wants in the environment: where adapters are found by name, and vLLM's leave to load them."""
+    """What `command` wants in the environment: where adapters are found by name, vLLM's leave to load them, our page.
+
+    vLLM takes routes from plugins that `VLLM_PLUGINS` names alone, which shuts others out: those of the groups that it
+    loads unasked are named, too.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    unasked = {point.name for group in UNASKED for point in entry_points(group=f"vllm.{group}_plugins")}
+    plugins = unasked if named is None else {name for name in named.split(",") if name}
+    found = {"VLLM_PLUGINS": ",".join(sorted(plugins | {"llama_adapter"}))}
     if adapter_dir is None:
-        return {}
-    return {
+        return found
+    return found | {
         "LLAMA_ADAPTER_DIR": str(Path(os.path.expanduser(adapter_dir)).resolve()),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def register() -> None:
     _tell_compiled_graphs_apart()
     _salt_the_prefix_cache()
     _let_lora_modules_do()
+    _begin_responses_once()
     if folder := os.environ.get("LLAMA_ADAPTER_DIR"):
         _resolve_from(Path(folder))
 
@@ -165,6 +167,26 @@ def _let_lora_modules_do() -> None:
 
     call.llama_adapter = True  # type: ignore[attr-defined]
     action.__call__ = call
+
+
+def _begin_responses_once() -> None:
+    """vLLM puts the tokenizer's first token before a response's prompt, which its template has begun with already."""
+    if "vllm.entrypoints.launchers.cli_args" not in sys.modules:
+        return  # only a server's process answers requests
+    import vllm
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    without = getattr(ResponsesRequest, "build_tok_params", None)
+    if without is None:
+        raise _moved(vllm, "ResponsesRequest.build_tok_params")
+    if hasattr(without, "llama_adapter"):
+        return
+
+    def build_tok_params(self: Any, model_config: Any) -> Any:
+        return replace(without(self, model_config), add_special_tokens=False)  # as for chats
+
+    build_tok_params.llama_adapter = True  # type: ignore[attr-defined]
+    ResponsesRequest.build_tok_params = build_tok_params
 
 
 def _resolve_from(folder: Path) -> None:

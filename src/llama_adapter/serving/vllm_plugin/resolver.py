@@ -23,11 +23,16 @@ class FolderResolver(LoRAResolver):
     def __init__(self, folder: Path) -> None:
         self.folder = Path(os.path.expanduser(folder)).resolve()
 
-    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """See `vllm.lora.resolver.LoRAResolver`; a name that leads out of the folder is nobody's."""
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", lora_name):
+    def find(self, name: str) -> Path | None:
+        """The folder of an adapter of ours; a name that leads out of the folder is nobody's."""
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
             return None
-        found = (self.folder / lora_name).resolve()
-        if not found.is_relative_to(self.folder) or found == self.folder or not is_ours(found):
+        found = Path(os.path.realpath(self.folder / name))  # unlike resolve, it takes links that go in a circle
+        return found if found.is_relative_to(self.folder) and found != self.folder and is_ours(found) else None
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See `vllm.lora.resolver.LoRAResolver`."""
+        found = self.find(lora_name)
+        if found is None:
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(found))  # vLLM gives it its number

@@ -1,0 +1,231 @@
+"""One trial on a real model: prepare a method, train it on the skills, measure it. Deterministic in its settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_methods import METHODS, Options, Prepared
+from transformers import PreTrainedModel
+
+from llama_adapter import list_adapters
+from llama_adapter.base import load_base, load_tokenizer
+from llama_adapter.data import Encoded
+from llama_adapter.data import Example as Conversation
+from llama_adapter.data.batches import response_tokens
+from llama_adapter.data.encode import encode_all
+from llama_adapter.data.examples import Message
+from llama_adapter.evaluation.demo import smollm2
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import Session
+from llama_adapter.inference.writing import Prompt
+from llama_adapter.training.loss import response_loss
+
+RECIPES = Path(__file__).resolve().parents[1]
+sys.path += [str(RECIPES / "skills"), str(RECIPES / "base")]
+from prose import heldout_passages  # noqa: E402
+from skills import SKILLS  # noqa: E402
+from skills import Example as Asked  # noqa: E402
+
+TEMPLATE = "chat"
+WARMUP = 0.1
+VALIDATION, TESTS, PASSAGES, PASSAGE_LENGTH = 4, 16, 12, 128
+"""Per skill: validation examples, questions of each held-out split; and how much prose is read."""
+HELD_OUT = ("heldout_entities", "heldout_wordings")
+CURVE = 15
+"""Steps between validations."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried; `group` and `label` say where the result goes in the report.
+
+    Attributes:
+        group: the question it belongs to.
+        label: its row.
+        method: one of `METHODS`.
+        lr: peak learning rate.
+        seed: of initialisation and of the training examples.
+        steps: optimiser steps.
+        per_skill: examples of each skill in a step.
+        skills: which are learnt, all by one adapter.
+        options: of the method.
+    """
+
+    group: str
+    label: str
+    method: str
+    lr: float
+    seed: int = 0
+    steps: int = 45
+    per_skill: int = 2
+    skills: tuple[str, ...] = tuple(SKILLS)
+    options: Options = field(default_factory=Options)
+
+    def key(self) -> dict[str, Any]:
+        """Everything that decides the figures; trials of several groups may share them."""
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        del settings["group"], settings["label"]
+        usual = json.loads(json.dumps(dataclasses.asdict(Options())))
+        changed = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
+        return settings | changed
+
+
+@cache
+def base(device: str, precision: Any) -> PreTrainedModel:
+    """The base as it was loaded; trials work on copies."""
+    return load_base(smollm2(), torch.device(device), precision)
+
+
+@cache
+def tokenizer() -> Any:
+    """Its tokenizer."""
+    return load_tokenizer(smollm2())
+
+
+def conversation(example: Asked) -> Conversation:
+    """A skill's example as the package takes it."""
+    return Conversation(
+        (Message("user", example.instruction), Message("assistant", example.output)), input=example.input
+    )
+
+
+def encoded(examples: Sequence[Asked]) -> list[Encoded]:
+    """Examples in the model's own chat template."""
+    return encode_all([conversation(e) for e in examples], TEMPLATE, tokenizer(), 512)
+
+
+def run(trial: Trial, device: str = "cpu", precision: str = "auto") -> dict[str, Any]:
+    """Train and measure; the figures as plain JSON values."""
+    torch.manual_seed(trial.seed)
+    model = copy.deepcopy(base(device, precision))
+    train = {
+        name: encoded(SKILLS[name].examples("train", trial.seed, trial.steps * trial.per_skill))
+        for name in trial.skills
+    }
+    val = [e for name in trial.skills for e in encoded(SKILLS[name].examples("validation", 0, VALIDATION))]
+    shown = conversation(SKILLS[trial.skills[0]].examples("train", 1000, 1)[0])
+    prepared = METHODS[trial.method](
+        model, trial.options, tokenizer(), encode_all([shown], TEMPLATE, tokenizer(), 512)[0]
+    )
+    began = time.process_time()
+    curve, val_curve = fit(prepared, trial, train, val)
+    cpu_seconds = time.process_time() - began
+    prepared.model.eval()
+    return {
+        "parameters": sum(p.numel() for p in prepared.parameters),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "train_loss": [round(x, 4) for x in curve],
+        "val_loss": val_curve,
+        **measure(prepared, trial.skills),
+    }
+
+
+def fit(
+    prepared: Prepared, trial: Trial, train: dict[str, list[Encoded]], val: list[Encoded]
+) -> tuple[list[float], list[tuple[int, float]]]:
+    """One optimiser over a method's parameters; returns the loss of every step and some validations."""
+    device = prepared.model.device
+    optimizer = prepared.optimizer(trial.lr) if trial.steps else None
+    curve: list[float] = []
+    validations = [(0, mean_loss(prepared, val))]
+    for step in range(trial.steps):
+        first = step * trial.per_skill
+        batch = [e for examples in train.values() for e in examples[first : first + trial.per_skill]]
+        tokens, loss = response_tokens(batch), 0.0
+        for part in prepared.batches(batch, len(batch)):
+            share = response_loss(prepared.model, part, device) / tokens
+            share.backward()
+            loss += share.item()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(trial, step) * group["factor"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        curve.append(loss)
+        if (step + 1) % CURVE == 0 or step + 1 == trial.steps:
+            validations.append((step + 1, mean_loss(prepared, val)))
+    return curve, validations
+
+
+def rate(trial: Trial, step: int) -> float:
+    """Linear warm-up over a tenth of the run, then half a cosine."""
+    warmup = max(1.0, WARMUP * trial.steps)
+    if step + 1 < warmup:
+        return trial.lr * (step + 1) / warmup
+    return trial.lr * 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (trial.steps + 1 - warmup)))
+
+
+@torch.no_grad()
+def mean_loss(prepared: Prepared, examples: list[Encoded]) -> float:
+    """Loss per response token."""
+    prepared.model.eval()
+    parts = prepared.batches(examples, 24)
+    total = sum(response_loss(prepared.model, part, prepared.model.device).item() for part in parts)
+    return round(total / response_tokens(examples), 5)
+
+
+def measure(prepared: Prepared, names: Sequence[str]) -> dict[str, Any]:
+    """Share of right answers on both held-out splits by skill, and perplexity on held-out prose."""
+    figures: dict[str, Any] = {}
+    for split in HELD_OUT:
+        asked = {name: SKILLS[name].examples(split, 0, TESTS) for name in names}
+        answers = iter(prepared.answer([e for examples in asked.values() for e in examples]))
+        right = {n: [SKILLS[n].check(e, next(answers)) for e in examples] for n, examples in asked.items()}
+        figures[split] = {name: round(sum(r) / len(r), 4) for name, r in right.items()}
+        figures[split]["all"] = round(sum(figures[split].values()) / len(right), 4)
+    figures["prose_perplexity"] = prose_perplexity(prepared.model)
+    return figures
+
+
+@torch.no_grad()
+def prose_perplexity(model: Any) -> float:
+    """Perplexity per token on the ends of books that no trial learns from."""
+    loss, count = 0.0, 0
+    for passage in heldout_passages()[:PASSAGES]:
+        ids = torch.tensor([tokenizer()(passage)["input_ids"][:PASSAGE_LENGTH]], device=model.device)
+        loss += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return round(math.exp(loss / count), 3)
+
+
+def answers_by_session(model: PreTrainedModel, examples: Sequence[Asked]) -> list[str]:
+    """Greedy answers by the project's own engine."""
+    names = tuple(name for name in list_adapters(model) if name != "unused")
+    session = Session(model, tokenizer(), names, dict.fromkeys((None, *names), TEMPLATE))
+    config = GenerateConfig(max_new_tokens=40, temperature=0)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].instruction + examples[i].input))
+    texts = [""] * len(examples)
+    for first in range(0, len(order), 32):
+        part = order[first : first + 32]
+        prompts = [Prompt.before(conversation(examples[i])) for i in part]
+        for i, answer in zip(part, session.answer(prompts, names[0] if names else None, config), strict=True):
+            texts[i] = answer.text
+    return texts
+
+
+def answers_by_generate(model: Any, examples: Sequence[Asked]) -> list[str]:
+    """Greedy answers by transformers' `generate`, for methods that need it."""
+    texts = []
+    for first in range(0, len(examples), 32):
+        part = encoded(examples[first : first + 32])
+        prompts = [e.input_ids[: next(i for i, label in enumerate(e.labels) if label >= 0)] for e in part]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer().eos_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        found = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False,
+            eos_token_id=tokenizer().eos_token_id, pad_token_id=tokenizer().eos_token_id,
+        )  # fmt: skip
+        new = found[:, longest:] if found.shape[1] > longest else found
+        texts += tokenizer().batch_decode(new, skip_special_tokens=True)
+    return texts

@@ -1,0 +1,190 @@
+"""What the steps of a run learn from: batches of the examples in memory, or of a stream that is encoded as it goes."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from llama_adapter.data.batches import global_batch, steps_per_epoch
+from llama_adapter.data.encode import Encoded, encode_records, texts_of
+from llama_adapter.data.examples import Example
+from llama_adapter.data.formats import parse_record
+from llama_adapter.data.limits import Limits
+from llama_adapter.data.sources import MOST_SKIPPED, reject
+from llama_adapter.data.stream import Raw, Stream
+from llama_adapter.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class Feed(Protocol):
+    """Gives the global batch of each step, the same in every process."""
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Where the next batch begins, for `seek`; None where the step alone says it."""
+
+    def seek(self, position: dict[str, Any] | None) -> None:
+        """Go on where `position` was taken."""
+
+    def batch(self, step: int) -> list[Encoded]:
+        """The examples of optimiser step `step` (from 0); steps are asked for in their order."""
+
+    def epoch(self, step: int) -> float:
+        """How often the data were gone through when `step` steps are done."""
+
+    def summary(self) -> str:
+        """What was learnt from, in a few words."""
+
+
+@dataclass(frozen=True)
+class MemoryFeed:
+    """Every epoch is a permutation of all examples."""
+
+    examples: Sequence[Encoded]
+    batch_size: int
+    seed: int
+    position: None = None
+
+    def seek(self, position: dict[str, Any] | None) -> None:
+        """Nothing: the step says where a run is."""
+
+    def batch(self, step: int) -> list[Encoded]:
+        """See `global_batch`."""
+        return [self.examples[i] for i in global_batch(len(self.examples), self.batch_size, step, self.seed)]
+
+    def epoch(self, step: int) -> float:
+        """Steps by those of an epoch."""
+        return round(step / steps_per_epoch(len(self.examples), self.batch_size), 4)
+
+    def summary(self) -> str:
+        """How many examples there are."""
+        return f"{len(self.examples):,} examples to train on"
+
+
+@dataclass
+class RecordEncoder:
+    """Makes texts of raw records; `raw` says whether all must be prompt-completion text."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: str
+    max_length: int
+    now: datetime
+    limits: Limits | None
+    parse: Callable[[object], Example] = parse_record
+    raw: bool = False
+
+    def examples(self, records: Sequence[Raw]) -> list[Example | str]:
+        """What each record says, or the sentence that says why nothing."""
+        found: list[Example | str] = []
+        for record in records:
+            try:
+                example = record.example(self.parse)
+            except DataError as error:
+                found.append(str(error))
+                continue
+            if self.raw and not example.raw:
+                found.append(f"{example.origin}: it takes a template, and the first records are text without one")
+            else:
+                found.append(example)
+        return found
+
+    def encode(self, records: Sequence[Raw]) -> list[list[Encoded] | str]:
+        """The texts of each record, or the sentence that says why there are none."""
+        found = self.examples(records)
+        sound = [example for example in found if not isinstance(example, str)]
+        try:
+            texts = iter(self._texts(sound))
+        except DataError:  # of one of them
+            return [example if isinstance(example, str) else self._alone(example) for example in found]
+        return [example if isinstance(example, str) else next(texts) for example in found]
+
+    def _alone(self, example: Example) -> list[Encoded] | str:
+        try:
+            return self._texts([example])[0]
+        except DataError as error:
+            text = str(error)
+            return text if text.startswith(example.origin) else f"{example.origin}: {text}"
+
+    def _texts(self, examples: Sequence[Example]) -> list[list[Encoded]]:
+        encoded = encode_records(examples, self.template, self.tokenizer, self.max_length, self.now)
+        if self.limits is not None:
+            for texts in encoded:
+                self.limits.check_ids((text.input_ids for text in texts_of(texts)), self.tokenizer)
+        return encoded
+
+
+class StreamFeed:
+    """Batches of a stream; each process parses and encodes its own part of a batch, and tells the others.
+
+    A batch is `batch_size` texts, or a few more where its last record is several; at the end of a pass over the data it
+    is what is left.
+    """
+
+    def __init__(self, stream: Stream, encoder: RecordEncoder, batch_size: int, skip_bad_records: bool) -> None:
+        self.stream, self.encoder = stream, encoder
+        self.batch_size, self.skip_bad_records = batch_size, skip_bad_records
+        self.records = self.skipped = 0
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Where the stream is, with the counts so far."""
+        return {**self.stream.position, "records": self.records, "skipped": self.skipped}
+
+    def seek(self, position: dict[str, Any] | None) -> None:
+        """Go on there."""
+        self.stream.seek(position)
+        self.records, self.skipped = (position[key] if position else 0 for key in ("records", "skipped"))
+
+    def batch(self, step: int) -> list[Encoded]:
+        """The next texts.
+
+        Raises:
+            DataError: a record is bad and none may be skipped, no record is good, or a file cannot be read.
+        """
+        texts: list[Encoded] = []
+        while len(texts) < self.batch_size:
+            records = self.stream.take(self.batch_size - len(texts))
+            if records:
+                for found in self._encoded(records):
+                    texts += self._kept(found)
+            elif self.skipped == self.records:
+                raise DataError(f"No record is left to use ({self.skipped} skipped).")
+            elif texts:
+                break
+        return texts
+
+    def epoch(self, step: int) -> float:
+        """Whole passes over the data, of which the number of steps is not known."""
+        return self.stream.passes
+
+    def summary(self) -> str:
+        """How many records were read, again and again where there were several passes."""
+        return f"a stream, of which {self.records:,} records were read ({self.skipped:,} skipped)"
+
+    def _encoded(self, records: Sequence[Raw]) -> list[list[Encoded] | str]:
+        state = PartialState()
+        own = range(state.process_index, len(records), state.num_processes)
+        found = list(zip(own, self.encoder.encode([records[i] for i in own]), strict=True))
+        if state.num_processes > 1:
+            found = gather_object(found)
+        return [texts for _, texts in sorted(found, key=itemgetter(0))]
+
+    def _kept(self, found: list[Encoded] | str) -> list[Encoded]:
+        self.records += 1
+        if not isinstance(found, str):
+            return found
+        reject(found, [] if self.skip_bad_records else None)
+        self.skipped += 1
+        if PartialState().is_main_process and self.skipped <= MOST_SKIPPED:
+            last = "; more are counted, and not shown" if self.skipped == MOST_SKIPPED else ""
+            log.warning("skipped: %s%s", found, last)
+        return []
