@@ -95,7 +95,7 @@ def test_top_layers_are_the_whole_model():
     questions = [("sun?", "cat"), ("what is on the left?", "dog tree"), ("moon?", "yes")]
     whole, cut = (tiny_llama(vocab_size=len(tokenizer)) for _ in range(2))
     cut.load_state_dict(whole.state_dict())
-    top = top_layers.TopLayers(cut, tokenizer, 2)
+    top = top_layers.TopLayers(cut, tokenizer, 2, "{}:")
     top.read(questions[:2])
     top.read(questions)
     adapters = [add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2)) for model in (whole, cut)]
@@ -108,7 +108,7 @@ def test_top_layers_are_the_whole_model():
         with use_adapter(cut, "default", condition):
             found = top.logits(texts)
         for row, question in enumerate(questions):
-            asked, answer = top_layers.encode(tokenizer, question)
+            asked, answer = top_layers.encode(tokenizer, "{}:", question)
             with use_adapter(whole, "default", condition[row : row + 1]):
                 logits = whole(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1]
             torch.testing.assert_close(found[texts.row == row], logits, atol=1e-5, rtol=1e-5)
@@ -119,16 +119,14 @@ def test_a_trial_learns_what_its_features_say():
     tokenizer = tiny_tokenizer()
     names = ("cat", "dog")
     questions = clothes.every_question(names, real_trial.WORDINGS["one"])
-    top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2)
+    top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2, "{}:")
     top.read(questions)
     labels = np.arange(40) % 2
     tokens = torch.randn(40, 49, 6) * 0.1 + torch.from_numpy(labels)[:, None, None]
     features = real_trial.Features(tokens.half(), tokens.mean(1, keepdim=True).repeat(1, 7, 1), labels)
     for kind, reads in (("image", "last"), ("patches", "tokens"), ("image", "scales")):
-        trial = real_trial.Trial("t", "one", 0, kind, reads, steps=3)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(real_trial, "LAYERS", 2)
-            found = real_trial.run(trial, top, features, features, names)
+        trial = real_trial.Trial("t", "one", 0, kind, reads, steps=3, layers=2)
+        found = real_trial.run(trial, top, features, features, names)
         assert 0 <= found["naming"] <= 1
         assert found["loss"] > 0
     linear = real_trial.probe(features, features, "last", names, real_trial.WORDINGS["one"][1])

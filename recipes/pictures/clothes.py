@@ -132,7 +132,7 @@ def fashion_sets(folder: Path) -> dict[str, dict[str, PictureSet]]:
     one = {
         name: PictureSet([rgb(a[i]) for i in chosen], b[chosen], CLOTHES) for name, (a, b, chosen) in sources.items()
     }
-    two = {"test": side_by_side(rng, *sources["test"]), "train": side_by_side(rng, images, labels, train[:500])}
+    two = {"test": side_by_side(rng, *sources["test"]), "train": side_by_side(rng, images, labels, train[:600])}
     return {"one": one, "two": two}
 
 

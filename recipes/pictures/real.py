@@ -6,8 +6,8 @@
     python recipes/pictures/real.py --data scienceqa      # ScienceQA's pictures too
     python recipes/pictures/real.py --report-only         # docs/pictures.md alone
 
-Each run trains an adapter of the top four layers and asks about pictures and in wordings that it has not seen. Figures
-are kept as they end, so that a stopped run goes on where it was.
+Each run trains an adapter of the top eight or four layers and asks about pictures and in wordings that it has not
+seen. Figures are kept as they end, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from clothes import DEBIAN, PictureSet, every_question, fashion_sets, topic_sets
 from evidence import REAL as RESULTS
 from evidence import write_pages
-from real_trial import LAYERS, WORDINGS, Features, Trial, probe, run
+from real_trial import WORDINGS, Features, Trial, probe, run
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from top_layers import TopLayers
@@ -46,23 +45,28 @@ VISUAL = (("blocks", 1), ("block_width", 128), ("block_heads", 4))
 
 def trials(seeds: int) -> list[Trial]:
     """The plan, the most important first."""
-    first = [
-        Trial("one vector", "one", 0),
-        Trial("patches", "one", 0, "patches", "tokens"),
-        Trial("patches", "two", 0, "patches", "tokens"),
-        Trial("one vector", "two", 0),
-        Trial("one vector, to every second prompt", "one", 0, settings=HALF),
-        Trial("one vector of both halves", "two", 0, reads="halves"),
+    short = {"layers": 4, "template": "{}\nAnswer:"}
+    plan = [
+        Trial("one vector, four layers", "one", 0, **short),
+        Trial("patches, four layers", "one", 0, "patches", "tokens", **short),
+        Trial("patches, four layers", "two", 0, "patches", "tokens", **short),
+        Trial("one vector, naming alone", "one", 0, steps=200, asks=("naming",)),
+        Trial("one vector, four layers", "two", 0, **short),
     ]
-    again = [replace(trial, seed=seed) for seed in range(1, seeds) for trial in first[:4]]
+    for seed in range(seeds):
+        plan += [
+            Trial("one vector", "one", seed, steps=400),
+            Trial("patches", "two", seed, "patches", "tokens"),
+            Trial("one vector", "two", seed),
+            Trial("one vector", "topics", seed),
+        ]
     return [
-        *first,
-        *again,
-        Trial("one vector", "topics", 0),
-        Trial("patches", "topics", 0, "patches", "tokens"),
+        *plan,
+        Trial("one vector, to every second prompt", "one", 0, settings=HALF),
         Trial("one vector of six scales", "one", 0, reads="scales"),
         Trial("visual prompt", "one", 0, "visual_prompt", "tokens", settings=VISUAL),
         Trial("visual prompt", "two", 0, "visual_prompt", "tokens", settings=VISUAL),
+        Trial("one vector of both halves", "two", 0, reads="halves"),
         Trial("one vector of both halves, to every second prompt", "two", 0, reads="halves", settings=HALF),
     ]
 
@@ -126,23 +130,30 @@ def measure(args: argparse.Namespace) -> None:
     """
     done = results()
     plan = [trial for trial in trials(args.seeds) if trial.key() not in [line["settings"] for line in done]]
-    plan = [t for t in plan if (not args.only or t.label in args.only) and (args.data or t.scenes != "topics")]
+    plan = [
+        t
+        for t in plan
+        if (not args.only or f"{t.scenes}: {t.label}" in args.only) and (args.data or t.scenes != "topics")
+    ]
     base, tower = smollm2(), load_python_tower(TOWER, "image")
     sets: dict[str, dict[str, PictureSet]] = fashion_sets(args.fashion)
     if args.data:
         sets["topics"] = topic_sets(args.data)
-    top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), LAYERS) if plan else None
     features: dict[str, dict[str, Features]] = {}
+    made: tuple[Any, ...] = ()
     for trial in plan:
+        halves = sets[trial.scenes]
         if trial.scenes not in features:
-            halves = sets[trial.scenes]
             of = {half: features_of(f"{trial.scenes}-{half}", halves[half], tower) for half in ("train", "test")}
             features[trial.scenes] = of
             measure_probes(trial.scenes, of, halves["train"].names)
-        of = features[trial.scenes]
-        assert top is not None
-        top.read(every_question(sets[trial.scenes]["train"].names, WORDINGS[trial.scenes]))
-        found = run(trial, top, of["train"], of["test"], sets[trial.scenes]["train"].names)
+        of, names = features[trial.scenes], halves["train"].names
+        if made != (trial.layers, trial.template):
+            made = trial.layers, trial.template
+            top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), *made)
+        asked = every_question(names, WORDINGS[trial.scenes])
+        top.read([question for question in asked if "yes_no" in trial.kinds or question[1] not in ("yes", "no")])
+        found = run(trial, top, of["train"], of["test"], names)
         keep({"label": trial.label, "settings": trial.key(), **sizes(of), **found})
 
 
@@ -166,7 +177,7 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST's folder (default: Debian's)")
     parser.add_argument("--data", type=Path, help="ScienceQA's folder, for its pictures")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="labels of the plan")
+    parser.add_argument("--only", nargs="*", help="of the plan, such as 'two: patches'")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from llama_adapter import AdapterConfig, add_adapter, remove_adapter, use_adapte
 from llama_adapter.conditions.config import ConditionConfig
 
 WORDINGS = {"one": ONE, "two": TWO, "topics": SUBJECT}
-BATCH, LAYERS, PROMPTS = 16, 4, 10
+BATCH, PROMPTS = 16, 10
 LR, CONDITION_LR, DECAY, BETAS, CLIP = 0.02, 0.003, 0.02, (0.9, 0.95), 1.0
 WARM_UP = 0.1
 PROBES = (0.003, 0.03, 0.3)
@@ -30,7 +30,8 @@ PROBES = (0.003, 0.03, 0.3)
 class Trial:
     """A run: which set it learns, what reads the picture, how long, and its seed.
 
-    `reads` are features of `Features.of`; `settings` are those of `ConditionConfig`.
+    `reads` are features of `Features.of`; `settings` are those of `ConditionConfig`; of two things only `sides` are
+    asked.
     """
 
     label: str
@@ -39,14 +40,22 @@ class Trial:
     kind: str = "image"
     reads: str = "last"
     steps: int = 160
+    layers: int = 8
+    template: str = "Question: {}\nAnswer:"
+    asks: tuple[str, ...] = ("naming", "yes_no")
     settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is asked; the first counts for trained wordings too."""
+        return ["sides"] if self.scenes == "two" else list(self.asks)
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the figures."""
         return {
             "scenes": self.scenes, "seed": self.seed, "kind": self.kind, "reads": self.reads, "steps": self.steps,
-            "settings": dict(self.settings), "layers": LAYERS, "prompts": PROMPTS, "batch": BATCH, "lr": LR,
-            "condition_lr": CONDITION_LR,
+            "settings": dict(self.settings), "layers": self.layers, "template": self.template, "prompts": PROMPTS,
+            "asks": self.kinds, "batch": BATCH, "lr": LR, "condition_lr": CONDITION_LR,
         }  # fmt: skip
 
 
@@ -92,7 +101,7 @@ def run(trial: Trial, top: TopLayers, train: Features, test: Features, names: Se
     halved = settings.pop("half", False)
     condition = ConditionConfig(trial.kind, **settings)
     adapter = add_adapter(
-        top.model, AdapterConfig(adapter_len=PROMPTS, adapter_layers=LAYERS, condition=condition), replace=True
+        top.model, AdapterConfig(adapter_len=PROMPTS, adapter_layers=trial.layers, condition=condition), replace=True
     )
     reader = HalfOfThePrompts(adapter.condition) if halved else adapter.condition
     assert reader is not None
@@ -125,7 +134,7 @@ def learn(
         if len(order) < BATCH:
             order = rng.sample(range(len(labels)), len(labels))
         chosen, order = order[:BATCH], order[BATCH:]
-        questions = mixed(trial.scenes, labels[chosen].tolist(), names, rng)
+        questions = mixed(trial, labels[chosen].tolist(), names, rng)
         share = min(1.0, (step + 1) / (WARM_UP * trial.steps)) * (1 + math.cos(math.pi * step / trial.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
@@ -140,12 +149,11 @@ def learn(
     return sum(losses[-10:]) / len(losses[-10:])
 
 
-def mixed(scenes: str, labels: Sequence[Any], names: Sequence[str], rng: random.Random) -> list[Question]:
-    """Questions in wordings that are trained; of one thing, half are naming and half are yes or no."""
-    wordings, found = WORDINGS[scenes][0], []
+def mixed(trial: Trial, labels: Sequence[Any], names: Sequence[str], rng: random.Random) -> list[Question]:
+    """Questions in wordings that are trained, of each kind as many."""
+    wordings, found = WORDINGS[trial.scenes][0], []
     for label in labels:
-        kind = "sides" if scenes == "two" else rng.choice(("naming", "yes_no"))
-        found += ask(kind, [label], names, wordings, rng.randrange(2**32))
+        found += ask(rng.choice(trial.kinds), [label], names, wordings, rng.randrange(2**32))
     return found
 
 
@@ -154,13 +162,15 @@ def measure(trial: Trial, top: TopLayers, reader: Any, test: Features, names: Se
     trained, held_out = WORDINGS[trial.scenes]
     labels, features = test.labels.tolist(), test.of(trial.reads)
     figures: dict[str, Any] = {}
-    kinds = ("sides",) if trial.scenes == "two" else ("naming", "yes_no")
-    for kind in kinds:
+    for kind in trial.kinds:
         questions = ask(kind, labels, names, held_out, 0)
-        figures[kind] = share(answered(top, questions, reader, features))
+        right = answered(top, questions, reader, features)
+        figures[kind] = share(right)
+        if kind != "yes_no":
+            figures["by_wording"] = by_wording(questions, right)
         figures[f"{kind}, without"] = share(answered(top, questions, None, features))
-    questions = ask(kinds[0], labels[:200], names, trained, 1)
-    figures[f"{kinds[0]}, trained wordings"] = share(answered(top, questions, reader, features[:200]))
+    questions = ask(trial.kinds[0], labels[:200], names, trained, 1)
+    figures[f"{trial.kinds[0]}, trained wordings"] = share(answered(top, questions, reader, features[:200]))
     return figures
 
 
@@ -182,6 +192,12 @@ def _right(top: TopLayers, questions: Sequence[Question], conditions: Sequence[T
             wrong = top.logits(texts).argmax(-1) != texts.answer
         found += (torch.zeros(len(texts.hidden)).index_add(0, texts.row, wrong.float()) == 0).tolist()
     return found
+
+
+def by_wording(questions: Sequence[Question], right: Sequence[bool]) -> dict[str, float]:
+    """The share of each text that is asked."""
+    texts = sorted({asked for asked, _ in questions})
+    return {text: share([r for (asked, _), r in zip(questions, right, strict=True) if asked == text]) for text in texts}
 
 
 def share(right: Sequence[bool]) -> float:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-QUESTION = "{}\nAnswer:"
 Question = tuple[str, str]
 
 
@@ -38,10 +37,11 @@ class TopLayers:
         model: of which only those layers are left to run; it has no adapter.
         tokenizer: of the base.
         layers: L.
+        template: how a question is written, {} in it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layers: int) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, layers: int, template: str) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self._kept: dict[Question, tuple[Tensor, int, Tensor]] = {}
         self._whole = list(model.model.layers)
         self._top = self._whole[-layers:]
@@ -56,7 +56,7 @@ class TopLayers:
     def read(self, questions: Sequence[Question]) -> None:
         """Compute what the lower layers make of those that are new; no adapter may be on the model."""
         new = [question for question in dict.fromkeys(questions) if question not in self._kept]
-        encoded = [(question, *encode(self.tokenizer, question)) for question in new]
+        encoded = [(question, *encode(self.tokenizer, self.template, question)) for question in new]
         encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
         self._run(self._whole)
         for start in range(0, len(encoded), 32):
@@ -92,10 +92,10 @@ class TopLayers:
         return self.model.lm_head(states.last_hidden_state.flatten(0, 1)[texts.places])
 
 
-def encode(tokenizer: Any, question: Question) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Any, template: str, question: Question) -> tuple[list[int], list[int]]:
     """The tokens of what is asked and of the answer, which ends with the end-of-text token."""
     asked, answer = question
-    return tokenizer(QUESTION.format(asked))["input_ids"], [
+    return tokenizer(template.format(asked))["input_ids"], [
         *tokenizer(" " + answer)["input_ids"],
         tokenizer.eos_token_id,
     ]
