@@ -24,6 +24,7 @@ import efficientnet  # noqa: E402
 import evidence  # noqa: E402
 import real  # noqa: E402
 import real_page  # noqa: E402
+import real_plan  # noqa: E402
 import real_trial  # noqa: E402
 import top_layers  # noqa: E402
 
@@ -181,7 +182,7 @@ def test_the_command_says_so_in_a_sentence(tmp_path):
 
 
 def test_no_two_trials_are_the_same():
-    keys = [json.dumps(trial.key()) for trial in real.trials(3)]
+    keys = [json.dumps(trial.key()) for trial in real_plan.trials()]
     assert len(set(keys)) == len(keys)
 
 
@@ -209,6 +210,8 @@ def test_the_page_says_what_was_measured():
     assert "| linear probe, the last depth, one vector | 85.0% |  | 90.0% |" in page
     assert "| v | 81.0% (80.0% to 82.0%) | 10.0% (10.0% to 10.0%) | 90.0%" in page
     assert "| 9 | 2 |" in page
+    assert "- Naming clothes: 81.0% at best (v), 4.0 points below the linear probe" in page
+    assert "- one vector (Fashion-MNIST): seed 0, 1, 2\n" in page
     assert real_page.section([]) == ""
 
 

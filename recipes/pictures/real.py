@@ -23,7 +23,8 @@ import torch
 from clothes import DEBIAN, PictureSet, every_question, fashion_sets, topic_sets
 from evidence import REAL as RESULTS
 from evidence import write_pages
-from real_trial import WORDINGS, Features, Trial, probe, run
+from real_plan import SEEDS, trials
+from real_trial import WORDINGS, Features, probe, run
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from top_layers import TopLayers
@@ -39,36 +40,6 @@ WORK = ROOT / "runs" / "pictures-real"
 TOWER = f"python:{HERE / 'efficientnet.py'}:factory"
 CPU = torch.device("cpu")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-HALF = (("half", True),)
-VISUAL = (("blocks", 1), ("block_width", 128), ("block_heads", 4))
-
-
-def trials(seeds: int) -> list[Trial]:
-    """The plan, the most important first."""
-    short = {"layers": 4, "template": "{}\nAnswer:"}
-    plan = [
-        Trial("one vector, four layers", "one", 0, **short),
-        Trial("patches, four layers", "one", 0, "patches", "tokens", **short),
-        Trial("patches, four layers", "two", 0, "patches", "tokens", **short),
-        Trial("one vector, naming alone", "one", 0, steps=200, asks=("naming",)),
-        Trial("one vector, four layers", "two", 0, **short),
-    ]
-    for seed in range(seeds):
-        plan += [
-            Trial("one vector", "one", seed, steps=400),
-            Trial("patches", "two", seed, "patches", "tokens"),
-            Trial("one vector", "two", seed),
-            Trial("one vector", "topics", seed),
-        ]
-    return [
-        *plan,
-        Trial("one vector, to every second prompt", "one", 0, settings=HALF),
-        Trial("one vector of six scales", "one", 0, reads="scales"),
-        Trial("visual prompt", "one", 0, "visual_prompt", "tokens", settings=VISUAL),
-        Trial("visual prompt", "two", 0, "visual_prompt", "tokens", settings=VISUAL),
-        Trial("one vector of both halves", "two", 0, reads="halves"),
-        Trial("one vector of both halves, to every second prompt", "two", 0, reads="halves", settings=HALF),
-    ]
 
 
 def smollm2() -> str:
@@ -176,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST's folder (default: Debian's)")
     parser.add_argument("--data", type=Path, help="ScienceQA's folder, for its pictures")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--only", nargs="*", help="of the plan, such as 'two: patches'")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     args = parser.parse_args()

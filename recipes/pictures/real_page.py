@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from real_plan import trials as planned
+
 Result = dict[str, Any]
 INTRO = """\
 ## A real model and a real encoder
@@ -36,6 +38,14 @@ query then finds the part by the prompt's key and reads the thing from its value
 
 """
 NAMES = {"one": "Fashion-MNIST", "topics": "ScienceQA, the subject"}
+ALL_NAMES = {**NAMES, "two": "two things"}
+ASKED = (
+    ("one", "naming", "last", "Naming clothes"),
+    ("one", "yes_no", "last", "Yes or no about clothes"),
+    ("topics", "naming", "last", "Naming a subject"),
+    ("topics", "yes_no", "last", "Yes or no about a subject"),
+    ("two", "sides", "halves", "Which of two things"),
+)
 READS = {"last": "the last depth, one vector", "scales": "six depths", "halves": "left and right half, a vector each"}
 
 RUNS = ["layers", "steps", "numbers", "seeds"]
@@ -47,10 +57,45 @@ def section(results: Sequence[Result]) -> str:
     trials = [line for line in results if "scenes" in line["settings"]]
     if not trials:
         return ""
-    page = INTRO.format(**trials[0]["settings"])
+    page = INTRO.format(**trials[0]["settings"]) + reached(results)
     for scenes, name in NAMES.items():
         page += one_thing(name, by_label(trials, scenes), probes(results, scenes))
-    return page + two_things(by_label(trials, "two"), probes(results, "two"))
+    page += two_things(by_label(trials, "two"), probes(results, "two"))
+    return page + not_run(trials)
+
+
+def reached(results: Sequence[Result]) -> str:
+    """What the tables come to: the best mean of the adapters beside the probe on the same vector."""
+    trials = [line for line in results if "scenes" in line["settings"]]
+    found = []
+    for scenes, key, reads, said in ASKED:
+        linear = [line[key] for line in probes(results, scenes) if line["settings"]["reads"] == reads]
+        means = {
+            label: mean(line[key] for line in lines)
+            for label, lines in by_label(trials, scenes).items()
+            if key in lines[0]
+        }
+        if linear and means:
+            best = max(means, key=lambda label: means[label])
+            points = 100 * (means[best] - linear[0])
+            found.append(
+                f"- {said}: {percent(means[best])} at best ({best}), {abs(points):.1f} points "
+                f"{'above' if points > 0 else 'below'} the linear probe ({READS[reads]}).\n"
+            )
+    return "".join(found) + "\n"
+
+
+def not_run(trials: Sequence[Result]) -> str:
+    """The runs of the plan that have no figures."""
+    done = [line["settings"] for line in trials]
+    missing: dict[str, list[str]] = defaultdict(list)
+    for trial in planned():
+        if trial.key() not in done:
+            missing[f"{trial.label} ({ALL_NAMES[trial.scenes]})"].append(str(trial.seed))
+    if not missing:
+        return ""
+    rows = [f"- {label}: seed {', '.join(seeds)}\n" for label, seeds in missing.items()]
+    return "\n### Not run\n\nPlanned by the recipe, without figures so far:\n\n" + "".join(rows)
 
 
 def by_label(trials: Sequence[Result], scenes: str) -> dict[str, list[Result]]:
