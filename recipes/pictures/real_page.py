@@ -32,9 +32,9 @@ TWO = """
 
 Two pieces of clothing side by side, and "What is on the left?". The paper adds one vector c to all prompts of a layer:
 it shifts every score of a query by the same, so what is added to the text is the same whatever is asked, and which of
-two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that can say it: the same
+two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that could say it: the same
 bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
-query then finds the part by the prompt's key and reads the thing from its value.
+query can then find the part by the prompt's key and read the thing from its value. Whether it does, the table says.
 
 """
 NAMES = {"one": "Fashion-MNIST", "topics": "ScienceQA, the subject"}
