@@ -40,7 +40,7 @@ from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import append, is_leftover, write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from llama_adapter.training.config import TrainConfig, load_recipe
+from llama_adapter.training.config import TrainConfig, read_recipe
 from llama_adapter.training.journal import JOURNAL_FILES, Journal, State
 from llama_adapter.training.owner import LOCK_FILE, Owner
 
@@ -176,7 +176,7 @@ class RunFolder:
         """
         if not config.resume:
             return
-        before = load_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        before = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
         if config.total_steps(steps_per_epoch) < before:
             raise TrainingError(
                 f"The run in {self.path} has {before} steps and cannot be resumed with "
@@ -219,7 +219,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:
-        before = load_recipe(str(self.recipe), {})
+        before = read_recipe(str(self.recipe), {})
         changed = [
             f"{f.name} {config.value(f.name)!r} (was {before.value(f.name)!r})"
             for f in dataclasses.fields(config)

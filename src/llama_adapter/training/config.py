@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from llama_adapter.conditions.config import Absent, Activation, Kind
+from llama_adapter.conditions.config import Absent, Activation, Kind, is_python, unnamed
 from llama_adapter.core.config import V2_FIELDS, AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import (
@@ -120,8 +120,9 @@ class TrainConfig:
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
     tower: Place | None = setting(
-        None, "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition", stands_for=BUNDLED
-    )
+        None, "Frozen encoder: a folder, a hub name, 'bundled', or your code: python:FILE.py:FUNCTION.", "Condition",
+        stands_for=BUNDLED,
+    )  # fmt: skip
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
@@ -138,7 +139,9 @@ class TrainConfig:
         None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
         "Condition",
     )  # fmt: skip
-    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    visual_len: Count | None = setting(
+        None, "Prompts of patches or a visual prompt in early fusion (default: K).", "Condition"
+    )
     disjoint: bool = setting(
         False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
         "Condition",
@@ -296,6 +299,8 @@ DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
 STANDS_FOR = {setting.name: setting.metadata["stands_for"] for setting in fields(TrainConfig)}
 BOTTLENECK = {"condition_width", "condition_activation"}
 VISUAL = {"visual_blocks", "visual_width", "visual_heads", "visual_len"}
+IDLE = {"visual_prompt": BOTTLENECK, "patches": VISUAL - {"visual_len"}}
+"""Settings without effect on a condition of this kind; `VISUAL` on all others."""
 
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
@@ -307,7 +312,7 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     for name in given:
         if kind is None and name in of_condition and not values.get("init_from"):
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
-        elif kind is not None and name in (BOTTLENECK if kind == "visual_prompt" else VISUAL):
+        elif kind is not None and name in IDLE.get(kind, VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
         elif name == "shuffle_buffer" and not values.get("streaming"):
             sentences[name] = "shuffle_buffer has no effect without streaming: pass --streaming, or leave it out"
@@ -331,6 +336,18 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         path: the recipe's file, 'bundled' for the one that fits the bundled base, or None for the defaults alone; with
             `resume` among the flags None is the recipe of the run in `output_dir`, where there is one.
         overrides: values that replace the recipe's.
+
+    Raises:
+        ConfigError: as `read_recipe`; or the file, and no flag, names a tower that Python code makes.
+    """
+    config = read_recipe(path, overrides)
+    if is_python(config.tower) and overrides.get("tower") is None:
+        raise ConfigError(f"{path or 'recipe.yaml'}: {unnamed(config.tower or '')}")
+    return config
+
+
+def read_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """`load_recipe` for whoever looks at a recipe and does not run it.
 
     Raises:
         ConfigError: the file is missing or is no YAML mapping, two flags exclude each other, or a value breaks its

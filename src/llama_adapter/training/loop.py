@@ -48,7 +48,7 @@ from llama_adapter.training.objective import Objective, Responses, objective_of
 from llama_adapter.training.optimizer import build_optimizer, learning_rate
 from llama_adapter.training.owner import restarted
 from llama_adapter.training.packing import PackedRow, packed_rows
-from llama_adapter.training.perceive import condition_of, look
+from llama_adapter.training.perceive import condition_of, look, tower_of
 from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
 from llama_adapter.training.prepare import Prepared, prepare
 from llama_adapter.training.sharding import check_strategy, in_step, shards_of
@@ -119,10 +119,11 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
         folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
 
-    condition = condition_of(config, data)
+    tower = tower_of(config, accelerator.device)
+    condition = condition_of(config, data, tower)
     adapter_config = adapter_of(config, start, condition, data.raw)
     resolve_layers(adapter_config, base)  # again, with the condition's layers
-    perception = None if condition is None else look(condition, config, data, accelerator)
+    perception = None if condition is None else look(condition, config, data, accelerator, tower)
 
     model = load_base(
         config.value("model"), accelerator.device, config.precision, config.quantization, shards_of(accelerator)
