@@ -170,7 +170,8 @@ def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--only", nargs="*", choices=list(dict.fromkeys(t.label for t in trials())), help="labels of the plan")
+    labels = list(dict.fromkeys(trial.label for trial in trials()))
+    parser.add_argument("--only", nargs="*", choices=labels, help="labels of the plan")
     args = parser.parse_args()
     plan = [trial for trial in trials() if not args.only or trial.label in args.only]
     for trial in [] if args.report_only else plan:
@@ -180,7 +181,6 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(trial.label, trial.seed, {key: line[key] for key in ("with", "blind", "text") if key in line}, flush=True)
-    labels = list(dict.fromkeys(trial.label for trial in trials()))
     found = [line for line in results() if line["label"] in labels]
     write_page(sorted(found, key=lambda line: labels.index(line["label"])), ROOT / "docs" / "pictures.md")
 
