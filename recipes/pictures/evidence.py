@@ -181,7 +181,8 @@ def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--only", nargs="*", help="labels of the plan")
+    labels = list(dict.fromkeys(trial.label for trial in trials()))
+    parser.add_argument("--only", nargs="*", choices=labels, help="labels of the plan")
     args = parser.parse_args()
     plan = [trial for trial in trials() if not args.only or trial.label in args.only]
     for trial in [] if args.report_only else plan:
