@@ -11,6 +11,7 @@ import torch
 from runs import WORDS, recipe, tiny_tokenizer, write_base, write_data
 from safetensors.torch import load_file
 from tiny import adapted, tiny_config, tiny_model, tokens
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter
@@ -174,6 +175,19 @@ def test_a_class_of_fsdp_s_own_does_not_hide_the_family():
         module.__class__ = type(f"FSDP{kind.__name__}", (kind,), {})  # as fully_shard
         type(module).__module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
     adapted(model), adapted(renamed)
+    assert torch.equal(model(tokens()).logits, renamed(tokens()).logits)
+
+
+@torch.no_grad()
+def test_norms_of_a_class_of_fsdp_s_own_have_their_weights_of_the_adapter():
+    model, renamed = tiny_model(), tiny_model()
+    for found in (model, renamed):
+        adapter = adapted(found, norms=True)
+        for key, parameter in adapter.named_parameters():
+            if key.startswith("norms."):
+                parameter += 0.5
+    for module in (renamed.model.norm, renamed.model.layers[0].input_layernorm):
+        module.__class__ = type("FSDPNorm", (FSDPModule, type(module)), {})  # as fully_shard
     assert torch.equal(model(tokens()).logits, renamed(tokens()).logits)
 
 

@@ -239,6 +239,8 @@ class TrainConfig:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
         if self.prompt_init_text is not None and self.init_from is not None and self.resume is not True:
             yield "prompt_init_text has no effect on the prompts of init_from: leave one of them out"
+        if self.prompt_init_text is not None and self.adapter_layers == 0:
+            yield "prompt_init_text has no effect without prompts, and adapter_layers is 0: leave one of them out"
         if self.condition is not None and self.method == "dpo":
             yield "method dpo compares answers to text, without a condition: leave condition out"
         if self.condition is not None and self.adapter_layers == 0:

@@ -38,6 +38,7 @@ from llama_adapter.errors import AdapterError, Interrupted, TrainingError
 from llama_adapter.formats.native import save_adapter
 from llama_adapter.formats.push import open_repository, push_adapter
 from llama_adapter.progress import progress_bar
+from llama_adapter.training.agreement import check_agreed
 from llama_adapter.training.card import write_run_card
 from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
 from llama_adapter.training.config import TrainConfig
@@ -112,9 +113,11 @@ def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
             open_repository(config.push_to_hub)
     (now,) = broadcast_object_list([folder.now(config)])
     tokenizer = load_tokenizer(config.value("model"))
-    data = prepare(config, tokenizer, Limits.of(base), now)
+    limits = Limits.of(base)
+    data = prepare(config, tokenizer, limits, now)
     check_written_alike(start, data.raw)
-    text = start_text(config, data.train[0], tokenizer)
+    text = start_text(config, data.train[0], tokenizer, limits)
+    check_agreed(config, data.digest, folder.finished_steps() if config.resume else 0)
     if accelerator.is_main_process:
         folder.check_length(config, data.steps_per_epoch(config))
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))

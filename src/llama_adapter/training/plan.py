@@ -13,7 +13,7 @@ from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.perceive import condition_of, tower_of
 from llama_adapter.training.prepare import prepare
-from llama_adapter.training.start import adapter_of, check_extras, check_start, check_written_alike, settle
+from llama_adapter.training.start import adapter_of, check_extras, check_start, check_written_alike, settle, start_text
 
 
 def plan_run(config: TrainConfig) -> dict[str, Any]:
@@ -31,8 +31,10 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder(config.output_dir)
     if config.resume:
         folder.check(config)
-    data = prepare(config, load_tokenizer(model), Limits.of(base))
+    tokenizer, limits = load_tokenizer(model), Limits.of(base)
+    data = prepare(config, tokenizer, limits)
     check_written_alike(start, data.raw)
+    start_text(config, data.train[0], tokenizer, limits)
     per_epoch = data.steps_per_epoch(config)
     folder.check_length(config, per_epoch)
     adapter = adapter_of(config, start, condition_of(config, data, tower_of(config)), data.raw)

@@ -15,6 +15,7 @@ from llama_adapter.conditions.config import ConditionConfig, check_digest, is_py
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
 from llama_adapter.data import Encoded
+from llama_adapter.data.limits import Limits
 from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
@@ -129,16 +130,20 @@ def check_start(start: Start | None, config: TrainConfig, base: PretrainedConfig
             check_parts_fit(start.config, start.tensors, empty_base(base), config.init_from)
 
 
-def start_text(config: TrainConfig, example: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+def start_text(
+    config: TrainConfig, example: Encoded, tokenizer: "PreTrainedTokenizerBase", limits: Limits
+) -> list[int] | None:
     """The tokens that prompts start from; None where they are drawn.
 
     Args:
         config: the recipe.
         example: the first training example.
         tokenizer: the base's.
+        limits: what the base takes.
 
     Raises:
-        ConfigError: they are fewer than the prompts.
+        ConfigError: they are fewer than the prompts, or more than the base takes.
+        DataError: the base does not know one.
     """
     text, needed = config.prompt_init_text, config.value("adapter_len")
     if text is None:
@@ -150,6 +155,11 @@ def start_text(config: TrainConfig, example: Encoded, tokenizer: "PreTrainedToke
             f"The {what} has {len(ids)} tokens, fewer than adapter_len {needed}, the prompts that start from it: give "
             "a longer text, or lower --adapter-len."
         )
+    if limits.positions is not None and len(ids) > limits.positions:
+        raise ConfigError(
+            f"prompt_init_text {shown(text)} has {len(ids)} tokens and the base takes {limits.positions}: shorten it."
+        )
+    limits.check_ids([ids], tokenizer)
     return ids
 
 
