@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llama_adapter import load_session
 from llama_adapter.cli import main
-from llama_adapter.cli.train import named_tower
+from llama_adapter.cli.train import tower_flag
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.conditions.python_towers import load_named_towers, load_python_tower
@@ -327,8 +327,8 @@ def test_towers_are_made_for_what_their_adapters_take(code):
 
 
 def test_the_end_of_a_run_says_how_to_ask_it():
-    assert named_tower("python:a.py:f") == ["--tower", "python:a.py:f"]
-    assert named_tower(None) == named_tower("bundled") == []
+    assert tower_flag("python:a.py:f") == ["--tower", "python:a.py:f"]
+    assert tower_flag(None) == tower_flag("bundled") == []
 
 
 def test_the_commands_ask_for_it(trained, base, code, pictures, fail, ran, capsys):

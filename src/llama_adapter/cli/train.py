@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"adapter in {result.output_dir}, with loss.png and gates.png")
     print(
         "ask it:",
-        output.copyable("llama-adapter", "generate", "--adapter", result.output_dir, *named_tower(config.tower)),
+        output.copyable("llama-adapter", "generate", "--adapter", result.output_dir, *tower_flag(config.tower)),
         '"..."',
         file=sys.stderr,
     )
 
 
-def named_tower(tower: str | None) -> list[str]:
+def tower_flag(tower: str | None) -> list[str]:
     """What an answer needs beside the adapter: a tower that is code runs only where it is named."""
     return ["--tower", str(tower)] if is_python(tower) else []

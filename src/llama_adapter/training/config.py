@@ -32,6 +32,7 @@ from llama_adapter.settings import (
     one_quantization,
     parse,
 )
+from llama_adapter.training.recipe_file import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -365,7 +366,7 @@ def read_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
         if (Path(os.path.expanduser(folder)) / "recipe.yaml").is_file():
             file, started = str(Path(os.path.expanduser(folder)) / "recipe.yaml"), {"output_dir": folder}
-    values = {} if file is None else {**_read(file), **started}
+    values = {} if file is None else {**read_yaml(file), **started}
     for name, flag in REPLACED_BY.items():
         if flag in overrides and name not in overrides:
             values.pop(name, None)
@@ -387,29 +388,3 @@ def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> Non
         return
     if too_long:
         log.warning("the recipe's warm-up of %s epochs gives way to two fifths of the run", values.pop("warmup_epochs"))
-
-
-def _check_no_data(path: str) -> None:
-    from llama_adapter.data.kinds import is_data_file
-
-    if is_data_file(path):
-        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
-
-
-def _read(path: str) -> dict[str, Any]:
-    import yaml
-
-    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        hint = f", such as {file / 'recipe.yaml'}" if os.path.isfile(file / "recipe.yaml") else ""
-        raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file{hint}.") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of escapes that are no character
-        _check_no_data(path)
-        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(loaded, dict | None):
-        _check_no_data(path)
-        raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
-    return loaded or {}
