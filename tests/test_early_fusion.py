@@ -169,8 +169,8 @@ def test_layers_may_not_overlap():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"layers": None}, "visual_len is for kind visual_prompt with layers"),
-        ({"kind": "image"}, "visual_len is for kind visual_prompt with layers"),
+        ({"layers": None}, "visual_len is for kinds patches and visual_prompt with layers"),
+        ({"kind": "image"}, "visual_len is for kinds patches and visual_prompt with layers"),
         ({"absent": "learnt"}, "absent is 'learnt', and in early fusion"),
         ({"layers": 0}, "layers is 0; it must be at least 1"),
     ],

@@ -350,6 +350,7 @@ def bad_files(folder, base):
         "run 1: resume is a flag of train-many": {"resume": True},
         "Adapter name 'my run' is malformed": {"runs": [entry(folder / "my run")]},
         "compile knows one expert": {"compile": True},
+        "run 1: python:x.py:f is code, which a file may not start": {"condition": "image", "tower": "python:x.py:f"},
         "a: wandb follows one run at a time": {"trackers": ["wandb"]},
         "share push_to_hub me/x": {"push_to_hub": "me/x"},
         "b: adapter_layers is 9, but the base has 3 layers": {"runs": [entry(a), entry(b, adapter_layers=9)]},

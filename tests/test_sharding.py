@@ -1,5 +1,6 @@
 """Bases in parts (FSDP2): several processes end where one does, and what cannot be is said before weights are read."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import recipe, tiny_tokenizer, write_base, write_data
+from runs import WORDS, recipe, tiny_tokenizer, write_base, write_data
 from safetensors.torch import load_file
 from tiny import adapted, tiny_config, tiny_model, tokens
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from llama_adapter import AdapterConfig, add_adapter
@@ -22,7 +24,7 @@ from llama_adapter.training.sharding import check_strategy
 
 FAMILIES = ("llama", "qwen3", "gemma2", "mixtral")
 SCRIPT = """
-import sys, torch
+import json, os, sys, torch
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
@@ -40,7 +42,7 @@ def watched(run, *args):
     return step(run, *args)
 loop.Run._step = watched
 for family in families:
-    config = recipe(root / family, root / "data.json", root / f"{family}-{out}")
+    config = recipe(root / family, root / "data.json", root / f"{family}-{out}", **json.loads(os.environ["CHANGES"]))
     if Path(config.output_dir).exists():
         config = replace(config, resume=True)
     try:
@@ -49,23 +51,24 @@ for family in families:
         assert stop >= 0
     here, whole, others = seen[str(root / family)]
     assert others == 0, "every weight of the base is sharded"
-    assert here < 1.2 * whole / torch.distributed.get_world_size() + 2000, (here, whole)
+    assert here < 1.2 * whole / int(os.environ["WORLD_SIZE"]) + 2000, (here, whole)
 """
 
 
-def launch(processes: int, *arguments: object) -> None:
+def launch(processes: int, changes: dict, *arguments: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=500,
-        env={**os.environ, "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+             "CHANGES": json.dumps(changes)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def shard(root: Path, processes: int, out: str, families: tuple[str, ...], stop: int = -1) -> None:
+def shard(root: Path, processes: int, out: str, families: tuple[str, ...], stop: int = -1, **changes: object) -> None:
     script = root / "script.py"
     script.write_text(SCRIPT)
-    launch(processes, script, Path(__file__).parent, root, out, stop, *families)
+    launch(processes, changes, script, Path(__file__).parent, root, out, stop, *families)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,32 @@ def test_families_and_numbers_of_processes_end_alike(root, processes):
         compare(root, family, str(processes))
 
 
+SETTINGS = {
+    "parts": {"norms": True, "lora_rank": 2, "lora_targets": ["v_proj"], "linear_bias": ["down_proj"],
+              "gradient_checkpointing": True},
+    "padded": {"packing": False, "micro_batch_size": 1},
+    "dpo": {"method": "dpo", "data": ["pairs.jsonl"]},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_other_settings_are_as_without_shards(root, name):
+    changes = dict(SETTINGS[name])
+    if "data" in changes:
+        lines = [{"instruction": f"Repeat {word}", "chosen": word * (1 + i % 3), "rejected": "no"} for i, word in
+                 enumerate(WORDS * 3)]  # fmt: skip
+        (root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        changes["data"] = [str(root / "pairs.jsonl")]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+    train(recipe(root / "llama", root / "data.json", root / f"llama-{name}-one", **values))
+    shard(root, 2, name, ("llama",), **changes)
+    found, wanted = (load_file(root / f"llama-{label}" / "last" / "adapter_model.safetensors")
+                     for label in (name, f"{name}-one"))  # fmt: skip
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(root, first, second):
@@ -146,6 +175,19 @@ def test_a_class_of_fsdp_s_own_does_not_hide_the_family():
         module.__class__ = type(f"FSDP{kind.__name__}", (kind,), {})  # as fully_shard
         type(module).__module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
     adapted(model), adapted(renamed)
+    assert torch.equal(model(tokens()).logits, renamed(tokens()).logits)
+
+
+@torch.no_grad()
+def test_norms_of_a_class_of_fsdp_s_own_have_their_weights_of_the_adapter():
+    model, renamed = tiny_model(), tiny_model()
+    for found in (model, renamed):
+        adapter = adapted(found, norms=True)
+        for key, parameter in adapter.named_parameters():
+            if key.startswith("norms."):
+                parameter += 0.5
+    for module in (renamed.model.norm, renamed.model.layers[0].input_layernorm):
+        module.__class__ = type("FSDPNorm", (FSDPModule, type(module)), {})  # as fully_shard
     assert torch.equal(model(tokens()).logits, renamed(tokens()).logits)
 
 

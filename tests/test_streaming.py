@@ -298,6 +298,15 @@ def test_when_all_records_are_bad_a_run_does_not_go_round_for_ever(rows):
         feed.batch(0)
 
 
+def test_when_files_lose_their_good_records_during_a_run_it_ends_too(rows):
+    settings = config(rows, skip_bad_records=True)
+    feed = prepare(settings, tiny_tokenizer()).feed(settings)
+    assert [len(feed.batch(step)) for step in range(5)] == [8] * 5
+    rows.write_bytes(b"{}\n" * 20)
+    with pytest.raises(DataError, match=r"No record is left to use \(20 skipped\)"):
+        feed.batch(5)
+
+
 def test_a_later_key_or_kind_does_not_end_the_reading(rows):
     odd = [{"instruction": "a", "output": "b", "id": "x"}, {"instruction": "a", "output": "b", "input": "c", "id": [1]}]
     rows.write_bytes(lines([{**entry, "id": 1} for entry in records(0, 40)] + odd))

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import Lock, append, is_leftover, write_atomically
-from llama_adapter.training import owner
+from llama_adapter.training import agreement, loop, owner
 from llama_adapter.training.checkpoint import Progress, RunFolder, read_metrics
 from llama_adapter.training.journal import JOURNAL_FILES, Journal
 from llama_adapter.training.loop import Run, train
@@ -192,6 +192,59 @@ def test_a_launcher_that_starts_again_goes_on_with_its_own_run_alone(base, data,
         train(settings)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert owner.restarted(settings) == settings
+
+
+def test_a_launcher_on_another_machine_knows_its_run_by_its_name(tmp_path, monkeypatch):
+    settings = recipe("base", "data", tmp_path, resume=False)
+    (tmp_path / ".lock").write_text(json.dumps({"pid": "7", "host": "first", "launch": "job 1"}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert not owner.restarted(settings).resume
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert owner.restarted(settings).resume
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert not owner.restarted(settings).resume
+
+
+DIFFERENT = {
+    r"Process 1 of this run differs from process 0 in finished steps \(0, not 1\): give": {"finished steps": 0},
+    r"in data \('x', not ": {"data": "x"},
+    r"in lr \(0\.5, not 0\.02\), seed \(3, not 0\)": {"lr": 0.5, "seed": 3},
+}
+
+
+def test_processes_that_mean_different_runs_are_refused(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "out", max_steps=1)
+    train(settings)
+    monkeypatch.setattr(loop, "load_base", lambda *_: 1 / 0)
+    for message, other in DIFFERENT.items():
+        monkeypatch.setattr(agreement, "gather_object", lambda facts: [*facts, facts[0] | other])  # noqa: B023
+        with pytest.raises(TrainingError, match=message):
+            train(replace(settings, resume=True))
+    monkeypatch.setattr(agreement, "gather_object", lambda facts: [*facts, *facts])
+    with pytest.raises(ZeroDivisionError):  # the weights are read
+        train(replace(settings, resume=True))
+
+
+def test_no_state_of_an_old_run_stays_when_it_is_written_over(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "out", max_steps=3)
+    train(settings)
+    (tmp_path / "out" / "last").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "last").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(Run, "_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(replace(settings, overwrite=True))
+    assert RunFolder(tmp_path / "out").finished_steps() == 0
+    assert list((tmp_path / "elsewhere").iterdir())  # whose files are not ours to delete
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "out" / "last").mkdir()
+    monkeypatch.setattr("llama_adapter.training.checkpoint.shutil.rmtree", forbidden)
+    with pytest.raises(NotWrittenError, match="Permission denied"):
+        train(replace(settings, overwrite=True))
+    assert RunFolder(tmp_path / "out").holds_run()
 
 
 LOST = """

@@ -202,22 +202,7 @@ def load_base(
     config = load_config(name)
     dtype = resolve_dtype(precision, device)
     source, gguf = pretrained(name)
-    # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may stop us
-    # or change a token. Sessions follow its end tokens (inference/defaults.py).
-    options: dict[str, Any] = {
-        "dtype": dtype, "device_map": {"": device}, "generation_config": GenerationConfig(), **gguf,
-    }  # fmt: skip
-    if shards is not None:
-        from transformers.distributed import DistributedConfig
-
-        del options["device_map"]
-        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    text = text_config(config)
-    pad = getattr(text, "pad_token_id", None)
-    if pad is not None and not 0 <= pad < text.vocab_size:
-        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
-        text.pad_token_id = None
-        options["config"] = config
+    options: dict[str, Any] = {"dtype": dtype, **gguf, **_placed(device, shards), **_readable(config)}
     if gguf:  # weights that are left packed, where there are kernels for it, have no backward pass
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantization is not None:
@@ -259,6 +244,29 @@ def reading_in_parts() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
+
+
+def _placed(device: torch.device, shards: int | None) -> dict[str, Any]:
+    """Where weights go: all of them on one device, or this process's part of them."""
+    if shards is None:
+        return {"device_map": {"": device}}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=shards)}
+
+
+def _readable(config: PretrainedConfig) -> dict[str, Any]:
+    """What of a base's own settings is not followed while it is read."""
+    # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may stop us
+    # or change a token. Sessions follow its end tokens (inference/defaults.py).
+    options: dict[str, Any] = {"generation_config": GenerationConfig()}
+    text = text_config(config)
+    pad = getattr(text, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < text.vocab_size:
+        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
+        text.pad_token_id = None
+        options["config"] = config
+    return options
 
 
 def empty_base(config: PretrainedConfig) -> PreTrainedModel:

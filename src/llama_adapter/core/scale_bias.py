@@ -12,7 +12,6 @@ Rows of one batch may be served by different adapters: whatever an adapter lacks
 Parameters are fp32 on any base, products in the dtype of x. Shape letters: B rows, T tokens, A adapters in a batch.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -144,7 +143,8 @@ def replaced(x: Tensor, y: Tensor, parts: Sequence[OwnModule | None], rows: Tens
 
 def _with_weights(home: nn.Module, x: Tensor, part: OwnNorm) -> Tensor:
     """The forward of a norm's class, on a twin of the object that has other weights: threads may share the object."""
-    twin = copy.copy(home)
+    twin: Any = object.__new__(type(home))  # `copy` asks the class, and FSDP2's makes an object of another
+    vars(twin).update(vars(home))
     own: dict[str, Any] = {name: parameter.to(x.device) for name, parameter in part.named_parameters()}
     if isinstance(home, nn.LayerNorm | nn.RMSNorm):  # kernels that want one dtype; others multiply by fp32 and round
         own = {name: weight.to(getattr(home, name).dtype) for name, weight in own.items()}

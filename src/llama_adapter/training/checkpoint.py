@@ -41,7 +41,7 @@ from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import append, is_leftover, write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from llama_adapter.training.config import TrainConfig, load_recipe
+from llama_adapter.training.config import TrainConfig, read_recipe
 from llama_adapter.training.journal import JOURNAL_FILES, Journal, State
 from llama_adapter.training.owner import LOCK_FILE, Owner
 
@@ -177,7 +177,7 @@ class RunFolder:
         """
         if not config.resume:
             return
-        before = load_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        before = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
         if config.total_steps(steps_per_epoch) < before:
             raise TrainingError(
                 f"The run in {self.path} has {before} steps and cannot be resumed with "
@@ -192,7 +192,7 @@ class RunFolder:
 
         Raises:
             TrainingError: another run has taken the folder since `check`.
-            AdapterError: the folder cannot be written.
+            AdapterError: the folder cannot be written, or the old run not cleared away.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -211,16 +211,21 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete the run; its recipe last, so that what a kill leaves of it is still known for a run."""
-        for name in ("last", "tensorboard", "reference"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        card = self.path / CARD_FILE
-        if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
-            card.unlink()
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "loss.png", "gates.png", "rewards.png", "recipe.yaml"):
-            (self.path / name).unlink(missing_ok=True)
+        with writing(self.path):  # a state of the old run that stayed would be gone on with as if it were the new one's
+            for folder in (self.path / name for name in ("last", "tensorboard", "reference")):
+                if folder.is_symlink():
+                    folder.unlink()
+                elif folder.exists():
+                    shutil.rmtree(folder)
+            card = self.path / CARD_FILE
+            if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
+                card.unlink()
+            pictures = ("loss.png", "gates.png", "rewards.png")
+            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", *pictures, "recipe.yaml"):
+                (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:
-        before = load_recipe(str(self.recipe), {})
+        before = read_recipe(str(self.recipe), {})
         changed = [
             f"{f.name} {config.value(f.name)!r} (was {before.value(f.name)!r})"
             for f in dataclasses.fields(config)

@@ -151,15 +151,18 @@ class StreamFeed:
             DataError: a record is bad and none may be skipped, no record is good, or a file cannot be read.
         """
         texts: list[Encoded] = []
+        ended = False
         while len(texts) < self.batch_size:
             records = self.stream.take(self.batch_size - len(texts))
             if records:
                 for found in self._encoded(records):
                     texts += self._kept(found)
-            elif self.skipped == self.records:
+            elif self.skipped == self.records or (ended and not texts):  # a whole pass: the files were changed
                 raise DataError(f"No record is left to use ({self.skipped} skipped).")
             elif texts:
                 break
+            else:
+                ended = True
         return texts
 
     def epoch(self, step: int) -> float:

@@ -32,9 +32,9 @@ from llama_adapter.data.encode import texts_of
 from llama_adapter.errors import DataError, Interrupted, LlamaAdapterError, TrainingError
 from llama_adapter.progress import progress_bar, say
 from llama_adapter.training.checkpoint import RunFolder, resumable
-from llama_adapter.training.config import TrainConfig, check_alike
+from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
-from llama_adapter.training.draft import read_drafts, telling
+from llama_adapter.training.draft import check_alike, read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, why_not_packed
@@ -67,7 +67,7 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
     """Train an adapter for each recipe, by name, all of them on one base in one run.
 
     Args:
-        recipes: alike in what `config.ALIKE` names.
+        recipes: alike in what `draft.ALIKE` names.
         again: the command that goes on with a run that was stopped (default: `train` with its only recipe).
 
     Raises:

@@ -20,13 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.conditions.config import is_python
 from llama_adapter.core.model import check_name
 from llama_adapter.errors import AdapterError, ConfigError, TrainingError
 from llama_adapter.settings import shown
 from llama_adapter.training.checkpoint import RunFolder
-from llama_adapter.training.config import TrainConfig, check_alike, overlaid, read_yaml
+from llama_adapter.training.config import TrainConfig, overlaid
+from llama_adapter.training.draft import check_alike
 from llama_adapter.training.learner import TrainResult
 from llama_adapter.training.loop import train_together
+from llama_adapter.training.recipe_file import read_yaml
 
 ONE_AT_A_TIME = {"wandb", "trackio"}
 """Trackers that follow one run of a process at a time."""
@@ -134,6 +137,11 @@ def _recipe(source: str, shared: Mapping[str, Any], own: object) -> tuple[str, T
     if not own.get("output_dir"):
         raise ConfigError(f"{source} has no output_dir: give it a folder of its own.")
     config = overlaid(shared, own, source)
+    if is_python(config.tower):
+        raise ConfigError(
+            f"{source}: {config.tower} is code, which a file may not start: train it alone with llama-adapter train "
+            "--tower, or all from Python."
+        )
     return str(Path(config.output_dir).name if name is None else name), config
 
 

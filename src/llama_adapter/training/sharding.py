@@ -22,7 +22,7 @@ from llama_adapter.training.config import TrainConfig
 
 SHARDS = "5.23.0"
 """transformers from this release on loads a base in parts."""
-Batch = TypeVar("Batch")
+Forward = TypeVar("Forward")
 
 
 def is_sharded() -> bool:
@@ -92,8 +92,8 @@ def shards_of(accelerator: Accelerator) -> int | None:
 
 
 def in_step(
-    batches: Iterable[Batch], accelerator: Accelerator, spare: Callable[[], Iterator[Batch]]
-) -> Iterator[tuple[Batch, float]]:
+    batches: Iterable[Forward], accelerator: Accelerator, spare: Callable[[], Iterator[Forward]]
+) -> Iterator[tuple[Forward, float]]:
     """Every batch with weight 1; on a sharded base then one with weight 0 for each that another process has more."""
     if not is_sharded():
         yield from ((batch, 1.0) for batch in batches)
