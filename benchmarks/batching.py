@@ -38,6 +38,9 @@ def end_to_end(examples: Sequence[Encoded]) -> PackedRow:
         torch.cat([row.predicting + start for row, start in zip(rows, starts, strict=False)]),
         torch.cat([row.targets for row in rows]),
         Segments(0, tuple(lengths)),
+        tuple(len(row.targets) for row in rows),
+        spans=(sum(lengths),),
+        losses=(sum(len(row.targets) for row in rows),),
     )
 
 

@@ -85,3 +85,29 @@ def recipe(base: Path, data: Path, output: Path, **changes) -> TrainConfig:
         "save_every": 2,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def assert_same_run(mine: Path, single: Path) -> None:
+    """Check that two folders hold the same run, to rounding, but for its times."""
+    import pytest
+    import torch
+    from safetensors.torch import load_file
+
+    from llama_adapter.training.checkpoint import read_metrics
+
+    for part in ("", "last"):
+        found, expected = (
+            load_file(mine / part / "adapter_model.safetensors"),
+            load_file(single / part / "adapter_model.safetensors"),
+        )
+        assert found.keys() == expected.keys()
+        for key in found:
+            torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=0, msg=f"{mine.name} {part} {key}")
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (mine, single)]
+    assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
+    for found, expected in zip(*lines, strict=True):
+        for key in found.keys() - {"seconds"}:
+            assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), (mine.name, key)
+    for name in ("loss.png", "gates.png", "README.md", "adapter_config.json"):
+        assert (mine / name).is_file()
+    assert (mine / "adapter_config.json").read_bytes() == (single / "adapter_config.json").read_bytes()

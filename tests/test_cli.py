@@ -23,7 +23,7 @@ from llama_adapter.training.config import load_recipe
 
 COMMANDS = [
     ["demo"], ["quickstart"],
-    ["train"], ["validate"], ["generate"], ["chat"], ["inspect"], ["evaluate", "instructions"],
+    ["train"], ["train-many"], ["validate"], ["generate"], ["chat"], ["inspect"], ["evaluate", "instructions"],
 ]  # fmt: skip
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_adapter.conditions.cache import LONG_WORK, FeatureCache, content_digest
 from llama_adapter.conditions.config import ConditionConfig
-from llama_adapter.conditions.modules import ImageBindCondition, ImageCondition, VisualPromptCondition
+from llama_adapter.conditions.modules import ImageBindCondition, ImageCondition, VisualPromptCondition, grid
 from llama_adapter.conditions.official import official_condition
 from llama_adapter.conditions.perception import condition_config
 from llama_adapter.conditions.tower_families import check_tower
@@ -22,6 +22,7 @@ from llama_adapter.errors import AdapterError, ConfigError, DataError
 FIXTURE = Path(__file__).parent / "fixtures" / "official_v2_bias_a.safetensors"
 IMAGE = {"kind": "image", "tower": "t", "tower_width": 6}
 VISUAL = {**IMAGE, "kind": "visual_prompt", "blocks": 2, "block_width": 8, "block_heads": 2}
+PATCHES = {**IMAGE, "kind": "patches"}
 
 
 def count(module) -> int:
@@ -31,7 +32,9 @@ def count(module) -> int:
 # settings
 
 
-@pytest.mark.parametrize("values", [{**IMAGE, "depths": (0, 2, -1), "absent": "learnt", "bias": False}, VISUAL])
+@pytest.mark.parametrize(
+    "values", [{**IMAGE, "depths": (0, 2, -1), "absent": "learnt", "bias": False}, VISUAL, PATCHES]
+)
 def test_a_config_survives_json(values):
     config = ConditionConfig(**values)
     assert ConditionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -41,8 +44,8 @@ def test_a_config_survives_json(values):
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("kind", "smell", "kind is 'smell'; it must be one of image, visual_prompt, audio, video, image_bind"),
-        ("kind", None, "kind is None; it must be one of image, visual_prompt, audio, video, image_bind"),
+        ("kind", "smell", "kind is 'smell'; it must be one of image, patches, visual_prompt, audio, video, image_bind"),
+        ("kind", None, "kind is None; it must be one of image, patches, visual_prompt, audio, video, image_bind"),
         ("tower", "", "tower is empty: give a folder, a hub name or 'bundled'"),
         ("tower_width", 0, "tower_width is 0; it must be at least 1"),
         ("depths", (), "depths names no hidden state: give at least one, such as -1"),
@@ -60,9 +63,10 @@ def test_rules(field, value, rule):
         ConditionConfig(**{**IMAGE, field: value})
 
 
-def test_a_visual_prompt_reads_the_last_hidden_state_only():
-    with pytest.raises(ConfigError, match=r"depths are \[-2\]; kind visual_prompt reads the tower's last"):
-        ConditionConfig(**{**VISUAL, "depths": (-2,)})
+@pytest.mark.parametrize("values", [VISUAL, PATCHES])
+def test_tokens_are_those_of_the_last_hidden_state_only(values):
+    with pytest.raises(ConfigError, match=rf"depths are \[-2\]; kind {values['kind']} reads the tower's last"):
+        ConditionConfig(**{**values, "depths": (-2,)})
 
 
 def test_all_problems_in_one_error():
@@ -238,19 +242,42 @@ def test_no_tower_gives_imagebind_s_embeddings():
         condition_config("image_bind", "bundled", (-1,))
 
 
+@pytest.mark.parametrize("in_front", [0, 1, 5])
+def test_patches_are_parts_of_the_picture_through_one_bottleneck(in_front):
+    condition = ConditionConfig(**PATCHES, width=4).build(16, 2)  # left and right
+    tokens = torch.randn(3, in_front + 16, 6)
+    picture = tokens[:, in_front:].unflatten(1, (4, 4))
+    halves = torch.stack([picture[:, :, :2].mean((1, 2)), picture[:, :, 2:].mean((1, 2))], 1)
+    expected = condition.up(torch.nn.functional.gelu(condition.down(halves)))
+    torch.testing.assert_close(condition(tokens), expected)
+    assert count(condition) == count(ImageCondition(16, 1, 6, 4))  # no more numbers than for one vector
+
+
+@pytest.mark.parametrize(("parts", "shape"), [(1, (1, 1)), (2, (1, 2)), (7, (1, 7)), (10, (2, 5)), (49, (7, 7))])
+def test_parts_are_as_square_as_can_be(parts, shape):
+    assert grid(parts) == shape
+
+
+def test_tokens_that_are_no_square_are_refused():
+    condition = ConditionConfig(**PATCHES).build(16, 3)
+    with pytest.raises(AdapterError, match="45 tokens are no square of patches"):
+        condition(torch.randn(1, 45, 6))
+
+
 # what all share
 
 
-def both(absent="zero"):
+def every(absent="zero"):
     torch.manual_seed(0)
     yield ConditionConfig(**IMAGE, depths=(0, 1), absent=absent).build(16, 3), torch.randn(3, 2, 6)
     yield ConditionConfig(**{**VISUAL, "absent": absent}).build(16, 3), torch.randn(3, 9, 6)
+    yield ConditionConfig(**{**PATCHES, "absent": absent}).build(16, 3), torch.randn(3, 10, 6)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("absent", ["zero", "learnt"])
 def test_rows_with_none_one_and_several_pictures(which, absent):
-    condition, features = list(both(absent))[which]
+    condition, features = list(every(absent))[which]
     if absent == "learnt":
         torch.nn.init.normal_(condition.absent)
     single = condition(features)
@@ -265,27 +292,27 @@ def test_rows_with_none_one_and_several_pictures(which, absent):
         torch.testing.assert_close(condition.absent.grad, torch.ones_like(condition.absent))
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_batch_without_any_picture(which):
-    condition, features = list(both())[which]
+    condition, features = list(every())[which]
     found = condition(features[:0], torch.empty(0, dtype=torch.int64), 2)
-    assert torch.equal(found, torch.zeros(((2, 16), (2, 3, 16))[which]))
+    assert torch.equal(found, torch.zeros(((2, 16), (2, 3, 16), (2, 3, 16))[which]))
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_shapes_and_rows_of_their_own(which):
-    condition, features = list(both())[which]
+    condition, features = list(every())[which]
     found = condition(features)
-    assert found.shape == ((3, 16), (3, 3, 16))[which]
+    assert found.shape == ((3, 16), (3, 3, 16), (3, 3, 16))[which]
     for row in range(3):
         torch.testing.assert_close(condition(features[row : row + 1])[0], found[row], atol=1e-6, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
     torch.testing.assert_close(condition(features, torch.arange(3), 3), found)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_parameters_stay_fp32_on_a_half_precision_model(which):
-    condition, features = list(both("learnt"))[which]
+    condition, features = list(every("learnt"))[which]
     expected = condition(features)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), condition)
     model.to(torch.float16).to(torch.bfloat16)
@@ -296,7 +323,7 @@ def test_parameters_stay_fp32_on_a_half_precision_model(which):
 
 
 def test_every_parameter_of_a_visual_prompt_learns():
-    condition, features = list(both())[1]
+    condition, features = list(every())[1]
     (condition(features) * torch.randn(3, 3, 16)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in condition.parameters())
 

@@ -474,6 +474,8 @@ def test_a_flag_sets_its_field_and_nothing_else():
         "condition_layers": ("2", 2),
         "visual_len": ("20", 20),
         "feature_cache": ("cache", "cache"),
+        "shuffle_buffer": ("500", 500),
+        "prompt_init_text": ("data", "data"),
         "method": ("dpo", "dpo"),
         "beta": ("0.2", 0.2),
         "init_from": ("runs/first", "runs/first"),
@@ -506,6 +508,7 @@ def test_a_flag_sets_its_field_and_nothing_else():
     image, visual = ["--condition", "image"], ["--condition", "visual_prompt"]
     beside = {field.name: image for field in dataclasses.fields(TrainConfig) if field.metadata["group"] == "Condition"}
     beside |= {"beta": ["--method", "dpo"], "condition": [], "scienceqa_style": ["--data", "scienceqa:x"]}
+    beside |= {"streaming": ["--max-steps", "3"], "shuffle_buffer": ["--streaming", "--max-steps", "3"]}
     lora = ["--lora-rank", "1", "--lora-targets", "k_proj"]
     beside |= {"parts_lr": lora, "lora_alpha": lora, "lora_rank": lora, "lora_targets": lora[:2]}
     beside |= {"visual_len": visual, "visual_blocks": visual, "visual_width": visual, "visual_heads": visual}

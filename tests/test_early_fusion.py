@@ -17,6 +17,7 @@ from llama_adapter.formats.native import read_config, tensor_shapes
 from llama_adapter.inference.engine import Engine, Row
 from llama_adapter.inference.slots import Slots
 from llama_adapter.training.config import load_recipe
+from llama_adapter.training.learner import Learner
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.optimizer import build_optimizer
 from llama_adapter.training.plan import plan_run
@@ -168,8 +169,8 @@ def test_layers_may_not_overlap():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"layers": None}, "visual_len is for kind visual_prompt with layers"),
-        ({"kind": "image"}, "visual_len is for kind visual_prompt with layers"),
+        ({"layers": None}, "visual_len is for kinds patches and visual_prompt with layers"),
+        ({"kind": "image"}, "visual_len is for kinds patches and visual_prompt with layers"),
         ({"absent": "learnt"}, "absent is 'learnt', and in early fusion"),
         ({"layers": 0}, "layers is 0; it must be at least 1"),
     ],
@@ -221,48 +222,47 @@ def made_run(base, data, output, **changes):
     adapter = add_adapter(model, replace(config.adapter_config(), condition=condition))
     open_gates(adapter)
     perception = Perception(condition, torch.device("cpu"))
-    return Run(
-        config, Accelerator(cpu=True), RunFolder(output), prepared, model, adapter, build_optimizer(adapter, config),
-        perception,
-    )  # fmt: skip
+    optimizer = build_optimizer(adapter, config)
+    expert = Learner(config, RunFolder(output), prepared, model, adapter, optimizer, perception)
+    return Run([expert], Accelerator(cpu=True), model), expert
 
 
-def gradients(run, examples):
-    """Whether each parameter got a gradient in one optimiser step over these examples."""
-    run._step(examples, 0.0, False)
-    return {key: bool(parameter.grad.abs().sum() > 0) for key, parameter in run.adapter.named_parameters()}
+def gradients(run, expert, examples):
+    """Whether each parameter gets a gradient in one optimiser step over these examples."""
+    run._gradients([(expert, examples)], False)
+    return {key: bool(parameter.grad.abs().sum() > 0) for key, parameter in expert.adapter.named_parameters()}
 
 
 @pytest.mark.parametrize("disjoint", [True, False])
 def test_whose_gradient_reaches_what(world, tmp_path, disjoint):
-    run = made_run(*world, tmp_path, disjoint=disjoint)
-    kinds = [e for e in run.data.train if e.media], [e for e in run.data.train if not e.media]
+    run, expert = made_run(*world, tmp_path, disjoint=disjoint)
+    kinds = [e for e in expert.data.train if e.media], [e for e in expert.data.train if not e.media]
     assert all(len(kind) > 2 for kind in kinds)
     pictures = {"condition", "layers.0"}
-    of_pictures, of_texts, of_both = (gradients(run, kind) for kind in (*kinds, [*kinds[0], *kinds[1]]))
+    of_pictures, of_texts, of_both = (gradients(run, expert, kind) for kind in (*kinds, [*kinds[0], *kinds[1]]))
     # A key's bias moves all scores alike, which a softmax does not see.
     seen = {key for key in of_pictures if key.startswith(tuple(pictures))}
     assert all(of_pictures[key] for key in seen)
     assert all(of_texts[key] is not (key in seen) for key in of_texts)
     assert all(of_pictures[key] is not (disjoint and key not in seen) for key in of_pictures)
     assert all(of_both.values())
-    assert all(parameter.requires_grad for parameter in run.adapter.parameters())
+    assert all(parameter.requires_grad for parameter in expert.adapter.parameters())
 
 
 def test_disjoint_gradients_are_those_of_each_kind_alone(world, tmp_path):
     """Joint training adds up what image-text records give the one group, and texts the other."""
-    run = made_run(*world, tmp_path, disjoint=True)
-    kinds = [[e for e in run.data.train if bool(e.media) is media] for media in (True, False)]
+    run, expert = made_run(*world, tmp_path, disjoint=True)
+    kinds = [[e for e in expert.data.train if bool(e.media) is media] for media in (True, False)]
     found = {}
     for kind in kinds:
-        run._step(kind, 0.0, False)
+        run._gradients([(expert, kind)], False)
         tokens_of = sum(label != -100 for e in kind for label in e.labels[1:])
-        for key, parameter in run.adapter.named_parameters():
+        for key, parameter in expert.adapter.named_parameters():
             found[key] = found.get(key, 0) + parameter.grad * tokens_of
     both = [*kinds[0], *kinds[1]]
-    run._step(both, 0.0, False)
+    run._gradients([(expert, both)], False)
     total = sum(label != -100 for e in both for label in e.labels[1:])
-    for key, parameter in run.adapter.named_parameters():
+    for key, parameter in expert.adapter.named_parameters():
         torch.testing.assert_close(parameter.grad, found[key] / total, atol=1e-6, rtol=1e-4, msg=key)
 
 

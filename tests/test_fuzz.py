@@ -197,7 +197,8 @@ def flags_of(command: list[str]) -> list[str]:
 DOORS = [[name] for name in COMMANDS if name != "evaluate"] + [["evaluate", "instructions"], ["evaluate", "scienceqa"]]
 STOPPED = {  # by something that is wrong in any case, where the command would otherwise load weights and work
     "demo": ["--max-steps", "0"], "train": ["--model", "nowhere"], "generate": ["--model", "nowhere"],
-    "chat": ["--model", "nowhere"], "serve": ["--model", "nowhere"], "evaluate": ["--model", "nowhere"],
+    "train-many": ["nowhere.yaml"], "chat": ["--model", "nowhere"], "serve": ["--model", "nowhere"],
+    "evaluate": ["--model", "nowhere"],
     "quickstart": ["d.json", "--model", "base"], "validate": ["--model", "base", "--data", "d.json"],
     "inspect": ["run"], "convert": ["nowhere", "--output", "out"], "push": ["nowhere", "owner/name"],
 }  # fmt: skip

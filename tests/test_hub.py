@@ -264,7 +264,7 @@ def test_a_run_that_may_not_push_stops_before_it_starts(hub, base, tmp_path, mon
 
 
 def test_a_push_that_fails_at_the_end_costs_no_run(hub, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_adapter.training.loop.open_repository", lambda _: monkeypatch.delenv("HF_TOKEN"))
+    monkeypatch.setattr("llama_adapter.training.draft.open_repository", lambda _: monkeypatch.delenv("HF_TOKEN"))
     data = write_data(tmp_path / "data.json")
     with pytest.raises(AdapterError, match=r"log in with .* The run is finished and kept; try again: llama-adapter pu"):
         train(recipe(base, data, tmp_path / "run", max_steps=1, push_to_hub="owner/run"))

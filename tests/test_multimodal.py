@@ -240,7 +240,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_from_kept_features(base, tower, 
     step = Run._step
 
     def interrupted(run, *args):
-        if run.progress.step == 1:
+        if run.experts[0].progress.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(run, *args)
 
@@ -265,7 +265,7 @@ def test_micro_batches_do_not_change_what_is_learnt(base, tower, pictures, tmp_p
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["visual_prompt", "video"])
+@pytest.mark.parametrize("kind", ["patches", "visual_prompt", "video"])
 def test_other_kinds_train_and_answer(base, tower, pictures, tmp_path, kind):
     if kind == "video":
         for number in range(8):

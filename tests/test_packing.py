@@ -10,7 +10,7 @@ from llama_adapter.core.families import FAMILIES
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, response_tokens
 from llama_adapter.training.loss import response_loss, why_not_packed
-from llama_adapter.training.packed_attention import Segments
+from llama_adapter.training.packed_attention import Segments, joined
 from llama_adapter.training.packing import pack, packed_rows, shared_prefix
 from llama_adapter.training.varlen import attend_at_once, fits
 
@@ -77,12 +77,12 @@ def kernel(query, key, value, queries, keys, most_queries, most_keys):
 
 
 @pytest.mark.parametrize("scaling", [None, 0.5])
-@pytest.mark.parametrize("prefix", [0, 3])
-def test_one_call_over_all_examples_is_attention_to_each(prefix, scaling):
-    segments = Segments(prefix, (4, 1, 6))
+@pytest.mark.parametrize("sections", [[(0, (4, 1, 6))], [(3, (4, 1, 3))], [(2, (4, 1)), (0, (2,)), (1, (1, 1))]])
+def test_one_call_over_all_examples_is_attention_to_each(sections, scaling):
+    segments = joined([Segments(*section) for section in sections])
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, 2
-    shapes = [(1, heads, prefix + 11, 8) for heads in (4, 2, 2)]
+    shapes = [(1, heads, sum(prefix + sum(own) for prefix, own in sections), 8) for heads in (4, 2, 2)]
     states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     apart = segments.attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, *states, scaling=scaling)
     together = attend_at_once(segments.ranges, *states, scaling, kernel)
@@ -131,10 +131,11 @@ def test_one_example_shares_with_nobody():
 def test_rows_hold_every_example_once_and_like_beginnings_together():
     first, second = examples(20, (9, 5, 7), 1), examples(20, (8, 6), 2)
     lonely = examples(0, (19,), 3)
-    rows = list(packed_rows([*first, *second, *lonely], 8))
-    assert sorted(len(row.segments.lengths) for row in rows) == [1, 2, 3]
-    assert sorted(row.segments.prefix for row in rows) == [0, 20, 20]
-    assert sum(len(row.targets) for row in rows) == response_tokens([*first, *second, *lonely])
+    (row,) = packed_rows([*first, *second, *lonely], 8)
+    assert [len(part.lengths) for part in row.segments.parts] == [3, 2, 1]
+    assert [part.prefix for part in row.segments.parts] == [20, 20, 0]
+    assert len(row.targets) == sum(row.losses) == response_tokens([*first, *second, *lonely])
+    assert sum(row.spans) == row.input_ids.shape[1]
     split = list(packed_rows(first, 2))
     assert [len(row.segments.lengths) for row in split] == [2, 1]
     shares = [row for process in range(2) for row in packed_rows([*first, *second], 8, process, 2)]

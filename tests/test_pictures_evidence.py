@@ -59,7 +59,7 @@ def test_the_page_has_means_and_ranges_by_label(tmp_path):
     assert "| last layer | 95.0% (94.0% to 96.0%) |" in page
     assert "| text only |  | 50.0% | 45.0% |  | 70.0% | 0.200 | 31,496 |" in page
     assert "| last layer | 95.0% (90.0% to 100.0%) |" in page
-    assert page.index("| two things | 55.0% |") > page.index("## Two things in a picture")
+    assert page.index("| two things | 55.0% |") > page.index("### Two drawn things in a picture")
 
 
 def test_nothing_is_written_without_results(tmp_path):

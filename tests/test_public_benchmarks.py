@@ -39,16 +39,53 @@ def test_records_of_metamath_train_without_a_template(tmp_path):
     ("reference", "answer", "right"),
     [
         ("so 3 * 4\n#### 12", "The answer is: 12", True),
-        ("#### 1,200", "It is $1200.", True),
-        ("#### 1200", "1,200.00 dollars", True),
-        ("#### -3", "that leaves -3", True),
+        ("#### 1,200", "The answer is: $1200.", True),
+        ("#### 1200", "The final answer is 1,200.00 dollars", True),
+        ("#### -3", "The answer is: -$3", True),
+        ("#### 18", "The answer is: 18\n\nQuestion: Tom has 5 boxes.\nAnswer:", True),  # it goes on writing
+        ("#### 18", "The answer is: 17. No. The answer is: 18%", True),
+        ("#### 4", "The answer is: 20/5", True),
+        ("#### 2", "The answer is: 1/2", False),
+        ("#### 2", "The answer is: 1/0", False),
+        ("#### 7", "The answer is: 10-7", False),
         ("#### 12", "The answer is: 13", False),
-        ("#### 12", "12 of 13", False),
+        ("#### 12", "The answer is: 13 or 12", False),
+        ("#### 12", "12", False),  # nor does it count in PEFT's comparison
+        ("#### 3", "The answer is: \N{ARABIC-INDIC DIGIT THREE}", False),
         ("#### 12", "I do not know", False),
     ],
 )
-def test_last_number_counts(reference, answer, right):
+def test_the_final_number_counts(reference, answer, right):
     assert metamath.right(reference, answer) is right
+
+
+@pytest.mark.parametrize("lines", ["", "\ufeff"])
+def test_records_may_hold_line_separators(tmp_path, lines):
+    record = {"question": "a\u2028b", "answer": "#### 2"}
+    (tmp_path / "a.jsonl").write_text(lines + json.dumps(record, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert metamath.asking.read(tmp_path / "a.jsonl") == [record]
+
+
+@pytest.mark.parametrize(
+    ("script", "record", "options", "says"),
+    [
+        ("metamath", {"question": "1 + 1?", "answer": "two"}, (), "has no number behind '####'"),
+        ("metamath", {"question": "1 + 1?", "answer": "#### 2"}, ("--limit", "0"), "is not a whole number above zero"),
+        ("metamath", {"question": "1 + 1?", "answer": "#### 2"}, ("--batch-size", "-1"), "is not a whole number"),
+        ("commonsense", {"instruction": "Cold?", "answer": True}, (), "has the answer True, which none can be"),
+        ("commonsense", {"instruction": "Cold?", "answer": "true"}, ("--limit", "-1"), "is not a whole number"),
+    ],
+)
+def test_what_could_only_be_scored_wrongly_is_refused(tmp_path, monkeypatch, capsys, script, record, options, says):
+    (tmp_path / "boolq").mkdir()
+    file = tmp_path / "boolq" / "test.json"
+    file.write_text(json.dumps([record]))
+    where = ["score", "--source", file] if script == "metamath" else ["--data", tmp_path, "--tasks", "boolq"]
+    monkeypatch.setattr(sys, "argv", [script, *map(str, where), "--model", "none-is-read", *options])
+    with pytest.raises(SystemExit) as ended:
+        {"metamath": metamath, "commonsense": commonsense}[script].main()
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

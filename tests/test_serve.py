@@ -414,6 +414,30 @@ def test_half_a_letter_waits_for_the_other_half():
     assert torn.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize(
+    ("before", "expected"), [((), "7 8"), ((5, 6), " 7 8"), ((5, 200), "\N{REPLACEMENT CHARACTER} 8")]
+)
+def test_text_goes_on_from_the_tokens_before_it(before, expected):
+    def decode(tokens):  # as sentencepiece: the first blank is left out; 200 and 201 are half a letter each
+        return " ".join(map(str, tokens)).replace("200 201", "é").replace("200", "\N{REPLACEMENT CHARACTER}")
+
+    written = Written(decode, strip=False, before=before)
+    for token in (7, 8) if 200 not in before else (200, 8):
+        written.add(Choice(token))
+    assert written.finish() == expected
+
+
+def test_a_completion_keeps_the_blank_that_parts_it_from_its_prompt(server, monkeypatch):
+    tokenizer = server.session.tokenizer
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens, **_: " ".join(map(str, tokens)))
+    options = {"model": "base", "temperature": 0, "max_tokens": 3, "prompt": [5, 6]}
+    text = server.client.completions.create(**options).choices[0].text
+    assert text == "".join(f" {token}" for token in text.split())
+    assert server.client.completions.create(echo=True, **options).choices[0].text == f"5 6{text}"
+    parts = server.client.completions.create(echo=True, stream=True, **options)
+    assert "".join(part.choices[0].text for part in parts) == f"5 6{text}"
+
+
 def test_draining_ends_what_runs_and_takes_no_more(base):
     with serving(base, {}, max_tokens=512) as server:
         replies = []

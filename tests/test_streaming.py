@@ -13,7 +13,7 @@ import zstandard
 from pyarrow import parquet
 from runs import WORDS, recipe, tiny_tokenizer
 
-from llama_adapter.data.stream import Part, Stream, first_records, parts_of
+from llama_adapter.data.stream import Stream, StreamPart, first_records, parts_of
 from llama_adapter.errors import ConfigError, DataError, TrainingError
 from llama_adapter.training import feed as feeds
 from llama_adapter.training.config import TrainConfig
@@ -91,7 +91,7 @@ def test_the_order_goes_on_at_the_exact_record(folder, window):
 
 
 def test_no_more_than_a_window_is_read_ahead(rows):
-    stream = Stream([Part(str(rows))], window=10, seed=0)
+    stream = Stream([StreamPart(str(rows))], window=10, seed=0)
     seen = said(stream.take(1)) + said(stream.take(100))
     assert sorted(seen) == sorted(f"Say {i}" for i in range(10))
     assert stream._reader.number == 10
@@ -157,7 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(base, folder, tmp_path, monkeypa
     step = Run._step
 
     def killed(run, *args):
-        if run.progress.step == 3:
+        if run.experts[0].progress.step == 3:
             raise KeyboardInterrupt
         return step(run, *args)
 
@@ -272,11 +272,22 @@ def test_a_hub_name_without_datasets_says_what_to_install(fail, monkeypatch):
     assert "pip install 'llama-adapter[datasets]'" in fail("validate", *arguments)
 
 
+def test_preference_pairs_are_streamed_too(rows):
+    pairs = [{"prompt": f"Say {i}", "chosen": "sun", "rejected": "moon"} for i in range(30)]
+    rows.write_bytes(lines(pairs) + lines(records(0, 1)))
+    settings = config(rows, method="dpo", skip_bad_records=True)
+    feed = prepare(settings, tiny_tokenizer()).feed(settings)
+    batches = [feed.batch(step) for step in range(4)]
+    assert [len(batch) for batch in batches] == [8, 8, 8, 6]
+    assert all(example.rejected for batch in batches for example in batch)
+    assert feed.skipped == 1
+
+
 def test_a_line_without_end_is_refused(rows, monkeypatch):
     monkeypatch.setattr("llama_adapter.data.stream.LONGEST_LINE", 1000)
     rows.write_bytes(lines(records(0, 3)) + b"0" * 1001)
     with pytest.raises(DataError, match="line 4 is longer than 1,000 bytes"):
-        one_pass(Stream([Part(str(rows))], 16, 0))
+        one_pass(Stream([StreamPart(str(rows))], 16, 0))
 
 
 def test_when_all_records_are_bad_a_run_does_not_go_round_for_ever(rows):
@@ -287,10 +298,19 @@ def test_when_all_records_are_bad_a_run_does_not_go_round_for_ever(rows):
         feed.batch(0)
 
 
+def test_when_files_lose_their_good_records_during_a_run_it_ends_too(rows):
+    settings = config(rows, skip_bad_records=True)
+    feed = prepare(settings, tiny_tokenizer()).feed(settings)
+    assert [len(feed.batch(step)) for step in range(5)] == [8] * 5
+    rows.write_bytes(b"{}\n" * 20)
+    with pytest.raises(DataError, match=r"No record is left to use \(20 skipped\)"):
+        feed.batch(5)
+
+
 def test_a_later_key_or_kind_does_not_end_the_reading(rows):
     odd = [{"instruction": "a", "output": "b", "id": "x"}, {"instruction": "a", "output": "b", "input": "c", "id": [1]}]
     rows.write_bytes(lines([{**entry, "id": 1} for entry in records(0, 40)] + odd))
-    assert len(one_pass(Stream([Part(str(rows))], 16, 0))) == 42
+    assert len(one_pass(Stream([StreamPart(str(rows))], 16, 0))) == 42
 
 
 def test_settings_are_checked_in_python_too():

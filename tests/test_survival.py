@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from runs import recipe
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import Lock, append, is_leftover, write_atomically
-from llama_adapter.training import owner
+from llama_adapter.formats.native import WEIGHTS_FILE
+from llama_adapter.training import agreement, loop, owner
 from llama_adapter.training.checkpoint import Progress, RunFolder, read_metrics
 from llama_adapter.training.journal import JOURNAL_FILES, Journal
 from llama_adapter.training.loop import Run, train
@@ -194,12 +196,97 @@ def test_a_launcher_that_starts_again_goes_on_with_its_own_run_alone(base, data,
     assert owner.restarted(settings) == settings
 
 
+def test_a_launcher_on_another_machine_knows_its_run_by_its_name(tmp_path, monkeypatch):
+    settings = recipe("base", "data", tmp_path, resume=False)
+    (tmp_path / ".lock").write_text(json.dumps({"pid": "7", "host": "first", "launch": f"job {os.getppid() + 1}"}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert not owner.restarted(settings).resume
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert owner.restarted(settings).resume
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert not owner.restarted(settings).resume
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_kill_before_any_file_of_the_last_step_leaves_nothing_old(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "whole", max_steps=4, save_every=4)
+    train(settings)
+    wanted = load_file(tmp_path / "whole" / "last" / WEIGHTS_FILE)
+    replace_file, places = os.replace, 0
+    for left in range(1, 100):
+        here, left_of = replace(settings, output_dir=str(tmp_path / "killed"), overwrite=True), [left]
+
+        def killed(source, target, left_of=left_of):
+            left_of[0] -= 1
+            if not left_of[0]:
+                raise Killed
+            replace_file(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with suppress(Killed):
+            train(here)
+            break
+        monkeypatch.setattr(os, "replace", replace_file)
+        places += 1
+        if (tmp_path / "killed" / "recipe.yaml").exists():
+            train(replace(here, overwrite=False, resume=True))
+            found = load_file(tmp_path / "killed" / "last" / WEIGHTS_FILE)
+            assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items()), left
+    assert places > 8
+
+
+DIFFERENT = {
+    r"Process 1 of this run differs from process 0 in finished steps \(0, not 1\): give": {"finished steps": 0},
+    r"in data \('x', not ": {"data": "x"},
+    r"in lr \(0\.5, not 0\.02\), seed \(3, not 0\)": {"lr": 0.5, "seed": 3},
+}
+
+
+def test_processes_that_mean_different_runs_are_refused(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "out", max_steps=1)
+    train(settings)
+    monkeypatch.setattr(loop, "load_base", lambda *_: 1 / 0)
+    for message, other in DIFFERENT.items():
+        monkeypatch.setattr(agreement, "gather_object", lambda facts: [*facts, facts[0] | other])  # noqa: B023
+        with pytest.raises(TrainingError, match=message):
+            train(replace(settings, resume=True))
+    monkeypatch.setattr(agreement, "gather_object", lambda facts: [*facts, *facts])
+    with pytest.raises(ZeroDivisionError):  # the weights are read
+        train(replace(settings, resume=True))
+
+
+def test_no_state_of_an_old_run_stays_when_it_is_written_over(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "out", max_steps=3)
+    train(settings)
+    (tmp_path / "out" / "last").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "last").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(Run, "_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(replace(settings, overwrite=True))
+    assert RunFolder(tmp_path / "out").finished_steps() == 0
+    assert list((tmp_path / "elsewhere").iterdir())  # whose files are not ours to delete
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "out" / "last").mkdir()
+    monkeypatch.setattr("llama_adapter.training.checkpoint.shutil.rmtree", forbidden)
+    with pytest.raises(NotWrittenError, match="Permission denied"):
+        train(replace(settings, overwrite=True))
+    assert RunFolder(tmp_path / "out").holds_run()
+
+
 LOST = """
 import os, signal, sys
 from llama_adapter.training import loop
 step = loop.Run._step
 def lose(run, *args):
-    if run.progress.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
+    if run.experts[0].progress.step == 3 and first:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, *args)
 loop.Run._step = lose
@@ -210,7 +297,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_lost_process_is_replaced_by_the_launcher(base, data, tmp_path):
-    (tmp_path / "run.py").write_text(LOST.replace("if run.progress.step == 3 and", "if False and"))
+    (tmp_path / "run.py").write_text(LOST.replace("step == 3 and", "step < 0 and"))
     (tmp_path / "lost.py").write_text(LOST)
     common = ["train", "--model", base, "--data", data, "--max-steps", 6, "--batch-size", 8, "--lr", 0.02]
     common += ["--val-size", 4, "--adapter-layers", 2, "--trackers", "none", "--precision", "fp32"]
@@ -231,6 +318,27 @@ def test_a_lost_process_is_replaced_by_the_launcher(base, data, tmp_path):
     assert "after step 3" in done.stderr
     for file in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "lost" / file).read_bytes()
+
+
+def test_a_run_goes_on_from_its_own_journal_and_not_from_the_adapter_that_it_began_with(
+    base, data, tmp_path, monkeypatch
+):
+    train(recipe(base, data, tmp_path / "first", max_steps=3))
+    settings = recipe(base, data, tmp_path / "whole", max_steps=3, init_from=str(tmp_path / "first"), save_every=100)
+    train(settings)
+    stopped, step = replace(settings, output_dir=str(tmp_path / "out")), Run._step
+    for at in (0, 2):
+
+        def stopping(run, *args, at=at):
+            return 1 / 0 if run.experts[0].progress.step == at else step(run, *args)
+
+        monkeypatch.setattr(Run, "_step", stopping)
+        with pytest.raises(ZeroDivisionError):
+            train(replace(stopped, resume=at > 0))
+    monkeypatch.undo()
+    train(replace(stopped, resume=True))
+    for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_clock_that_jumps_changes_nothing(base, data, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.training.checkpoint import RunFolder, read_metrics
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import Run, train
-from llama_adapter.training.loss import response_loss
+from llama_adapter.training.loss import owners_losses, response_loss
 from llama_adapter.training.optimizer import learning_rate
 from llama_adapter.training.prepare import prepare
 
@@ -137,7 +137,7 @@ at, where = int(sys.argv[5]), sys.argv[6]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 if where == "step":
     step = train.Run._step
-    train.Run._step = lambda run, *args: die() if run.progress.step == at else step(run, *args)
+    train.Run._step = lambda run, *args: die() if run.experts[0].progress.step == at else step(run, *args)
 else:
     save = run_folder.save_adapter
     run_folder.save_adapter = lambda model, folder, name: (
@@ -192,7 +192,7 @@ def test_a_run_whose_template_writes_the_time_resumes_to_the_same_bits(data, tmp
 
 
 def _stop_at(step, go_on):
-    return lambda run, *args: 1 / 0 if run.progress.step == step else go_on(run, *args)
+    return lambda run, *args: 1 / 0 if run.experts[0].progress.step == step else go_on(run, *args)
 
 
 def test_the_time_that_a_template_writes_is_one_for_all_examples(data, tmp_path):
@@ -229,7 +229,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(base, data, tmp_path, monkeypatch):
     step = Run._step
 
     def interrupted(run, *args):
-        if run.progress.step == 3:
+        if run.experts[0].progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return step(run, *args)
 
@@ -243,15 +243,15 @@ def test_ctrl_c_saves_and_says_how_to_resume(base, data, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base, data, tmp_path, monkeypatch):
-    real = response_loss
+    real = owners_losses
     calls = []
 
-    def poisoned(model, batch, device):
+    def poisoned(*args):
         calls.append(1)
-        loss = real(model, batch, device)
+        loss = real(*args)
         return loss * math.nan if len(calls) > 9 else loss
 
-    monkeypatch.setattr("llama_adapter.training.objective.response_loss", poisoned)
+    monkeypatch.setattr("llama_adapter.training.loop.owners_losses", poisoned)
     with pytest.raises(TrainingError, match=r"at step \d are not finite; the checkpoint in .*last is kept"):
         train(recipe(base, data, tmp_path / "out", val_size=0, save_every=1))
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out").values())

@@ -99,3 +99,9 @@ def test_texts_that_are_too_short_or_idle_are_refused_before_weights_are_read(ba
     assert "lower --adapter-len" in message
     message = fail(*given, "--prompt-init-text", "data", "--init-from", tmp_path)
     assert "prompt_init_text has no effect on the prompts of init_from" in message
+    message = fail(*given, "--prompt-init-text", "data", "--adapter-layers", "0", "--norms")
+    assert "prompt_init_text has no effect without prompts" in message
+    for command in ("train", "validate"):
+        message = fail(command, *given[1:], "--prompt-init-text", "cat " * 1100)
+        assert "tokens and the base takes 1024: shorten it" in message
+        assert len(message) < 300

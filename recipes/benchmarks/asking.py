@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,23 @@ def main(run: Callable[[], None]) -> None:
         fail(str(error))
 
 
+def number(text: str) -> int:
+    """A count of at least one.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above zero")
+    return int(text)
+
+
 def read(path: Path) -> list[Any]:
     """The records of a JSON or JSONL file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+        text = path.read_text(encoding="utf-8-sig").strip()
+        # Not splitlines(): texts may hold U+2028 and other characters that it takes for line ends
+        found = json.loads(text) if text.startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         fail(f"{path} cannot be read ({error}): give a JSON list or one JSON object a line.")
     if not found:

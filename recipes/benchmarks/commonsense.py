@@ -40,6 +40,8 @@ def score(args: argparse.Namespace) -> None:
     for task, rows in sets.items():
         if not all(isinstance(row, dict) and {"instruction", "answer"} <= row.keys() for row in rows):
             asking.fail(f"A record of {task} has no 'instruction' and 'answer', which the published files have.")
+        if wrong := next((row for row in rows if not re.fullmatch(CHOICES[task], str(row["answer"]))), None):
+            asking.fail(f"A record of {task} has the answer {wrong['answer']!r}, which none can be: {CHOICES[task]}.")
     session, adapter = asking.session_of(args.model, args.adapter)
     results = {}
     for task, rows in sets.items():
@@ -57,9 +59,9 @@ def main() -> None:
     parser.add_argument("--adapter", help="a run or adapter; without it the bare base is asked")
     parser.add_argument("--data", type=Path, required=True, help="folder with boolq/test.json and the others")
     parser.add_argument("--tasks", nargs="*", choices=list(CHOICES), help="only these sets")
-    parser.add_argument("--limit", type=int, help="only the first so many questions of each")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=asking.number, help="only the first so many questions of each")
+    parser.add_argument("--max-new-tokens", type=asking.number, default=32)
+    parser.add_argument("--batch-size", type=asking.number, default=32)
     args = parser.parse_args()
     asking.main(lambda: score(args))
 

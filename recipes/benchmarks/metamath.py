@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from llama_adapter.inference.writing import Prompt
 
 QUESTION = "Question: {query} Think step by step.\nAnswer:"
 """The comparison's own prompt."""
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+FINAL = re.compile(r"The (?:final )?answer is:?|####")
+"""What the final answer stands behind, in MetaMathQA and in GSM8K's references."""
+NUMBER = re.compile(r"-?\$?([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?: ?/ ?([0-9]+))?")
 
 
 def record(query: str, response: str) -> dict[str, str]:
@@ -28,15 +31,23 @@ def record(query: str, response: str) -> dict[str, str]:
     return {"prompt": QUESTION.format(query=query), "completion": " " + response.strip()}
 
 
-def last_number(text: str) -> float | None:
-    """The number an answer ends with; GSM8K's references have it behind '####'."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+def final_number(text: str) -> Fraction | None:
+    """The one number, maybe a fraction, behind the last "The answer is" on its line; None where there is none.
+
+    As in the comparison, a number elsewhere does not count, nor does what the model goes on to write below it.
+    """
+    *before, last = FINAL.split(text)
+    found = list(NUMBER.finditer(last.strip().partition("\n")[0].replace("\\$", "$"))) if before else []
+    if len(found) != 1:
+        return None
+    (number,) = found
+    above, below = Fraction(number[1].replace(",", "")), int(number[2] or 1)
+    return None if below == 0 else above / below * (-1 if number[0].startswith("-") else 1)
 
 
 def right(reference: str, answer: str) -> bool:
-    """Whether an answer ends with the reference's number."""
-    return last_number(answer) is not None and last_number(answer) == last_number(reference)
+    """Whether an answer's final number is the reference's."""
+    return final_number(answer) is not None and final_number(answer) == final_number(reference)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -57,6 +68,8 @@ def score(args: argparse.Namespace) -> None:
     rows = list(islice(rows, args.limit))
     if not all(isinstance(row, dict) and {"question", "answer"} <= row.keys() for row in rows):
         asking.fail("A record has no 'question' and 'answer', which GSM8K's have: give its own test file.")
+    if wrong := next((row for row in rows if final_number(str(row["answer"])) is None), None):
+        asking.fail(f"The answer {str(wrong['answer'])[-60:]!r} has no number behind '####', which GSM8K's have.")
     session, adapter = asking.session_of(args.model, args.adapter)
     prompts = [Prompt((Message("user", QUESTION.format(query=row["question"])),), raw=True) for row in rows]
     texts = asking.answers(session, adapter, prompts, args.max_new_tokens, args.batch_size)
@@ -76,9 +89,9 @@ def main() -> None:
     scoring.add_argument("--model", help="the base (default: the adapter's own)")
     scoring.add_argument("--adapter", help="a run or adapter; without it the bare base is asked")
     scoring.add_argument("--source", type=Path, help="GSM8K's test file (default: from the hub)")
-    scoring.add_argument("--limit", type=int, help="only the first so many questions")
-    scoring.add_argument("--max-new-tokens", type=int, default=300)
-    scoring.add_argument("--batch-size", type=int, default=50)
+    scoring.add_argument("--limit", type=asking.number, help="only the first so many questions")
+    scoring.add_argument("--max-new-tokens", type=asking.number, default=300)
+    scoring.add_argument("--batch-size", type=asking.number, default=50)
     scoring.set_defaults(run=score)
     args = parser.parse_args()
     asking.main(lambda: args.run(args))

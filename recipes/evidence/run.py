@@ -34,7 +34,8 @@ def main() -> None:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="trials side by side")
-    parser.add_argument("--groups", nargs="*", help="only these groups of the plan")
+    groups = list(dict.fromkeys(trial.group for trial in trials()))
+    parser.add_argument("--groups", nargs="*", choices=groups, help="only these groups of the plan")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     args = parser.parse_args()

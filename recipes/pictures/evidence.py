@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_page import section
 from results_page import write_page
 
 import llama_adapter
@@ -37,6 +38,7 @@ from llama_adapter.training.config import load_recipe
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "docs" / "evidence" / "pictures.jsonl"
+REAL = RESULTS.with_name("pictures-real.jsonl")
 WORK = ROOT / "runs" / "pictures"
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
@@ -166,11 +168,21 @@ def results() -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["digest"] == digest()]
 
 
+def write_pages() -> None:
+    """docs/pictures.md, from these figures and those of `real.py`."""
+    labels = list(dict.fromkeys(trial.label for trial in trials()))
+    found = [line for line in results() if line["label"] in labels]
+    real = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()] if REAL.exists() else []
+    drawn = sorted(found, key=lambda line: labels.index(line["label"]))
+    write_page(drawn, ROOT / "docs" / "pictures.md", section(real))
+
+
 def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--only", nargs="*", help="labels of the plan")
+    labels = list(dict.fromkeys(trial.label for trial in trials()))
+    parser.add_argument("--only", nargs="*", choices=labels, help="labels of the plan")
     args = parser.parse_args()
     plan = [trial for trial in trials() if not args.only or trial.label in args.only]
     for trial in [] if args.report_only else plan:
@@ -180,9 +192,7 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(trial.label, trial.seed, {key: line[key] for key in ("with", "blind", "text") if key in line}, flush=True)
-    labels = list(dict.fromkeys(trial.label for trial in trials()))
-    found = [line for line in results() if line["label"] in labels]
-    write_page(sorted(found, key=lambda line: labels.index(line["label"])), ROOT / "docs" / "pictures.md")
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from typing import Any
 Result = dict[str, Any]
 
 INTRO = """\
-# Questions about pictures
+## The project's own base, encoder and pictures
 
-Written by `python recipes/pictures/evidence.py` from `docs/evidence/pictures.jsonl`. Everything is the project's own:
+From `docs/evidence/pictures.jsonl`, by `python recipes/pictures/evidence.py`. Everything is the project's own:
 the bundled base, the bundled tower ({parameters:,} numbers are trained between and above them), pictures that the
 project draws and questions in ScienceQA's layout that it writes. Test pictures show combinations (a red star, four
 hearts, a green 7) that no training picture of the adapter shows; the tower has seen them. The answer is the choice
@@ -24,13 +24,19 @@ Held-out combinations are hard on purpose: two fifths of the colours and counts 
 digit's colours never occur in training, so that what goes with what there points away from the right answer.
 
 """
+TITLE = """\
+# Questions about pictures
+
+Written from `docs/evidence/*.jsonl` by `recipes/pictures/real.py` and `recipes/pictures/evidence.py`.
+
+"""
 EXPLANATION = """
 `without` asks the same adapter without the picture, `another's` shows the picture of another question. `text` are the
 questions of the set that have no picture: short tales and facts of the base's world. Rows without a range are of one
 seed. Early fusion is LLaMA-Adapter V2's: the first layer reads a visual prompt alone, the other seven their prompts;
 it was trained for half as many steps.
 
-## Two things in a picture
+### Two drawn things in a picture
 
 The paper adds one vector to all prompts of a layer. In the second softmax such a vector c shifts every score of a
 query q by the same q (Wk c)', which changes no weight; what remains is act(g) Wv c, the same at every token whatever
@@ -86,12 +92,13 @@ def kinds(found: dict[str, list[Result]]) -> str:
     return table(["right with the picture", *names], rows)
 
 
-def write_page(results: Sequence[Result], path: Path) -> None:
-    """The page; without results nothing is written."""
+def write_page(results: Sequence[Result], path: Path, real: str = "") -> None:
+    """The page, which begins with the section about real pictures; without results nothing is written."""
     if not results:
         return
     one, two = by_label(results, "one"), by_label(results, "two")
-    page = INTRO.format(parameters=next(iter(one.values()))[0]["parameters"])
+    page = TITLE + (real and real + "\n")
+    page += INTRO.format(parameters=next(iter(one.values()))[0]["parameters"])
     page += f"Guessing gives {results[0]['chance']:.1%}.\n\n{arms(one)}\n{kinds(one)}{EXPLANATION}"
     page += arms(two) + "\n" + kinds(two) if two else ""
     path.write_text(page, encoding="utf-8")

@@ -40,7 +40,8 @@ ROOM = 50_000_000
 def main() -> None:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="*", help="only these groups of the plan")
+    groups = list(dict.fromkeys(trial.group for trial in trials()))
+    parser.add_argument("--groups", nargs="*", choices=groups, help="only these groups of the plan")
     parser.add_argument("--jobs", type=int, default=1, help="trials side by side, 3 GB of memory each")
     parser.add_argument("--minutes", type=float, help="start no trial after so many minutes")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, with results of their own")
@@ -63,6 +64,10 @@ def check(args: argparse.Namespace, results: Path) -> None:
         sys.exit(_say(f"--jobs is {args.jobs}: it must be at least 1."))
     if args.gpu and not torch.cuda.is_available():
         sys.exit(_say("--gpu is given, and PyTorch sees no GPU: leave it out to run on the CPU."))
+    if args.minutes is not None and not args.minutes > 0:
+        sys.exit(_say(f"--minutes is {args.minutes:g}: it must be above 0; leave it out to run to the end."))
+    if not results.parent.is_dir():
+        sys.exit(_say(f"The folder of the results, {results.parent}, is not there: make it, or unset RESULTS_FOLDER."))
     free = shutil.disk_usage(results.parent).free
     if free < ROOM:
         sys.exit(_say(f"{results.parent} has {free / 1e6:.0f} MB free, and a run needs {ROOM / 1e6:.0f}: make room."))
@@ -92,7 +97,7 @@ def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) ->
         if trial.key() not in done:
             done.append(trial.key())
             missing.append(trial)
-    deadline = time.monotonic() + 60 * (args.minutes or 1e9)
+    deadline = time.monotonic() + 60 * (1e9 if args.minutes is None else args.minutes)
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) // args.jobs)
     device = ("cuda", "bf16") if args.gpu else ("cpu", "auto")
     running: dict[Future[dict[str, Any]], Trial] = {}

@@ -179,7 +179,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_base(
-    name: str, device: torch.device, precision: Precision = "auto", quantization: Quantization | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision = "auto",
+    quantization: Quantization | None = None,
+    shards: int | None = None,
 ) -> PreTrainedModel:
     """The base on `device`, in evaluation mode.
 
@@ -188,6 +192,7 @@ def load_base(
         device: where its weights go.
         precision: see `resolve_dtype`.
         quantization: what its linears are rounded to.
+        shards: over how many processes, all that there are, FSDP2 shards its weights; each reads its part alone.
 
     Raises:
         ModelError: it is not there, is damaged, or does not fit into memory.
@@ -197,24 +202,14 @@ def load_base(
     config = load_config(name)
     dtype = resolve_dtype(precision, device)
     source, gguf = pretrained(name)
-    # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may stop us
-    # or change a token. Sessions follow its end tokens (inference/defaults.py).
-    options: dict[str, Any] = {
-        "dtype": dtype, "device_map": {"": device}, "generation_config": GenerationConfig(), **gguf,
-    }  # fmt: skip
-    text = text_config(config)
-    pad = getattr(text, "pad_token_id", None)
-    if pad is not None and not 0 <= pad < text.vocab_size:
-        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
-        text.pad_token_id = None
-        options["config"] = config
+    options: dict[str, Any] = {"dtype": dtype, **gguf, **_placed(device, shards), **_readable(config)}
     if gguf:  # weights that are left packed, where there are kernels for it, have no backward pass
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantization is not None:
         _check_plain(name, config)
         options["quantization_config"] = quantization_config(quantization, dtype)
     try:
-        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet():
+        with nullcontext() if sys.stderr.isatty() and name != BUNDLED else quiet(), reading_in_parts():
             model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -237,6 +232,41 @@ def load_base(
         with torch.no_grad():
             model.eval()(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model.eval()
+
+
+@contextmanager
+def reading_in_parts() -> Iterator[None]:
+    """Every process reads its own part: accelerate's way is that the first reads all and sends it to the others."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def _placed(device: torch.device, shards: int | None) -> dict[str, Any]:
+    """Where weights go: all of them on one device, or this process's part of them."""
+    if shards is None:
+        return {"device_map": {"": device}}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=shards)}
+
+
+def _readable(config: PretrainedConfig) -> dict[str, Any]:
+    """What of a base's own settings is not followed while it is read."""
+    # A generation config of our own, so that the base's generation_config.json is not read: nothing in it may stop us
+    # or change a token. Sessions follow its end tokens (inference/defaults.py).
+    options: dict[str, Any] = {"generation_config": GenerationConfig()}
+    text = text_config(config)
+    pad = getattr(text, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < text.vocab_size:
+        # Published bases have such: the tokenizer got a pad token, the embeddings did not. Nothing here uses it.
+        text.pad_token_id = None
+        options["config"] = config
+    return options
 
 
 def empty_base(config: PretrainedConfig) -> PreTrainedModel:

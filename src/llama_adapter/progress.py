@@ -18,6 +18,16 @@ def progress_bar(total: int, unit: str, desc: str | None = None, initial: int = 
     return kind(total=total, unit=unit, desc=desc, initial=initial, file=sys.stderr, **off)
 
 
+def say(bar: Any, text: str) -> None:
+    """A line beside a bar on standard error, above it where that is drawn."""
+    if bar.disable:
+        return
+    if hasattr(bar, "said"):
+        print(text, file=bar.fp, flush=True)
+    else:
+        bar.write(text, file=bar.fp)
+
+
 def _lines() -> type:
     from tqdm import tqdm
 

@@ -24,6 +24,7 @@ COMMANDS = (
     "demo",
     "quickstart",
     "train",
+    "train-many",
     "validate",
     "generate",
     "chat",
@@ -33,7 +34,7 @@ COMMANDS = (
     "convert",
     "push",
 )
-"""Each is a module of this package."""
+"""Each is a module of this package, with `_` for `-`."""
 PLACES_THAT_REFUSE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
 }  # fmt: skip
@@ -59,7 +60,7 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
     parser.add_argument("--version", action="version", version=f"llama-adapter {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for name in words[:1] if words and words[0] in COMMANDS else COMMANDS:
-        import_module(f"llama_adapter.cli.{name}").add_parser(commands)
+        import_module(f"llama_adapter.cli.{name.replace('-', '_')}").add_parser(commands)
     return parser
 
 

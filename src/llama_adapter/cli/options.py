@@ -28,6 +28,10 @@ def add_base_options(base: Any) -> None:
         "-m", "--model", metavar="TEXT",
         help="folder, GGUF file, hub name or 'bundled' (default: the adapter's own base)",
     )  # fmt: skip
+    base.add_argument(
+        "--tower", action="append", default=[], metavar="python:FILE.py:FUNCTION",
+        help="code that makes the tower of an adapter trained with it, which runs only if it is named here; repeatable",
+    )  # fmt: skip
     base.add_argument("--template", choices=get_args(WrittenAs), help="prompt format (default: the adapter's own)")
     base.add_argument("--precision", choices=get_args(Precision), default="auto", help="of the base (default: auto)")
     base.add_argument("--load-in-4bit", action="store_true", help="quantise the base to NF4 with bitsandbytes")
@@ -98,10 +102,23 @@ def decoding_from(args: argparse.Namespace) -> GenerateConfig:
 
 
 def plan(args: argparse.Namespace) -> "SessionPlan":
-    """Check what the options name, but for the base's weights."""
+    """Check what the options name, but for the base's weights.
+
+    Raises:
+        LlamaAdapterError: see `plan_session`.
+        ConfigError: a --tower that no adapter reads, or that is no code.
+    """
+    from llama_adapter.conditions.config import is_python
     from llama_adapter.inference.session import plan_session
 
-    return plan_session(args.model, name_adapters(args.adapter), args.template)
+    for tower in args.tower:
+        if not is_python(tower):
+            raise ConfigError(f"--tower {tower} is no python:FILE.py:FUNCTION: adapters find other towers themselves.")
+    planned = plan_session(args.model, name_adapters(args.adapter), args.template, args.tower)
+    towers = [getattr(found.config.condition, "tower", None) for found in planned.readings.values()]
+    if args.tower and not any(map(is_python, towers)) and getattr(args, "adapter_dir", None) is None:
+        raise ConfigError("--tower has no effect: no --adapter was trained with a tower that Python code makes.")
+    return planned
 
 
 def load(planned: "SessionPlan", args: argparse.Namespace) -> "Session":

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 NOT_VLLMS = (
-    "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_adapters", "max_waiting", "max_tokens",
+    "tower", "template", "load_in_4bit", "load_in_8bit", "base_precision", "max_adapters", "max_waiting", "max_tokens",
     "deadline",
 )  # fmt: skip
 """Flags that vLLM has no like for."""

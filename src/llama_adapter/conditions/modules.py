@@ -2,6 +2,7 @@
 
 `ImageCondition` is the paper's (arXiv:2303.16199, section 3.4): I = Proj(concat_m I_m), one vector for all prompts.
 `VisualPromptCondition` is LLaMA-Adapter V2's: learnable queries that read the picture's tokens, one vector a prompt.
+`PatchCondition` is ours: the paper's projection for each part of the picture, one vector a prompt.
 `ImageBindCondition` is ImageBind-LLM's bridge: one embedding of any sense, one vector for all prompts.
 
 Neither paper says how the projections start, so every layer has PyTorch's own initialisation. The gates start at
@@ -10,12 +11,14 @@ zero, so whatever a condition gives, the adapted model starts as the base.
 Shape letters: B rows, M scales, D tower_width, T tokens, K prompts, H heads.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from llama_adapter.core.fixed_dtype import FixedDtype
+from llama_adapter.errors import AdapterError
 
 BOTTLENECK_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -25,6 +28,8 @@ BOTTLENECK_ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 MLP_RATIO = 4
 BRIDGE_STEPS = 3
+MOST_IN_FRONT = 8
+"""Tokens that an encoder may have before its patches: a CLS token, registers."""
 
 
 class Condition(FixedDtype):
@@ -85,6 +90,50 @@ class ImageCondition(Condition):
     def project(self, features: Tensor) -> Tensor:
         """[B, M, D] or [B, M x D] -> [B, hidden]."""
         return self.up(self.activation(self.down(features.flatten(1))))
+
+
+class PatchCondition(Condition):
+    """The same bottleneck for each of K parts of a picture, tower_width -> `width` -> hidden: one vector a prompt.
+
+    The parts are `grid(K)` of the picture, row by row. Prompt k of every layer stands for part k, so a query finds a
+    part by the prompt's key, and what is there in its value: one vector for all prompts, as the paper has it, is the
+    same for every query.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        adapter_len: int,
+        tower_width: int = 768,
+        width: int = 64,
+        activation: str = "gelu",
+        bias: bool = True,
+        absent: str = "zero",
+    ) -> None:
+        super().__init__(absent, adapter_len, hidden_size)
+        self.down = nn.Linear(tower_width, width, bias=bias)
+        self.activation = BOTTLENECK_ACTIVATIONS[activation]()
+        self.up = nn.Linear(width, hidden_size, bias=bias)
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, T, D] -> [B, K, hidden]; the last of the T tokens are the patches of a square, row by row.
+
+        Raises:
+            AdapterError: more tokens are left over than a CLS token and registers in front.
+        """
+        tokens = features.shape[1]
+        side = math.isqrt(tokens)
+        if tokens - side * side > MOST_IN_FRONT:
+            raise AdapterError(f"{tokens} tokens are no square of patches: condition patches takes square pictures.")
+        places = features[:, tokens - side * side :].transpose(1, 2).unflatten(2, (side, side))
+        parts = nn.functional.adaptive_avg_pool2d(places, grid(self.shape[0]))
+        return self.up(self.activation(self.down(parts.flatten(2).transpose(1, 2))))
+
+
+def grid(parts: int) -> tuple[int, int]:
+    """Rows and columns of that many parts, as square as can be and never taller than wide: 10 are 2 x 5."""
+    rows = next(rows for rows in range(math.isqrt(parts), 0, -1) if parts % rows == 0)
+    return rows, parts // rows
 
 
 class VisualPromptCondition(Condition):

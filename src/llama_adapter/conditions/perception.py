@@ -8,28 +8,32 @@ import torch
 from torch import Tensor
 
 from llama_adapter.conditions.cache import FeatureCache
-from llama_adapter.conditions.config import AnyKind, ConditionConfig, Kind
+from llama_adapter.conditions.config import TOKEN_KINDS, AnyKind, ConditionConfig, Kind, is_python
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.pictures import read_picture, read_video
+from llama_adapter.conditions.python_towers import PythonTower, named_tower
 from llama_adapter.conditions.recordings import read_audio
 from llama_adapter.conditions.tower_families import check_tower, spread_depths, tower_width
 from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
 
 READERS: dict[AnyKind, Callable[[Any], Any]] = {
     "image": read_picture,
+    "patches": read_picture,
     "visual_prompt": read_picture,
     "audio": read_audio,
     "video": read_video,
 }
 
 
-def condition_config(kind: Kind, tower: str, depths: Sequence[int] = (), **settings: Any) -> ConditionConfig:
+def condition_config(
+    kind: Kind, tower: str | PythonTower, depths: Sequence[int] = (), **settings: Any
+) -> ConditionConfig:
     """A condition for a tower, whose width is read from its configuration.
 
     Args:
         kind: what is perceived.
-        tower: folder, hub name or 'bundled'.
-        depths: hidden states that are pooled; empty takes up to six, evenly spread ("visual_prompt": the last).
+        tower: folder, hub name or 'bundled'; or one that Python code made.
+        depths: hidden states that are pooled; empty takes up to six, evenly spread (`TOKEN_KINDS`: the last).
         settings: other fields of `ConditionConfig`.
 
     Raises:
@@ -37,8 +41,10 @@ def condition_config(kind: Kind, tower: str, depths: Sequence[int] = (), **setti
         AdapterError: the tower does not fit the kind, or has no such hidden state.
         ConfigError: a setting breaks its rule.
     """
+    if isinstance(tower, PythonTower):
+        return tower.condition(kind, depths, **settings)
     encoder = load_tower_config(tower)
-    chosen = tuple(depths) or ((-1,) if kind == "visual_prompt" else spread_depths(encoder))
+    chosen = tuple(depths) or ((-1,) if kind in TOKEN_KINDS else spread_depths(encoder))
     config = ConditionConfig(kind, tower, tower_width(encoder), chosen, **settings)
     check_tower(config, encoder, tower)
     return config
@@ -53,10 +59,12 @@ class Perception:
         cache: folder in which features are kept between runs; None keeps them in memory.
         most: how many are kept in memory, the last ones; None keeps all.
         others: perceptions of other adapters; one with the same tower lends it.
+        towers: those of Python code that the user named; no other code is run.
 
     Raises:
         ModelError, UnsupportedModelError: there is no such tower, or it is damaged.
-        AdapterError: the tower has another width or fewer layers than the adapter was made for.
+        AdapterError: the tower has another width or fewer layers than the adapter was made for, or is Python code
+            and not among `towers`.
     """
 
     def __init__(
@@ -66,12 +74,11 @@ class Perception:
         cache: str | Path | None = None,
         most: int | None = None,
         others: Iterable["Perception"] = (),
+        towers: Sequence[PythonTower] = (),
     ) -> None:
         self.config = config
-        check_tower(config, load_tower_config(config.tower), config.tower)
-        lent = next((other.tower for other in others if other.config.tower == config.tower), None)
-        self.tower: Tower = load_tower(config.tower, device) if lent is None else lent
-        depths = None if config.kind == "visual_prompt" else config.depths
+        self.tower: Tower = _tower(config, device, others, towers)
+        depths = None if config.kind in TOKEN_KINDS else config.depths
         self.cache = FeatureCache(cache, self.tower.key(depths), most=most)
 
     def features(self, files: Sequence[str | bytes]) -> list[Tensor]:
@@ -105,6 +112,16 @@ class Perception:
 
     def _encode(self, files: list[str | bytes]) -> Tensor:
         inputs = [READERS[self.config.kind](file) for file in files]
-        if self.config.kind == "visual_prompt":
+        if self.config.kind in TOKEN_KINDS:
             return self.tower.tokens(inputs)
         return self.tower.features(inputs, self.config.depths)
+
+
+def _tower(
+    config: ConditionConfig, device: torch.device, others: Iterable[Perception], towers: Sequence[PythonTower]
+) -> Tower:
+    if is_python(config.tower):
+        return named_tower(config, towers)
+    check_tower(config, load_tower_config(config.tower), config.tower)
+    lent = next((other.tower for other in others if other.config.tower == config.tower), None)
+    return load_tower(config.tower, device) if lent is None else lent

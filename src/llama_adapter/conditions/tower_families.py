@@ -234,13 +234,12 @@ def spread_depths(config: PretrainedConfig, scales: int = 6) -> tuple[int, ...]:
     return tuple(layers * (i + 1) // scales for i in range(scales))
 
 
-def resolve_depths(depths: tuple[int, ...], config: PretrainedConfig, name: str) -> list[int]:
-    """Indices into the hidden states, none negative.
+def resolve_depths(depths: tuple[int, ...], count: int, name: str) -> list[int]:
+    """Indices into the `count` hidden states of the tower called `name`, none negative.
 
     Raises:
-        AdapterError: the tower called `name` has no such hidden state.
+        AdapterError: it has no such hidden state.
     """
-    count = tower_layers(config) + 1
     beyond = [depth for depth in depths if not -count <= depth < count]
     if beyond:
         raise AdapterError(
@@ -274,4 +273,4 @@ def check_tower(condition: ConditionConfig, config: PretrainedConfig, name: str)
             f"The adapter was made for features of width {condition.tower_width} (tower '{condition.tower}'), and the "
             f"tower '{name}' gives {tower_width(config)}: use the tower that it was trained with."
         )
-    resolve_depths(condition.depths, config, name)
+    resolve_depths(condition.depths, tower_layers(config) + 1, name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.feature_extraction_auto import get_feature_extractor_config
 
@@ -34,27 +34,29 @@ _VOLATILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class Tower:
-    """A frozen encoder with its preprocessing; `load_tower` makes one.
+    """A frozen encoder with its preprocessing; `load_tower` and `python_towers.load_python_tower` make one.
 
-    B inputs, M depths, D `width`, T tokens. An input is a picture, a list of frames or a mono recording at 16 kHz;
-    the frames of a video and the windows of a recording are averaged. Features are fp32, on the tower's device.
+    B inputs, M depths, D `width`, T tokens, N pieces. An input is a picture, a list of frames or a mono recording at
+    16 kHz; the frames of a video and the windows of a recording are averaged. Features are fp32, on the tower's device.
 
     Attributes:
         name: as it was asked for.
+        model: the encoder.
         width: D.
-        layers: the encoder has one hidden state more.
+        depths: how many hidden states it gives.
         sense: "picture" or "audio".
         batch_size: pieces (pictures, frames, windows) of one forward.
     """
 
-    def __init__(self, name: str, config: PretrainedConfig, model: PreTrainedModel, processor: Any) -> None:
-        self.name, self.config, self.processor = name, config, processor
-        self.width, self.layers = tower_width(config), tower_layers(config)
-        self.family: TowerFamily = tower_family(config)
-        self._encoder = encoder_config(config)
-        self.sense = self.family.sense
-        self.model = model.eval().requires_grad_(False)
+    width: int
+    depths: int
+    sense: str
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name, self.model = name, model.eval().requires_grad_(False)
         self.batch_size = 16
+        first = next(chain(model.parameters(), model.buffers()), torch.zeros(0))
+        self.device, self.dtype = first.device, first.dtype if first.is_floating_point() else torch.float32
 
     def pieces(self, given: Any) -> list[Piece]:
         """What the encoder takes of one input: at least one piece.
@@ -62,7 +64,23 @@ class Tower:
         Raises:
             DataError: an input of another kind than this tower's.
         """
-        return self.family.pieces(self.processor, self._encoder, given)
+        raise NotImplementedError
+
+    def hidden_states(self, values: Tensor) -> Sequence[Tensor]:
+        """Every depth of a batch of pieces, lowest first."""
+        raise NotImplementedError
+
+    def pool(self, hidden: Tensor, batch: list[Piece]) -> Tensor:
+        """One vector a piece, [N, D], fp32."""
+        raise NotImplementedError
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """Every token of the last hidden state, [N, T, D]."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """What features depend on beside the input and the depths."""
+        raise NotImplementedError
 
     @torch.no_grad()  # not inference_mode: what is trained on the features must be able to save them for backward
     def features(self, inputs: Sequence[Any], depths: Sequence[int] = (-1,)) -> Tensor:
@@ -75,13 +93,13 @@ class Tower:
             DataError: an input of another kind than this tower's, or none.
             AdapterError: no such depth.
         """
-        chosen = resolve_depths(tuple(depths), self.config, self.name)
+        chosen = resolve_depths(tuple(depths), self.depths, self.name)
         cut = [self.pieces(given) for given in inputs]
         vectors: list[Tensor] = []
         for batch, hidden_states in self._forward(cut):
-            vectors += torch.stack([self._pool(hidden_states[depth], batch) for depth in chosen], 1).unbind()
+            vectors += torch.stack([self.pool(hidden_states[depth], batch) for depth in chosen], 1).unbind()
         if not vectors:
-            return torch.empty(0, len(chosen), self.width, device=self.model.device)
+            return torch.empty(0, len(chosen), self.width, device=self.device)
         of_inputs = torch.stack(vectors).split([len(pieces) for pieces in cut])
         return torch.stack([pieces.mean(0) for pieces in of_inputs])
 
@@ -100,8 +118,8 @@ class Tower:
         cut = [self.pieces(given) for given in inputs]
         if any(len(pieces) > 1 for pieces in cut):
             raise DataError("A visual prompt is made of one picture, not of a video: give one frame of it.")
-        found = [self.family.embed(self.model, states[-1]).float() for _, states in self._forward(cut)]
-        return torch.cat(found) if found else torch.empty(0, 0, self.width, device=self.model.device)
+        found = [self.embed(states[-1]).float() for _, states in self._forward(cut)]
+        return torch.cat(found) if found else torch.empty(0, 0, self.width, device=self.device)
 
     def key(self, depths: Sequence[int] | None = None) -> str:
         """What features depend on beside the input: configuration, weights, preprocessing, depths.
@@ -109,34 +127,59 @@ class Tower:
         None stands for `tokens`. The name is no part of it: the same tower in another folder has the same features,
         and another one put in its place has others.
         """
-        chosen = "tokens" if depths is None else str(resolve_depths(tuple(depths), self.config, self.name))
-        return f"{self._fingerprint()}:{chosen}"
+        chosen = "tokens" if depths is None else str(resolve_depths(tuple(depths), self.depths, self.name))
+        return f"{self.fingerprint()}:{chosen}"
 
-    def _fingerprint(self) -> str:
+    def _forward(self, cut: list[list[Piece]]) -> Iterator[tuple[list[Piece], Sequence[Tensor]]]:
+        """Batches of pieces of one shape, in their order, with all hidden states of each."""
+        for _, alike in groupby(chain.from_iterable(cut), key=lambda piece: piece.values.shape):
+            run = list(alike)
+            for start in range(0, len(run), self.batch_size):
+                batch = run[start : start + self.batch_size]
+                values = torch.stack([piece.values for piece in batch]).to(self.device, self.dtype)
+                yield batch, self.hidden_states(values)
+
+
+class PretrainedTower(Tower):
+    """An encoder of transformers, of a family of `tower_families.TOWERS`; `load_tower` makes one."""
+
+    def __init__(self, name: str, config: PretrainedConfig, model: PreTrainedModel, processor: Any) -> None:
+        super().__init__(name, model)
+        self.config, self.processor = config, processor
+        self.width, self.depths = tower_width(config), tower_layers(config) + 1
+        self.family: TowerFamily = tower_family(config)
+        self._encoder = encoder_config(config)
+        self.sense = self.family.sense
+
+    def pieces(self, given: Any) -> list[Piece]:
+        """See `Tower.pieces`."""
+        return self.family.pieces(self.processor, self._encoder, given)
+
+    def hidden_states(self, values: Tensor) -> Sequence[Tensor]:
+        """See `Tower.hidden_states`; each is [N, T, W]."""
+        return self.model(values, output_hidden_states=True).hidden_states
+
+    def pool(self, hidden: Tensor, batch: list[Piece]) -> Tensor:
+        """See `Tower.pool`."""
+        if self.family.pool:
+            return self.family.pool(self.model, hidden).float()
+        return torch.stack([row[: piece.states].float().mean(0) for row, piece in zip(hidden, batch, strict=True)])
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """See `Tower.embed`."""
+        return self.family.embed(self.model, hidden)
+
+    def fingerprint(self) -> str:
+        """See `Tower.fingerprint`."""
         known = {key: value for key, value in self._encoder.to_dict().items() if key not in _VOLATILE}
         settings = json.dumps([known, self.processor.to_dict()], sort_keys=True, default=str)
         digest = hashlib.sha256(settings.encode())
-        digest.update(f"{type(self.model).__name__} {self.model.dtype}".encode())
+        digest.update(f"{type(self.model).__name__} {self.dtype}".encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
             # Training moves every value: a few of each tensor tell two checkpoints apart without reading gigabytes.
             digest.update(tensor.flatten()[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
-
-    def _pool(self, hidden: Tensor, batch: list[Piece]) -> Tensor:
-        """[N, T, W] -> [N, D], fp32."""
-        if self.family.pool:
-            return self.family.pool(self.model, hidden).float()
-        return torch.stack([row[: piece.states].float().mean(0) for row, piece in zip(hidden, batch, strict=True)])
-
-    def _forward(self, cut: list[list[Piece]]) -> Iterator[tuple[list[Piece], tuple[Tensor, ...]]]:
-        """Batches of pieces of one shape, in their order, with all hidden states [N, T, W] of each."""
-        for _, alike in groupby(chain.from_iterable(cut), key=lambda piece: piece.values.shape):
-            run = list(alike)
-            for start in range(0, len(run), self.batch_size):
-                batch = run[start : start + self.batch_size]
-                values = torch.stack([piece.values for piece in batch]).to(self.model.device, self.model.dtype)
-                yield batch, self.model(values, output_hidden_states=True).hidden_states
 
 
 def load_tower_config(name: str) -> PretrainedConfig:
@@ -151,7 +194,7 @@ def load_tower_config(name: str) -> PretrainedConfig:
     return config
 
 
-def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tower:
+def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> PretrainedTower:
     """The encoder on `device`, frozen; of a model with a text part only the encoder is built.
 
     Args:
@@ -185,7 +228,7 @@ def load_tower(name: str, device: torch.device = CPU, dtype: torch.dtype = torch
             f"The weights of the tower '{name}' do not fit its config.json: {len(wrong)} tensors are missing or of "
             f"another shape, such as {wrong[0]}. Copy it again."
         )
-    return Tower(name, config, model, processor)
+    return PretrainedTower(name, config, model, processor)
 
 
 def _load_processor(name: str, config: PretrainedConfig) -> Any:

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter.core.routing import AdapterSlot, Routing
-from llama_adapter.core.zero_init import second_softmax
+from llama_adapter.core.zero_init import Prompts, second_softmax
 from llama_adapter.errors import AdapterError, UnsupportedModelError
 
 SLOT = "zero_init"
@@ -57,10 +58,35 @@ def with_zero_init(text_attention: Callable[..., Any]) -> Callable[..., Any]:
             return text, weights
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if routing.spans is not None:
+            return text + by_span(query, prompts, routing.spans, scaling, kwargs.get("softcap")), weights
         return text + second_softmax(query, prompts, scaling, kwargs.get("softcap")).transpose(1, 2), weights
 
     attention.wraps = text_attention  # type: ignore[attr-defined]
     return attention
+
+
+def by_span(query: Tensor, prompts: Prompts, spans: tuple[int, ...], scaling: float, softcap: float | None) -> Tensor:
+    """`second_softmax` of a packed row, each of whose spans reads prompts of its own.
+
+    Args:
+        query: [1, H, T, D].
+        prompts: of S spans, [S, H, K, D].
+        spans: their tokens, T in all.
+        scaling: of the scores.
+        softcap: their bound.
+
+    Returns:
+        [1, T, H, D].
+    """
+    # One after another, not all prompts under one mask: a span's values are then nowhere near another's gradient.
+    parts = zip(query.split(spans, 2), *(part.split(1) for part in prompts[:2]), strict=True)
+    biases = [None] * len(spans) if prompts.bias is None else prompts.bias.split(1)
+    added = [
+        second_softmax(own, Prompts(key, value, bias), scaling, softcap)
+        for (own, key, value), bias in zip(parts, biases, strict=True)
+    ]
+    return torch.cat(added, 2).transpose(1, 2)
 
 
 def wrap_attention(config: Any) -> None:
@@ -84,7 +110,8 @@ def wrap_attention(config: Any) -> None:
 
 def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The eager function of the model file that `module` comes from."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)  # FSDP2 puts a class of its own in front
+    function = next((found for file in files if (found := getattr(file, "eager_attention_forward", None))), None)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no eager attention: load the base with sdpa.")
     return function(module, *args, **kwargs)

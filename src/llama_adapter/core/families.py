@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_adapter.core.families_encoder import ENCODERS, TOWERS_OF
@@ -192,6 +192,11 @@ def is_encoder(config: PretrainedConfig) -> bool:
     return text_config(config).model_type in ENCODERS
 
 
+def class_name(module: nn.Module) -> str:
+    """The class of a module in transformers; FSDP2 gives a module that it shards a class of its own over that."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
 def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The self-attention modules of a supported model, lowest layer first.
 
@@ -203,7 +208,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     found = [
         module
         for module in model.modules()
-        if type(module).__name__ == family.attention and not getattr(module, "is_cross_attention", False)
+        if class_name(module) == family.attention and not getattr(module, "is_cross_attention", False)
     ]
     if not found:
         raise UnsupportedModelError(

@@ -292,8 +292,23 @@ class Recompute:
         return self.func(again, *args, **kwargs)
 
 
-def _parts_here(module: nn.Module, kind: str, x: Tensor) -> tuple[list[Any], Tensor | None] | None:
-    """Each adapter's part here and which of them serves each row; None where the current routing has none here."""
+class Here(NamedTuple):
+    """Each adapter's part at a module, and which of them serves each row, or span of a packed row."""
+
+    parts: list[Any]
+    rows: Tensor | None
+    spans: tuple[int, ...] | None
+
+    def apply(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`function` of `scale_bias` on these [B, T, ...], or [B x T, ...], and what serves them."""
+        if self.spans is None:
+            return function(*tensors, self.parts, self.rows)
+        pieces = zip(self.parts, *(tensor.split(self.spans, -2) for tensor in tensors), strict=True)
+        return torch.cat([function(*piece, [part], None) for part, *piece in pieces], -2)
+
+
+def _parts_here(module: nn.Module, kind: str, x: Tensor) -> Here | None:
+    """What the current routing has at a module; None where there is nothing."""
     routing, slot = current_routing(), getattr(module, PARTS_SLOT + kind, None)
     if routing is None or slot is None:
         return None
@@ -301,13 +316,14 @@ def _parts_here(module: nn.Module, kind: str, x: Tensor) -> tuple[list[Any], Ten
     routing.refuse_removed()
     if not any(part is not None for part in parts):
         return None
-    rows = routing.rows
-    if rows is not None and len(x) % len(rows):
+    rows, spans = routing.rows, routing.spans
+    if (rows is not None and len(x) % len(rows)) or (spans is not None and x.shape[-2] != sum(spans)):
+        count = f"{len(rows)} rows" if rows is not None else f"{sum(spans or ())} tokens"
         raise AdapterError(
-            f"{type(module).__name__} got {len(x)} inputs for {len(rows)} rows, so nobody knows whose they are: "
-            "use one adapter for the whole batch."
+            f"{type(module).__name__} got {x.shape[-2 if rows is None else 0]} inputs for {count}, so nobody knows "
+            "whose they are: use one adapter for the whole batch."
         )
-    return parts, rows
+    return Here(parts, rows, spans)
 
 
 class ScaleHook(PartsHook):
@@ -317,7 +333,7 @@ class ScaleHook(PartsHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """See `torch.nn.Module.register_forward_pre_hook`."""
         found = _parts_here(module, "linears", args[0])
-        return None if found is None else (scaled(args[0], *found), *args[1:])
+        return None if found is None else (found.apply(scaled, args[0]), *args[1:])
 
 
 class LinearHook(PartsHook):
@@ -328,9 +344,9 @@ class LinearHook(PartsHook):
         """See `torch.nn.Module.register_forward_hook`."""
         found = _parts_here(module, "lora", args[0])
         if found is not None:
-            output = with_low_rank(output, args[0], *found)
+            output = found.apply(with_low_rank, output, args[0])
         found = _parts_here(module, "linears", args[0])
-        return output if found is None else biased(output, *found)
+        return output if found is None else found.apply(biased, output)
 
 
 class NormHook(PartsHook):
@@ -340,7 +356,7 @@ class NormHook(PartsHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """See `torch.nn.Module.register_forward_hook`."""
         found = _parts_here(module, "norms", args[0])
-        return output if found is None else normed(module, args[0], output, *found)
+        return output if found is None else found.apply(partial(normed, module), args[0], output)
 
 
 class ModuleHook(PartsHook):
@@ -354,4 +370,4 @@ class ModuleHook(PartsHook):
                 f"{type(module).__name__} takes more than one tensor, so it cannot be in modules_to_save."
             )
         found = _parts_here(module, "modules_to_save", args[0])
-        return output if found is None else replaced(args[0], output, *found)
+        return output if found is None else found.apply(replaced, args[0], output)

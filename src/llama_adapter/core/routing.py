@@ -87,6 +87,8 @@ class Routing:
         prompts: what layers read, by their index: None where every forward projects anew; a dictionary that belongs
             to one generation, filled on its first step; or all of them, from an engine that has them ready.
         ready: whether `prompts` is complete; a layer that is not in it then reads none.
+        spans: in a batch of one packed row, how many tokens each of `adapters` serves, in their order; without `rows`
+            and `condition`.
     """
 
     adapters: tuple[Adapter | None, ...]
@@ -94,6 +96,7 @@ class Routing:
     condition: Tensor | None = None
     prompts: dict[int, Prompts | None] | None = None
     ready: bool = False
+    spans: tuple[int, ...] | None = None
 
     def refuse_removed(self) -> None:
         """Stop a forward whose adapters are no longer all on the model.
@@ -129,7 +132,7 @@ class AdapterSlot(PartsSlot):
         self._projection = projection
 
     def prompts(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
-        """What the rows of `query` [B, H, T, D] read; None where none of their adapters has this layer."""
+        """What the rows of `query` [B, H, T, D], or its spans, read; None where no adapter of theirs has this layer."""
         if routing.ready:
             return (routing.prompts or {}).get(attention.layer_idx)  # type: ignore[call-overload]
         if routing.prompts is None or torch.is_grad_enabled():
@@ -157,7 +160,8 @@ class AdapterSlot(PartsSlot):
         added = [a is not None and not a.early_fusion for a in routing.adapters]
         if routing.condition is None or not any(alone + added):
             key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)
-            return _per_row(routing.rows, len(query), Prompts(key, value, bias))
+            prompts = Prompts(key, value, bias)
+            return prompts if routing.spans is not None else _per_row(routing.rows, len(query), prompts)
         condition = routing.condition.to(prompt)  # [B, 1 or K, hidden]
         rows = query.new_zeros(len(query), dtype=torch.int64) if routing.rows is None else routing.rows.to(query.device)
         prompt, strength, bias = prompt[rows], strength[rows], None if bias is None else bias[rows]

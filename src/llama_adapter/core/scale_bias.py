@@ -12,13 +12,13 @@ Rows of one batch may be served by different adapters: whatever an adapter lacks
 Parameters are fp32 on any base, products in the dtype of x. Shape letters: B rows, T tokens, A adapters in a batch.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, pad
 
 from llama_adapter.core.fixed_dtype import FixedDtype
@@ -40,6 +40,7 @@ class OwnNorm(Part):
         offloaded = getattr(getattr(home, "_hf_hook", None), "weights_map", None) or {}  # accelerate's, of what is away
         for name, parameter in home.named_parameters(recurse=False):
             weight = offloaded[name] if parameter.is_meta and name in offloaded else parameter.detach()
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of a base in parts
             self.register_parameter(name, nn.Parameter(weight.to(torch.float32, copy=True)))
 
 
@@ -142,7 +143,8 @@ def replaced(x: Tensor, y: Tensor, parts: Sequence[OwnModule | None], rows: Tens
 
 def _with_weights(home: nn.Module, x: Tensor, part: OwnNorm) -> Tensor:
     """The forward of a norm's class, on a twin of the object that has other weights: threads may share the object."""
-    twin = copy.copy(home)
+    twin: Any = object.__new__(type(home))  # `copy` asks the class, and FSDP2's makes an object of another
+    vars(twin).update(vars(home))
     own: dict[str, Any] = {name: parameter.to(x.device) for name, parameter in part.named_parameters()}
     if isinstance(home, nn.LayerNorm | nn.RMSNorm):  # kernels that want one dtype; others multiply by fp32 and round
         own = {name: weight.to(getattr(home, name).dtype) for name, weight in own.items()}

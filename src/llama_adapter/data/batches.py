@@ -19,23 +19,26 @@ class MicroBatch:
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64, aligned with `input_ids`, -100 where no loss is wanted.
         media: the files of each row.
+        owners: whose each row is, a number.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     media: tuple[tuple[Media, ...], ...] = ()
+    owners: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`."""
         ids, mask, labels = (
             x.to(device, non_blocking=True) for x in (self.input_ids, self.attention_mask, self.labels)
         )
-        return MicroBatch(ids, mask, labels, self.media)
+        return MicroBatch(ids, mask, labels, self.media, self.owners)
 
 
-def collate(examples: Sequence[Encoded]) -> MicroBatch:
-    """Pad examples to their longest; a preference pair is two rows."""
+def collate(examples: Sequence[Encoded], owners: Sequence[int] | None = None) -> MicroBatch:
+    """Pad examples to their longest; a preference pair is two rows. By default all of them are owner 0's."""
+    owners = [owner for owner, e in zip(owners or [0] * len(examples), examples, strict=True) for _ in texts_of([e])]
     examples = texts_of(examples)
     longest = max(len(example.input_ids) for example in examples)
 
@@ -47,6 +50,7 @@ def collate(examples: Sequence[Encoded]) -> MicroBatch:
         padded([[1] * len(example.input_ids) for example in examples], 0),
         padded([example.labels for example in examples], IGNORE),
         tuple(example.media for example in examples),
+        tuple(owners),
     )
 
 
@@ -74,13 +78,26 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def micro_batches(
-    examples: Sequence[Encoded], micro_batch_size: int, process: int = 0, processes: int = 1
+    examples: Sequence[Encoded],
+    micro_batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    owners: Sequence[int] | None = None,
 ) -> Iterator[MicroBatch]:
     """This process's share of a global batch, longest first, in micro-batches of like lengths.
 
     Sorting keeps padding low; the sum of losses over all micro-batches does not depend on it.
+
+    Args:
+        examples: the global batch.
+        micro_batch_size: most rows of a micro-batch.
+        process: this one,
+        processes: of so many.
+        owners: whose each example is, a number; by default all are 0's.
     """
-    by_length = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    pairs = zip(owners or [0] * len(examples), examples, strict=True)
+    by_length = sorted(pairs, key=lambda pair: len(pair[1].input_ids), reverse=True)
     share = by_length[process::processes]
     for start in range(0, len(share), micro_batch_size):
-        yield collate(share[start : start + micro_batch_size])
+        rows = share[start : start + micro_batch_size]
+        yield collate([example for _, example in rows], [owner for owner, _ in rows])

@@ -190,7 +190,7 @@ class HubRows:
 
 
 @dataclass(frozen=True)
-class Part:
+class StreamPart:
     """A file or a dataset on the hub, which is read from its beginning to its end.
 
     Attributes:
@@ -225,7 +225,7 @@ class Part:
             return b"%d " % size + file.read(2**16) + end
 
 
-def parts_of(sources: Sequence[str]) -> list[Part]:
+def parts_of(sources: Sequence[str]) -> list[StreamPart]:
     """The files and datasets of these sources, which can be read as a stream.
 
     Raises:
@@ -241,7 +241,7 @@ def parts_of(sources: Sequence[str]) -> list[Part]:
             hub = hub_parts(name)
             if hub is None:
                 _check_streamed(name)
-            part = Part(name) if hub is None else Part(*hub)
+            part = StreamPart(name) if hub is None else StreamPart(*hub)
             if next(iter(part.read()), None) is None:
                 raise DataError(f"{name} holds no records: give a source with at least one.")
             parts.append(part)
@@ -269,7 +269,9 @@ class Stream:
             held out.
     """
 
-    def __init__(self, parts: Sequence[Part], window: int, seed: int, held: tuple[int, Mark] = (0, BEGINNING)) -> None:
+    def __init__(
+        self, parts: Sequence[StreamPart], window: int, seed: int, held: tuple[int, Mark] = (0, BEGINNING)
+    ) -> None:
         self.parts, self.window, self.seed, self.held = parts, window, seed, held
         self.seek(None)
 
@@ -337,7 +339,7 @@ class Stream:
         random.Random(f"{self.seed} {self.passes} {self._windows}").shuffle(self._buffer)
 
 
-def first_records(parts: Sequence[Part]) -> Iterator[tuple[Raw, tuple[int, Mark]]]:
+def first_records(parts: Sequence[StreamPart]) -> Iterator[tuple[Raw, tuple[int, Mark]]]:
     """Records in the order of the parts, each with where the one behind it is."""
     for index, part in enumerate(parts):
         reader = part.read()

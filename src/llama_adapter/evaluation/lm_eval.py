@@ -32,6 +32,7 @@ class LlamaAdapterLM(HFLM):
         precision: "auto", "bf16" or "fp32".
         load_in_4bit: quantise the base with bitsandbytes.
         device: as torch names it; by default the accelerator, else the CPU.
+        tower: "python:FILE.py:FUNCTION" of an adapter that was trained with such a tower: code that you let run.
         options: everything else that the harness's own class takes (batch_size, max_length, ...).
 
     With `--apply_chat_template` prompts are written in the template that the adapter was trained with.
@@ -44,11 +45,13 @@ class LlamaAdapterLM(HFLM):
         precision: Any = "auto",
         load_in_4bit: bool = False,
         device: str | None = None,
+        tower: str | None = None,
         **options: Any,
     ) -> None:
         where = default_device() if device is None else torch.device(device)
         adapters = {} if adapter is None else {"adapter": str(adapter)}
-        session = load_session(model, adapters, where, precision, "4bit" if load_in_4bit else None)
+        bits: Any = "4bit" if load_in_4bit else None
+        session = load_session(model, adapters, where, precision, bits, towers=() if tower is None else (tower,))
         self.written_as = session.templates["adapter" if adapters else None]
         super().__init__(pretrained=session.model, tokenizer=session.tokenizer, **options)
 

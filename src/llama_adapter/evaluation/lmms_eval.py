@@ -55,6 +55,7 @@ class LlamaAdapterLmms(lmms):
         batch_size: requests answered at once.
         max_new_tokens: longest answer, over what the task says; an answer in a whole sentence needs more tokens than
             the letter that a task makes room for.
+        tower: "python:FILE.py:FUNCTION" of an adapter that was trained with such a tower: code that you let run.
         bare_letters: reduce "The answer is (A)." to "A": tasks such as scienceqa count nothing else as right.
 
     Raises:
@@ -74,6 +75,7 @@ class LlamaAdapterLmms(lmms):
         batch_size: int | str = 1,
         max_new_tokens: int | None = None,
         bare_letters: bool = True,
+        tower: str | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = _whole("batch_size", batch_size)
@@ -82,7 +84,9 @@ class LlamaAdapterLmms(lmms):
         where = default_device() if device is None else torch.device(device)
         adapters = {} if adapter is None else {"adapter": str(adapter)}
         self.adapter = "adapter" if adapters else None
-        self.session: Session = load_session(model, adapters, where, precision, "4bit" if load_in_4bit else None)
+        bits: Any = "4bit" if load_in_4bit else None
+        towers = () if tower is None else (tower,)
+        self.session: Session = load_session(model, adapters, where, precision, bits, towers=towers)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model writes for each request, in their order; args of one are (context, settings, doc_to_visual,

@@ -45,7 +45,7 @@ class Member:
 
 
 @dataclass(eq=False)
-class Reading:
+class Prefill:
     """Rows whose prompts are being read.
 
     Attributes:
@@ -90,8 +90,9 @@ class Batch:
     def __init__(self, model: PreTrainedModel, slots: Slots, compiled: CompiledSteps | None = None) -> None:
         self.model, self.slots, self.compiled = model, slots, compiled
         self.members: list[Member] = []
+        self._attention = attention_modules(model)[0].config
         self._quick: QuickSteps | None = None
-        self._reading: Reading | None = None
+        self._reading: Prefill | None = None
         self._cache: Any = None
         self._mask = self._positions = self._ids = torch.empty(0)
         self._padded = False
@@ -141,7 +142,7 @@ class Batch:
         rows = [member.row for member in members]
         ids, mask = left_padded([row.tokens for row in rows], device_of(self.model.get_input_embeddings()))
         cache = self._new_cache(len(rows), ids.shape[1] + max(row.max_new_tokens for row in rows))
-        self._reading = Reading(list(members), ids, mask, mask.cumsum(-1).sub(1).clamp(min=0), cache)
+        self._reading = Prefill(list(members), ids, mask, mask.cumsum(-1).sub(1).clamp(min=0), cache)
 
     def read(self, tokens: int | None = None) -> None:
         """Read on in the prompts of the rows that are joining, which are members when the last token is read.
@@ -171,11 +172,11 @@ class Batch:
         grows = all(isinstance(layer, GrowingLayer) for layer in cache.layers)
         return grows and stretches_beyond(self.model.config) is None
 
-    def _take_in(self, new: Reading, logits: Tensor) -> None:
+    def _take_in(self, new: Prefill, logits: Tensor) -> None:
         """Lay rows whose prompts are read below the others'."""
-        self._quick = None if self.compiled is not None else QuickSteps.of(self.model)
         positions = new.positions[:, -1:]
         if not self.members:
+            self._quick = None if self.compiled is not None else QuickSteps.of(self.model)
             self._cache, self._mask, self._positions, self._logits = new.cache, new.mask, positions, logits
         else:
             self._cache.take_in(new.cache)
@@ -279,7 +280,7 @@ class Batch:
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, routing: Routing) -> Tensor:
         """Logits [B, vocabulary] behind ids [B, T] at positions [B, T], by transformers' own forward."""
-        wrap_attention(attention_modules(self.model)[0].config)
+        wrap_attention(self._attention)
         arguments: dict[str, Any] = {ROUTING: routing} if list_adapters(self.model) else {}
         return self.model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import TextStreamer
 
 from llama_adapter.base import empty_base, first_sentence, is_here, load_base, load_config, load_tokenizer
-from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.config import ConditionConfig, is_python, unnamed
 from llama_adapter.conditions.perception import Perception
+from llama_adapter.conditions.python_towers import PythonTower, load_named_towers
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
 from llama_adapter.core.model import check_name, get_adapter, list_adapters, remove_adapter, use_adapter
@@ -62,6 +63,7 @@ class Session:
         adapters: names.
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         perceptions: what looks at files, for adapters with a condition.
+        towers: those of Python code that adapters may look with.
         writer: prompts to tokens, within what the base takes.
         engine: decodes.
         generator: what is drawn without a seed comes from it.
@@ -72,6 +74,7 @@ class Session:
     adapters: list[str]
     templates: dict[str | None, WrittenAs]
     perceptions: dict[str, Perception] = field(default_factory=dict)
+    towers: Sequence[PythonTower] = ()
     writer: Writer = field(init=False)
     engine: Engine = field(init=False)
     generator: torch.Generator = field(init=False)
@@ -164,7 +167,7 @@ class Session:
         if isinstance(config.condition, ConditionConfig):
             try:
                 device = device_of(self.model.get_input_embeddings())
-                self.perceptions[name] = _perception(config.condition, device, self.perceptions)
+                self.perceptions[name] = _perception(config.condition, device, self.perceptions, self.towers)
             except Exception:
                 remove_adapter(self.model, name)
                 raise
@@ -239,6 +242,7 @@ class SessionPlan:
         readings: each adapter as it was read, by name.
         writer: prompts to tokens, within what the base takes; prompts can be checked with it now.
         defaults: what of the base's own settings for decoding is followed.
+        towers: names of those that Python code makes, as the user gave them; `load` runs the code.
     """
 
     model: str
@@ -246,6 +250,7 @@ class SessionPlan:
     readings: Mapping[str, Reading]
     writer: Writer
     defaults: GenerationConfig
+    towers: tuple[str, ...] = ()
 
     def load(
         self,
@@ -258,16 +263,18 @@ class SessionPlan:
             device = torch.device(device)
         except RuntimeError:
             raise ConfigError(f"There is no device {device!r}: pass 'cpu', 'cuda' or as torch names them.") from None
+        conditions = {n: c for n, r in self.readings.items() if isinstance(c := r.config.condition, ConditionConfig)}
+        towers = load_named_towers(self.towers, conditions.values(), device)
         perceptions: dict[str, Perception] = {}
-        for name, found in self.readings.items():
-            if isinstance(found.config.condition, ConditionConfig):
-                perceptions[name] = _perception(found.config.condition, device, perceptions)
+        for name, condition in conditions.items():
+            perceptions[name] = _perception(condition, device, perceptions, towers)
         base = load_base(self.model, device, precision, quantization)
         base.generation_config = self.defaults
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
         for name, found in self.readings.items():
             place_adapter(base, found, name, self.folders[name])
-        return Session(base, self.writer.tokenizer, list(self.folders), dict(self.writer.templates), perceptions)
+        templates = dict(self.writer.templates)
+        return Session(base, self.writer.tokenizer, list(self.folders), templates, perceptions, towers)
 
 
 def load_session(
@@ -277,6 +284,7 @@ def load_session(
     precision: Precision = "auto",
     quantization: Quantization | None = None,
     template: WrittenAs | None = None,
+    towers: Sequence[str] = (),
 ) -> Session:
     """Load a base and its adapters; all files are checked before the base's weights are read.
 
@@ -287,14 +295,17 @@ def load_session(
         precision: of the base.
         quantization: what its linears are rounded to, "4bit", "8bit" (bitsandbytes) or "int8" (torchao).
         template: prompt format; None takes the adapter's own, else the tokenizer's chat template where it has one.
+        towers: "python:FILE.py:FUNCTION" of each adapter that was trained with such a tower: code that you let run.
 
     Raises:
         LlamaAdapterError: a base or adapter that is missing, damaged or does not fit the other.
     """
-    return plan_session(model, adapters, template).load(device, precision, quantization)
+    return plan_session(model, adapters, template, towers).load(device, precision, quantization)
 
 
-def plan_session(model: str | None, adapters: Mapping[str, str], template: WrittenAs | None = None) -> SessionPlan:
+def plan_session(
+    model: str | None, adapters: Mapping[str, str], template: WrittenAs | None = None, towers: Sequence[str] = ()
+) -> SessionPlan:
     """Check the files of a session and read everything but the weights of its base; see `load_session`."""
     for name in adapters:
         check_name(name)
@@ -302,6 +313,9 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     folders = {name: str(find_adapter(source)) for name, source in adapters.items()}
     found = {name: read_adapter(folder, hints) for name, folder in folders.items()}
     configs = {name: reading.config for name, reading in found.items()}
+    for name, config in configs.items():
+        if isinstance(config.condition, ConditionConfig) and is_python(config.condition.tower) and not towers:
+            raise AdapterError(f"Adapter '{name}': {unnamed(config.condition.tower)}")
     if model is None:
         model = _base_of(next(iter(folders.values())), next(iter(configs.values()))) if adapters else "bundled"
     base = load_config(model)
@@ -320,7 +334,7 @@ def plan_session(model: str | None, adapters: Mapping[str, str], template: Writt
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
     writer = Writer(tokenizer, templates, limits)
-    return SessionPlan(model, folders, found, writer, base_defaults(model, base))
+    return SessionPlan(model, folders, found, writer, base_defaults(model, base), tuple(towers))
 
 
 def _base_of(folder: str, config: AdapterConfig) -> str:
@@ -347,8 +361,10 @@ def _base_of(folder: str, config: AdapterConfig) -> str:
     return base
 
 
-def _perception(condition: ConditionConfig, device: torch.device, others: Mapping[str, Perception]) -> Perception:
-    return Perception(condition, device, most=MOST_FEATURES, others=others.values())
+def _perception(
+    condition: ConditionConfig, device: torch.device, others: Mapping[str, Perception], towers: Sequence[PythonTower]
+) -> Perception:
+    return Perception(condition, device, most=MOST_FEATURES, others=others.values(), towers=towers)
 
 
 def default_device() -> torch.device:

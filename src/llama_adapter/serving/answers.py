@@ -215,7 +215,7 @@ class Answerer:
                     f"The request asks for {len(rows)} answers; this server writes {limits.max_rows} at once."
                 )
             stops = tuple(request.stop or ())
-            writers = [Written(self._decode, row.stops, stops, strip) for row in rows]
+            writers = [Written(self._decode, row.stops, stops, strip, () if strip else row.tokens) for row in rows]
             prompt_tokens = sum(len(row.tokens) for row in rows[:: request.n or 1])
             deadline = time.monotonic() + limits.deadline
             leave = stack.pop_all().close

@@ -23,6 +23,8 @@ class Written:
         ends: tokens that end the answer and are not part of it.
         stops: strings that end it likewise.
         strip: whether white space at both ends is left out, as a chat's answer is shown.
+        before: the tokens that the answer goes on from, where its text is to join theirs: of a text's first token some
+            tokenizers leave out the blank that it begins with.
         text: what has been written so far; it never changes but at its end.
         tokens: how many were written, an end token among them.
         reason: "stop" where it ended by itself, "length" until then.
@@ -32,13 +34,18 @@ class Written:
     ends: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
     strip: bool = True
+    before: Sequence[int] = ()
     text: str = ""
     tokens: int = 0
     reason: str = "length"
-    _ids: list[int] = field(default_factory=list)
+    _ids: list[int] = field(init=False)
     _from: int = 0
     _known: str = ""
     _held: str = ""
+
+    def __post_init__(self) -> None:
+        self._ids = list(self.before[-LONGEST_CHARACTER:])
+        self._from, self._known = self._last_character() or (len(self._ids), "")
 
     def add(self, choice: Choice) -> bool:
         """Read one more token; returns whether the answer has come to its end."""
@@ -81,12 +88,17 @@ class Written:
             return ""
         new = whole[len(self._known) :]
         if new:
-            # A character of several tokens stays whole: some tokenizers write a run of bytes as text or not at all
-            starts = range(len(self._ids) - 1, max(self._from, len(self._ids) - LONGEST_CHARACTER) - 1, -1)
-            decoded = ((start, self.decode(self._ids[start:])) for start in starts)
-            whole_ones = (found for found in decoded if INCOMPLETE not in found[1])
-            self._from, self._known = next(whole_ones, (starts[0], self.decode(self._ids[-1:])))
+            self._from, self._known = self._last_character() or (len(self._ids) - 1, self.decode(self._ids[-1:]))
         return new
+
+    def _last_character(self) -> tuple[int, str] | None:
+        """Where the fewest last tokens that are whole characters begin, and their text; None where there are none.
+
+        A character of several tokens stays whole: some tokenizers write a run of bytes as text or not at all.
+        """
+        starts = range(len(self._ids) - 1, max(self._from, len(self._ids) - LONGEST_CHARACTER) - 1, -1)
+        decoded = ((start, self.decode(self._ids[start:])) for start in starts)
+        return next((found for found in decoded if INCOMPLETE not in found[1]), None)
 
     def _might_go_on(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""

@@ -15,6 +15,7 @@ tensorboard/                    event files
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import append, is_leftover, write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from llama_adapter.training.config import TrainConfig, load_recipe
+from llama_adapter.training.config import TrainConfig, read_recipe
 from llama_adapter.training.journal import JOURNAL_FILES, Journal, State
 from llama_adapter.training.owner import LOCK_FILE, Owner
 
@@ -91,15 +92,15 @@ class Trained(NamedTuple):
 
 
 class RunFolder:
-    """Reads and writes one run's folder."""
+    """Reads and writes one run's folder, of so many that are trained together."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, together: int = 1) -> None:
         self.path = Path(os.path.expanduser(path))
         self.last = self.path / "last"
         self.reference = self.path / "reference"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
-        self.journal = Journal(self.last)
+        self.journal = Journal(self.last, together)
         self.owner = Owner(self.path)
         self._warned = False
 
@@ -161,8 +162,12 @@ class RunFolder:
         return {"resume: false", "overwrite: false"} <= set(lines)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a step to go on from."""
-        return (self.last / STATE_FILE).is_file()
+        """Whether a resumed run finds a step done; one that does not begins once more.
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
+        """
+        return self.finished_steps() > 0
 
     def check_length(self, config: TrainConfig, steps_per_epoch: int) -> None:
         """Check that a resumed run does not become shorter.
@@ -172,7 +177,7 @@ class RunFolder:
         """
         if not config.resume:
             return
-        before = load_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        before = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
         if config.total_steps(steps_per_epoch) < before:
             raise TrainingError(
                 f"The run in {self.path} has {before} steps and cannot be resumed with "
@@ -187,7 +192,7 @@ class RunFolder:
 
         Raises:
             TrainingError: another run has taken the folder since `check`.
-            AdapterError: the folder cannot be written.
+            AdapterError: the folder cannot be written, or the old run not cleared away.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -206,16 +211,21 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete the run; its recipe last, so that what a kill leaves of it is still known for a run."""
-        for name in ("last", "tensorboard", "reference"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        card = self.path / CARD_FILE
-        if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
-            card.unlink()
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "loss.png", "gates.png", "rewards.png", "recipe.yaml"):
-            (self.path / name).unlink(missing_ok=True)
+        with writing(self.path):  # a state of the old run that stayed would be gone on with as if it were the new one's
+            for folder in (self.path / name for name in ("last", "tensorboard", "reference")):
+                if folder.is_symlink():
+                    folder.unlink()
+                elif folder.exists():
+                    shutil.rmtree(folder)
+            card = self.path / CARD_FILE
+            if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
+                card.unlink()
+            pictures = ("loss.png", "gates.png", "rewards.png")
+            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", *pictures, "recipe.yaml"):
+                (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:
-        before = load_recipe(str(self.recipe), {})
+        before = read_recipe(str(self.recipe), {})
         changed = [
             f"{f.name} {config.value(f.name)!r} (was {before.value(f.name)!r})"
             for f in dataclasses.fields(config)
@@ -243,10 +253,9 @@ class RunFolder:
         Raises:
             AdapterError: the disk is full or forbidden; the checkpoint before this one is kept.
         """
-        with writing(self.last):
-            self.last.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.last / STATE_FILE, run.content())
         save_adapter(model, self.last, run.adapter.name)
+        with writing(self.last):  # behind the adapter: a kill between them costs a step, and no old adapter stays
+            write_atomically(self.last / STATE_FILE, run.content())
 
     def save_step(self, run: Trained) -> None:
         """Write the state of a run into its journal, unless that takes too much of its time, which is said once.
@@ -322,21 +331,6 @@ class RunFolder:
                 ) from None
             return found
 
-    @contextmanager
-    def resumable(self) -> Iterator[None]:
-        """Where the disk is full within the block, or another process of the run is lost, say how to go on."""
-        again = f"Go on with: llama-adapter train {shlex.quote(str(self.recipe))} --resume"
-        try:
-            yield
-        except NotWrittenError as error:
-            raise NotWrittenError(f"{error} {again}") from None
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            raise TrainingError(
-                f"Another process of this run was lost ({first_sentence(error)[:200].rstrip('.')}). {again}"
-            ) from None
-
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with writing(self.path):
@@ -350,6 +344,27 @@ class RunFolder:
         if self.metrics.exists():
             kept = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= step]
             write_atomically(self.metrics, "".join(kept).encode())
+
+
+@contextmanager
+def resumable(again: str) -> Iterator[None]:
+    """Where the disk is full within the block, or another process of the run is lost, say how to go on: `again`."""
+    try:
+        yield
+    except NotWrittenError as error:
+        raise NotWrittenError(f"{error} Go on with: {again}") from None
+    except OSError as error:  # a tracker's
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NotWrittenError(
+            f"{error.filename or 'A file of a tracker'} cannot be written ({error.strerror}): free space. "
+            f"Go on with: {again}"
+        ) from None
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        lost = first_sentence(error)[:200].rstrip(".")
+        raise TrainingError(f"Another process of this run was lost ({lost}). Go on with: {again}") from None
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from llama_adapter.conditions.config import Absent, Activation, Kind
+from llama_adapter.conditions.config import Absent, Activation, Kind, is_python, unnamed
 from llama_adapter.core.config import V2_FIELDS, AdapterConfig, GateActivation, Template
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import (
@@ -32,6 +32,7 @@ from llama_adapter.settings import (
     one_quantization,
     parse,
 )
+from llama_adapter.training.recipe_file import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,9 @@ class TrainConfig:
 
     condition: Kind | None = setting(None, "What else the prompts depend on (default: text alone).", "Condition")
     tower: Place | None = setting(
-        None, "Frozen encoder: a folder, a hub name, or 'bundled'.", "Condition", stands_for=BUNDLED
-    )
+        None, "Frozen encoder: a folder, a hub name, 'bundled', or your code: python:FILE.py:FUNCTION.", "Condition",
+        stands_for=BUNDLED,
+    )  # fmt: skip
     tower_depths: tuple[int, ...] = setting(
         (), "Hidden states of the tower that are read (default: six, evenly spread). Repeatable.", "Condition"
     )
@@ -138,7 +140,9 @@ class TrainConfig:
         None, "Early fusion: first layers that read the condition alone (default: it is added to all prompts).",
         "Condition",
     )  # fmt: skip
-    visual_len: Count | None = setting(None, "Prompts of a visual prompt in early fusion (default: K).", "Condition")
+    visual_len: Count | None = setting(
+        None, "Prompts of patches or a visual prompt in early fusion (default: K).", "Condition"
+    )
     disjoint: bool = setting(
         False, "In early fusion: records with a file train the condition and its gates, others all the rest.",
         "Condition",
@@ -236,6 +240,8 @@ class TrainConfig:
                     yield "compile knows no norms, linear_scale, linear_bias and lora_rank: leave it out"
         if self.prompt_init_text is not None and self.init_from is not None and self.resume is not True:
             yield "prompt_init_text has no effect on the prompts of init_from: leave one of them out"
+        if self.prompt_init_text is not None and self.adapter_layers == 0:
+            yield "prompt_init_text has no effect without prompts, and adapter_layers is 0: leave one of them out"
         if self.condition is not None and self.method == "dpo":
             yield "method dpo compares answers to text, without a condition: leave condition out"
         if self.condition is not None and self.adapter_layers == 0:
@@ -296,6 +302,8 @@ DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
 STANDS_FOR = {setting.name: setting.metadata["stands_for"] for setting in fields(TrainConfig)}
 BOTTLENECK = {"condition_width", "condition_activation"}
 VISUAL = {"visual_blocks", "visual_width", "visual_heads", "visual_len"}
+IDLE = {"visual_prompt": BOTTLENECK, "patches": VISUAL - {"visual_len"}}
+"""Settings without effect on a condition of this kind; `VISUAL` on all others."""
 
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
@@ -307,7 +315,7 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     for name in given:
         if kind is None and name in of_condition and not values.get("init_from"):
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
-        elif kind is not None and name in (BOTTLENECK if kind == "visual_prompt" else VISUAL):
+        elif kind is not None and name in IDLE.get(kind, VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
         elif name == "shuffle_buffer" and not values.get("streaming"):
             sentences[name] = "shuffle_buffer has no effect without streaming: pass --streaming, or leave it out"
@@ -333,6 +341,18 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         overrides: values that replace the recipe's.
 
     Raises:
+        ConfigError: as `read_recipe`; or the file, and no flag, names a tower that Python code makes.
+    """
+    config = read_recipe(path, overrides)
+    if is_python(config.tower) and overrides.get("tower") is None:
+        raise ConfigError(f"{path or 'recipe.yaml'}: {unnamed(config.tower or '')}")
+    return config
+
+
+def read_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """`load_recipe` for whoever looks at a recipe and does not run it.
+
+    Raises:
         ConfigError: the file is missing or is no YAML mapping, two flags exclude each other, or a value breaks its
             rule.
     """
@@ -346,7 +366,17 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
         if (Path(os.path.expanduser(folder)) / "recipe.yaml").is_file():
             file, started = str(Path(os.path.expanduser(folder)) / "recipe.yaml"), {"output_dir": folder}
-    values = {} if file is None else {**_read(file), **started}
+    values = {} if file is None else {**read_yaml(file), **started}
+    return overlaid(values, overrides, "flags" if file is None else file)
+
+
+def overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> TrainConfig:
+    """A recipe of settings and of others that go before them; what those leave without effect gives way.
+
+    Raises:
+        ConfigError: naming `source`; a value breaks its rule.
+    """
+    values = dict(values)
     for name, flag in REPLACED_BY.items():
         if flag in overrides and name not in overrides:
             values.pop(name, None)
@@ -354,8 +384,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     for name, sentence in idle_settings({**values, **overrides}).items():
         # a finished run's recipe may name every setting, also at its default
         if name not in overrides and values.pop(name) != STANDS_FOR[name]:
-            log.warning("%s: %s", file, sentence)
-    return parse(TrainConfig, {**values, **overrides}, "flags" if file is None else file, text=True)
+            log.warning("%s: %s", source, sentence)
+    return parse(TrainConfig, {**values, **overrides}, source, text=True)
 
 
 def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
@@ -368,29 +398,3 @@ def _shorten_warmup(values: dict[str, Any], overrides: Mapping[str, Any]) -> Non
         return
     if too_long:
         log.warning("the recipe's warm-up of %s epochs gives way to two fifths of the run", values.pop("warmup_epochs"))
-
-
-def _check_no_data(path: str) -> None:
-    from llama_adapter.data.kinds import is_data_file
-
-    if is_data_file(path):
-        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
-
-
-def _read(path: str) -> dict[str, Any]:
-    import yaml
-
-    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        hint = f", such as {file / 'recipe.yaml'}" if os.path.isfile(file / "recipe.yaml") else ""
-        raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file{hint}.") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of escapes that are no character
-        _check_no_data(path)
-        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(loaded, dict | None):
-        _check_no_data(path)
-        raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
-    return loaded or {}

@@ -46,7 +46,7 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
-class InMemory:
+class MemoryFeed:
     """Every epoch is a permutation of all examples."""
 
     examples: Sequence[Encoded]
@@ -71,7 +71,7 @@ class InMemory:
 
 
 @dataclass
-class Encoder:
+class RecordEncoder:
     """Makes texts of raw records; `raw` says whether all must be prompt-completion text."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -122,14 +122,14 @@ class Encoder:
         return encoded
 
 
-class Streamed:
+class StreamFeed:
     """Batches of a stream; each process parses and encodes its own part of a batch, and tells the others.
 
     A batch is `batch_size` texts, or a few more where its last record is several; at the end of a pass over the data it
     is what is left.
     """
 
-    def __init__(self, stream: Stream, encoder: Encoder, batch_size: int, skip_bad_records: bool) -> None:
+    def __init__(self, stream: Stream, encoder: RecordEncoder, batch_size: int, skip_bad_records: bool) -> None:
         self.stream, self.encoder = stream, encoder
         self.batch_size, self.skip_bad_records = batch_size, skip_bad_records
         self.records = self.skipped = 0
@@ -151,15 +151,18 @@ class Streamed:
             DataError: a record is bad and none may be skipped, no record is good, or a file cannot be read.
         """
         texts: list[Encoded] = []
+        ended = False
         while len(texts) < self.batch_size:
             records = self.stream.take(self.batch_size - len(texts))
             if records:
                 for found in self._encoded(records):
                     texts += self._kept(found)
-            elif self.skipped == self.records:
+            elif self.skipped == self.records or (ended and not texts):  # a whole pass: the files were changed
                 raise DataError(f"No record is left to use ({self.skipped} skipped).")
             elif texts:
                 break
+            else:
+                ended = True
         return texts
 
     def epoch(self, step: int) -> float:

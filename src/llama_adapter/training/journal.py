@@ -48,10 +48,10 @@ class State:
 
 
 class Journal:
-    """Writes and reads the two files in a folder."""
+    """Writes and reads the two files in a folder, one of so many that share the time of a run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, together: int = 1) -> None:
+        self.folder, self.together = folder, together
         self._turn = 0
         self._costs: deque[float] = deque(maxlen=10)
         self._last = -float("inf")
@@ -64,7 +64,8 @@ class Journal:
     @property
     def period(self) -> float:
         """Seconds between writes that keep to their share of the time."""
-        return 0.0 if self.cost <= QUICK else self.cost / SHARE
+        cost = self.cost * self.together
+        return 0.0 if cost <= QUICK else cost / SHARE
 
     def is_due(self) -> bool:
         """Whether a write now keeps to its share of the time."""

@@ -1,80 +1,55 @@
 """Training: one visible loop over accelerate.
 
-Every process encodes the same data and knows every batch of the run from the seed and the step alone. A step sums the
-loss over all response tokens of the global batch and divides by their number, which everyone knows; so micro-batches,
-accumulation and processes change nothing but rounding. Gradients are 1.2M numbers: one flat sum over the processes.
+A run trains one expert, or many on one base: each step mixes the rows of all of them in its forwards, and a row's
+gradient reaches its own expert alone. Every process encodes the same data and knows every batch of the run from the
+seed and the step alone. A step sums an expert's loss over all response tokens of its global batch and divides by their
+number, which everyone knows; so micro-batches, accumulation, processes and other experts change nothing but rounding.
+Gradients are 1.2M numbers an expert: one flat sum over the processes.
 """
 
 import logging
-import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.base import check_parts, first_sentence, load_base, load_config, load_tokenizer
+from llama_adapter.base import check_parts, load_base, load_config
 from llama_adapter.compiler import compile_layers, compiler_errors
 from llama_adapter.conditions.modules import Condition
 from llama_adapter.conditions.perception import Perception
-from llama_adapter.core.model import add_adapter, resolve_layers, use_adapter
+from llama_adapter.core.model import resolve_layers, use_adapter
 from llama_adapter.core.quantised import check_backward
-from llama_adapter.core.routing import Adapter
-from llama_adapter.core.warm_start import prompts_from_text
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import MicroBatch, micro_batches
 from llama_adapter.data.encode import texts_of
-from llama_adapter.data.limits import Limits
-from llama_adapter.errors import AdapterError, Interrupted, TrainingError
-from llama_adapter.formats.native import save_adapter
-from llama_adapter.formats.push import open_repository, push_adapter
-from llama_adapter.progress import progress_bar
-from llama_adapter.training.card import write_run_card
-from llama_adapter.training.checkpoint import Progress, RunFolder, Trained
+from llama_adapter.errors import DataError, Interrupted, LlamaAdapterError, TrainingError
+from llama_adapter.progress import progress_bar, say
+from llama_adapter.training.checkpoint import RunFolder, resumable
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
+from llama_adapter.training.draft import check_alike, read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
-from llama_adapter.training.loss import why_not_packed
-from llama_adapter.training.objective import Objective, Responses, objective_of
-from llama_adapter.training.optimizer import build_optimizer, learning_rate
+from llama_adapter.training.learner import Learner, TrainResult
+from llama_adapter.training.loss import owners_losses, why_not_packed
+from llama_adapter.training.means import Figures, Means, Share
+from llama_adapter.training.objective import objective_of
 from llama_adapter.training.owner import restarted
+from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
-from llama_adapter.training.perceive import condition_of, look
-from llama_adapter.training.plots import plot_gates, plot_loss, plot_rewards
-from llama_adapter.training.prepare import Prepared, prepare
-from llama_adapter.training.start import (
-    adapter_of,
-    check_extras,
-    check_start,
-    check_written_alike,
-    chosen_trackers,
-    settle,
-    start_text,
-)
+from llama_adapter.training.sharding import check_strategy, in_step, shards_of
+from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. `base_val_loss` is the validation loss before the first step: the bare base's, or that of the
-    adapter in `init_from`."""
-
-    output_dir: Path
-    steps: int
-    train_loss: float | None
-    base_val_loss: float | None
-    best_val_loss: float | None
-    best_step: int
+ONLY_NAME = "default"
+"""What the only adapter of a run is called."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -85,90 +60,89 @@ def train(config: TrainConfig) -> TrainResult:
             later a loss that is not finite, or a full disk. The last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    folder = RunFolder(config.output_dir)
+    return train_together({ONLY_NAME: config})[ONLY_NAME]
+
+
+def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None) -> dict[str, TrainResult]:
+    """Train an adapter for each recipe, by name, all of them on one base in one run.
+
+    Args:
+        recipes: alike in what `draft.ALIKE` names.
+        again: the command that goes on with a run that was stopped (default: `train` with its only recipe).
+
+    Raises:
+        LlamaAdapterError: as `train`; of several runs it begins with the name of the one that is meant. A loss that is
+            not finite ends that run alone, and is raised when the others have ended.
+    """
+    folders = {name: RunFolder(config.output_dir, len(recipes)) for name, config in recipes.items()}
     try:
-        return _train(restarted(config), folder)
+        return _train_together({name: restarted(config) for name, config in recipes.items()}, folders, again)
     finally:
-        folder.release()
+        for folder in folders.values():
+            folder.release()
 
 
-def _train(config: TrainConfig, folder: RunFolder) -> TrainResult:
-    config, start = settle(config)
-    check_extras(config)
-    base = load_config(config.value("model"))
-    check_start(start, config, base)
-    resolve_layers(config.adapter_config(), base)
-    check_parts(config.adapter_config(), base)
-    accelerator = start_accelerator(config)
-    if config.base_precision == "fp8":
+def _train_together(
+    recipes: Mapping[str, TrainConfig], folders: Mapping[str, RunFolder], again: str | None
+) -> dict[str, TrainResult]:
+    settled = {}
+    for name, config in recipes.items():
+        with telling(name, recipes):
+            settled[name] = settle(config)
+            check_extras(settled[name][0])
+    check_alike({name: config for name, (config, _) in settled.items()})
+    shared = next(config for config, _ in settled.values())
+    base = load_config(shared.value("model"))
+    for name, (config, start) in settled.items():
+        with telling(name, recipes):
+            check_start(start, config, base)
+            resolve_layers(config.adapter_config(), base)
+            check_parts(config.adapter_config(), base)
+    check_strategy(shared, base, len(recipes))
+    accelerator = start_accelerator()
+    if shared.base_precision == "fp8":
         require_fp8(accelerator.device, base)
-    if accelerator.is_main_process:
-        folder.lock()
-        folder.check(config)
-        if config.push_to_hub:
-            open_repository(config.push_to_hub)
-    (now,) = broadcast_object_list([folder.now(config)])
-    tokenizer = load_tokenizer(config.value("model"))
-    data = prepare(config, tokenizer, Limits.of(base), now)
-    check_written_alike(start, data.raw)
-    text = start_text(config, data.train[0], tokenizer)
-    if accelerator.is_main_process:
-        folder.check_length(config, data.steps_per_epoch(config))
-    log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
+    drafts = read_drafts(settled, folders, accelerator, base)
+    perceptions: dict[str, Perception | None] = {}
+    for draft in drafts:
+        with telling(draft.name, recipes):
+            perceptions[draft.name] = draft.perceive(accelerator)
 
-    condition = condition_of(config, data)
-    adapter_config = adapter_of(config, start, condition, data.raw)
-    resolve_layers(adapter_config, base)  # again, with the condition's layers
-    perception = None if condition is None else look(condition, config, data, accelerator)
-
-    model = load_base(config.value("model"), accelerator.device, config.precision, config.quantization)
+    model = load_base(
+        shared.value("model"), accelerator.device, shared.precision, shared.quantization, shards_of(accelerator)
+    )
     check_backward(model)
-    if config.base_precision == "fp8":
+    if shared.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
-    if config.gradient_checkpointing:
+    if shared.gradient_checkpointing:
         enable_checkpointing(model)
-    if config.compile:
+    if shared.compile:
         compile_layers(model)
-    torch.manual_seed(config.seed)
-    adapter = add_adapter(model, adapter_config, state_dict=None if start is None else start.tensors)
-    if text is not None:
-        prompts_from_text(model, adapter, text)
-    optimizer = build_optimizer(adapter, config)
+    experts = [draft.expert(model, perceptions[draft.name], accelerator.is_main_process) for draft in drafts]
     if accelerator.is_main_process:
-        folder.claim(config)
+        for expert in experts:
+            with telling(expert.name, recipes):
+                expert.folder.claim(expert.config)
     accelerator.wait_for_everyone()
-    objective = objective_of(config, model, adapter, start, folder, accelerator.is_main_process)
-    run = Run(config, accelerator, folder, data, model, adapter, optimizer, perception, objective)
-    with folder.resumable():
+    for draft, expert in zip(drafts, experts, strict=True):
+        with telling(expert.name, recipes):
+            expert.objective = objective_of(
+                expert.config, model, expert.adapter, draft.start, expert.folder, expert.is_main
+            )
+            expert.restore()
+    run = Run(experts, accelerator, model, again)
+    with resumable(run.again):
         with compiler_errors():
             run.loop()
         return run.finish()
 
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """The processes and devices that `accelerate launch` or torchrun set up; one process without them.
-
-    Raises:
-        TrainingError: a strategy that shards the model. The base is frozen, so plain data parallelism is enough.
-    """
-    trackers = chosen_trackers(config)
-    try:
-        accelerator = Accelerator(
-            # accelerate takes processes on the CPU for strangers to each other unless it is told
-            cpu=not torch.accelerator.is_available(),
-            log_with=trackers or None,
-            project_dir=config.output_dir,
-        )
-    except (ImportError, ValueError) as error:
-        raise TrainingError(f"trackers {', '.join(trackers)} cannot be used: {error}") from None
+def start_accelerator() -> Accelerator:
+    """The processes and devices that `accelerate launch` or torchrun set up; one process without them."""
+    # accelerate takes processes on the CPU for strangers to each other unless it is told
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    if accelerator.distributed_type in sharded:
-        raise TrainingError(
-            f"{accelerator.distributed_type.value} is not supported: launch with plain data parallelism "
-            "(accelerate launch --multi_gpu) and, for a base too large for one device, --load-in-4bit."
-        )
     return accelerator
 
 
@@ -186,211 +160,234 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 class Run:
-    """One training run. `loop` is the part to read."""
+    """One run of one expert or many. `loop` is the part to read.
+
+    Args:
+        experts: what is trained; `ALIKE` settings are read from the first.
+        accelerator: processes and device.
+        model: the base with the adapters of all of them.
+        again: the command that goes on with it once it was stopped.
+    """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        data: Prepared,
-        model: PreTrainedModel,
-        adapter: Adapter,
-        optimizer: torch.optim.AdamW,
-        perception: Perception | None = None,
-        objective: Objective | None = None,
+        self, experts: Sequence[Learner], accelerator: Accelerator, model: PreTrainedModel, again: str | None = None
     ) -> None:
-        self.config, self.accelerator, self.folder, self.data = config, accelerator, folder, data
-        self.model, self.adapter, self.optimizer, self.perception = model, adapter, optimizer, perception
-        self.objective = objective or Responses()
-        self.per_epoch, self.feed = data.steps_per_epoch(config), data.feed(config)
-        self.total = config.total_steps(self.per_epoch)
-        self.progress = folder.restore(adapter, optimizer, data.digest) if config.resume else Progress()
-        self.feed.seek(self.progress.position)
-        self.is_main = accelerator.is_main_process
+        self.experts, self.accelerator, self.model = list(experts), accelerator, model
+        self.again = again or f"llama-adapter train {shlex.quote(str(experts[0].folder.recipe))} --resume"
+        self.shared = experts[0].config
+        self.results: dict[str, TrainResult] = {}
         self.packed = self._may_pack()
+        self.shares_layers = len(self.experts) > 1 and tell_layers(model)
 
     def _may_pack(self) -> bool:
         """Whether examples are packed; the log says which, and why not."""
-        reason = "packing is off" if not self.config.packing else why_not_packed(self.model, self.data.longest)
-        if self.perception is not None:
+        readers = [expert for expert in self.experts if expert.perception is None]
+        longest = max((expert.data.longest for expert in readers), default=0)
+        reason = "packing is off" if not self.shared.packing else why_not_packed(self.model, longest)
+        if not readers:
             reason = "pictures give every example prompts of its own"
         log.info("batches: %s", f"padded, of like lengths: {reason}" if reason else "packed, without padding")
         return reason is None
 
     def loop(self) -> None:
-        """Train from where the run stands to its end."""
-        config, start = self.config, self.progress.step
-        self._start_trackers(start)
-        log.info(
-            "training %s parameters: %d steps of %d examples, learning rate %.3g, on %d x %s in %s",
-            f"{self.adapter.num_parameters:,}", self.total, config.batch_size, config.peak_lr,
-            self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
-        )  # fmt: skip
-        if start >= self.total:
-            log.info("nothing was left to do: the run has all its steps; more --epochs or --max-steps would go on")
-        bar = progress_bar(self.total, "step", initial=start, disable=not self.is_main)
+        """Train from where the experts stand to the end of each; who has no step left leaves the batch."""
+        for expert in self.experts:
+            expert.start_trackers()
+        done, total = self._steps()
+        self._announce(done, total)
+        bar = progress_bar(total, "step", initial=done, disable=not self.accelerator.is_main_process)
         with stop_signals() as stop, bar:
-            if start == 0:
-                self._validate(bar)
-            for step in range(start, self.total):
+            self._let_go([expert for expert in self.experts if not expert.learns], bar)
+            self._validate([expert for expert in self.experts if expert.progress.step == 0], bar)
+            while learning := [expert for expert in self.experts if expert.learns]:
                 began = time.perf_counter()
-                batch = self.feed.batch(step)
-                lr = learning_rate(config, step, self.total)
-                values, norm, stopping = self._step(batch, lr, stop.requested)
-                self.progress.step, self.progress.position = step + 1, self.feed.position
-                seconds = time.perf_counter() - began
-                tokens = sum(len(text.input_ids) for text in texts_of(batch))
-                bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
-                bar.update()
-                self._log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4))
-                if self._is_due(config.eval_every or self.per_epoch):
-                    self._validate(bar)
-                if self.is_main:
-                    self._save(stopping or self._is_due(config.save_every))
+                if not (shares := self._draw(learning)):
+                    continue
+                rates = [expert.lr for expert, _ in shares]
+                figures, stopping = self._step(shares, stop.requested)
+                seconds = round(time.perf_counter() - began, 4)
+                moved = [expert for expert in learning if expert.failure is None]
+                self._show(bar, shares, figures, seconds)
+                for (expert, batch), lr, (values, norm) in zip(shares, rates, figures, strict=True):
+                    if expert in moved:
+                        tokens = sum(len(text.input_ids) for text in texts_of(batch))
+                        expert.log(**values, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
+                self._validate([e for e in moved if e.is_due(e.config.eval_every or e.per_epoch)], bar)
+                for expert in moved:
+                    expert.save(stopping or expert.is_due(expert.config.save_every))
                 if stopping:
-                    raise Interrupted(
-                        f"Stopped after step {step + 1} of {self.total}; everything is saved. "
-                        f"Go on with: llama-adapter train {shlex.quote(str(self.folder.recipe))} --resume"
-                    )
+                    raise Interrupted(self._stopped())
+                self._let_go([expert for expert in moved if not expert.learns], bar)
 
-    def _step(self, batch: Sequence[Encoded], lr: float, stop: bool) -> tuple[dict[str, float], float, bool]:
-        """One optimiser step; returns the objective's values, the gradient's norm, and whether to stop."""
-        accelerator, count = self.accelerator, max(1, self.objective.count(batch))
-        parameters = list(self.adapter.parameters())
-        self.optimizer.zero_grad(set_to_none=False)
-        total = torch.zeros(len(self.objective.names), device=accelerator.device)
-        for micro_batch in self._batches(batch, self.config.micro_batch_size):
-            with training_only(self.adapter, micro_batch) if self.config.disjoint else nullcontext():
-                sums = self._sums(micro_batch) / count
-                sums[0].backward()
-            total += sums.detach()
-        gradients = [self._gradient(parameter) for parameter in parameters]
-        flags = torch.cat([total, total.new_tensor([float(stop)])])
+    def _draw(self, learning: Sequence[Learner]) -> list[Share]:
+        """The examples of each expert's next step; of those whose data, read as they are needed, can be read."""
+        shares: list[Share] = []
+        for expert in learning:
+            try:
+                shares.append((expert, expert.batch()))
+            except DataError as error:
+                self._fail(expert, error)
+        return shares
+
+    def _fail(self, expert: Learner, error: LlamaAdapterError) -> None:
+        """Stop one of several experts; the only one stops the run."""
+        if len(self.experts) == 1:
+            raise error
+        log.warning("%s: %s The others go on.", expert.name, error)
+        expert.failure = error
+
+    def _step(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
+        """An optimiser step of each expert on its examples.
+
+        Returns:
+            of each its objective's values and the gradient's norm, and whether to stop.
+        """
+        figures, stopping = self._gradients(shares, stop)
+        for (expert, _), (values, norm) in zip(shares, figures, strict=True):
+            try:
+                expert.update(values["loss"], norm)
+            except TrainingError as error:
+                self._fail(expert, error)
+        return figures, stopping
+
+    def _gradients(self, shares: Sequence[Share], stop: bool) -> tuple[list[Figures], bool]:
+        """The clipped gradients of a step, over all processes; nothing has moved yet. Returns what `_step` does."""
+        accelerator, means = self.accelerator, Means(shares, self.accelerator.device)
+        for expert, _ in shares:
+            expert.optimizer.zero_grad(set_to_none=False)
+        for batch, weight in self._batches(shares, self.shared.micro_batch_size):
+            with self._trained(shares, batch):
+                means.add(batch, self._sums(shares, batch) * weight).backward()
+        flags = torch.cat([means.totals, means.totals.new_tensor([float(stop)])])
+        gradients = [gradient for expert, _ in shares for gradient in expert.gradients()]
         if accelerator.num_processes > 1:
             flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
             flags, *rest = flat.split([len(flags), *(gradient.numel() for gradient in gradients)])
             for gradient, summed in zip(gradients, rest, strict=True):
                 gradient.copy_(summed.view_as(gradient))
-        limit = self.config.max_grad_norm or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if not math.isfinite(norm) or not math.isfinite(float(flags[0])):
-            kept = f"the checkpoint in {self.folder.last} is kept" if self.folder.last.exists() else "no checkpoint yet"
-            raise TrainingError(
-                f"Loss {float(flags[0])} and gradient norm {norm} at step {self.progress.step + 1} are not finite; "
-                f"{kept}. Lower --lr (it is {lr:.3g}), or set --max-grad-norm 1."
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
-        self.optimizer.step()
+        norms = torch.stack([expert.clip() for expert, _ in shares])
         *values, stopping = flags.tolist()
-        return dict(zip(self.objective.names, values, strict=True)), norm, bool(stopping)
+        return list(zip(means.named(values), norms.tolist(), strict=True)), bool(stopping)
 
-    def _batches(self, examples: Sequence[Encoded], size: int) -> Iterator[MicroBatch | PackedRow]:
-        """This process's share, `size` examples a forward."""
-        make = packed_rows if self.packed else micro_batches
-        for kind in by_kind(examples) if self.config.disjoint else [examples]:
-            yield from make(kind, size, self.accelerator.process_index, self.accelerator.num_processes)
+    def _batches(self, shares: Sequence[Share], size: int) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
+        """This process's part of the experts' examples, `size` a forward; an owner is a place in `shares`.
 
-    def _sums(self, batch: MicroBatch | PackedRow) -> torch.Tensor:
-        """The objective's sums over a micro-batch, under the condition of its pictures where there is one."""
-        if self.perception is None or self.adapter.condition is None or isinstance(batch, PackedRow):
-            return self.objective.sums(self.model, batch, self.accelerator.device)
-        condition = self.perception.condition(cast(Condition, self.adapter.condition), batch.media)
-        with use_adapter(self.model, self.adapter.name, condition):
-            return self.objective.sums(self.model, batch, self.accelerator.device)
+        With each batch comes what it counts for, see `in_step`.
+
+        Experts mix, but for those with a condition or a reference: their rows come among themselves.
+        """
+        mixed = [place for place, (expert, _) in enumerate(shares) if expert.mixes]
+        for places in ([mixed] if mixed else []) + [[i] for i in range(len(shares)) if i not in mixed]:
+            expert, some = shares[places[0]]
+            for kind in by_kind(some) if expert.config.disjoint else [None]:
+                examples = [(i, e) for i in places for e in (shares[i][1] if kind is None else kind)]
+                yield from self._forwards([e for _, e in examples], [i for i, _ in examples], shares, size)
+
+    def _forwards(
+        self, examples: Sequence[Encoded], owners: Sequence[int], shares: Sequence[Share], size: int
+    ) -> Iterator[tuple[MicroBatch | PackedRow, float]]:
+        accelerator = self.accelerator
+        make: Callable[..., Iterator[MicroBatch | PackedRow]] = micro_batches
+        if self.packed and shares[owners[0]][0].perception is None:
+            depths = [expert.shared_layers if expert.mixes else 0 for expert, _ in shares]
+            make = partial(packed_rows, shared_layers=depths if self.shares_layers else None)
+        own = make(examples, size, accelerator.process_index, accelerator.num_processes, owners)
+        return in_step(own, accelerator, partial(make, examples[:1], size, owners=owners[:1]))
+
+    def _sums(self, shares: Sequence[Share], batch: MicroBatch | PackedRow) -> torch.Tensor:
+        """Summed loss for each of a batch's owners, or where only one can have it all sums of that one's objective."""
+        expert, device = shares[batch.owners[0]][0], self.accelerator.device
+        if expert.mixes:
+            return owners_losses(self.model, batch, device, [expert.adapter for expert, _ in shares])
+        if expert.perception is None or expert.adapter.condition is None or isinstance(batch, PackedRow):
+            return expert.objective.sums(self.model, batch, device)
+        condition = expert.perception.condition(cast(Condition, expert.adapter.condition), batch.media)
+        with use_adapter(self.model, expert.name, condition):
+            return expert.objective.sums(self.model, batch, device)
 
     @staticmethod
-    def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-        if parameter.grad is None:  # a process whose share of the batch was empty
-            parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+    def _trained(shares: Sequence[Share], batch: MicroBatch | PackedRow) -> AbstractContextManager[None]:
+        """Which parameters take gradients from a batch: all, or under `disjoint` a group of them."""
+        expert = shares[batch.owners[0]][0]
+        return training_only(expert.adapter, batch) if expert.config.disjoint else nullcontext()
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Encoded]) -> dict[str, float]:
-        """The objective's values over `examples`."""
-        objective, accelerator = self.objective, self.accelerator
-        total = torch.zeros(len(objective.names), device=accelerator.device)
-        for batch in self._batches(examples, 2 * self.config.micro_batch_size):
-            total += self._sums(batch)
-        means = accelerator.reduce(total, "sum") / max(1, objective.count(examples))
-        return dict(zip(objective.names, means.tolist(), strict=True))
+    def evaluate(self, shares: Sequence[Share]) -> list[dict[str, float]]:
+        """The values of each expert's objective over its examples."""
+        means = Means(shares, self.accelerator.device)
+        for batch, weight in self._batches(shares, 2 * self.shared.micro_batch_size):
+            means.add(batch, self._sums(shares, batch) * weight)
+        return means.named(self.accelerator.reduce(means.totals, "sum").tolist())
 
-    def _validate(self, bar: Any) -> None:
-        if not self.data.val:
+    def _validate(self, experts: Sequence[Learner], bar: Any) -> None:
+        shares = [(expert, expert.data.val) for expert in experts if expert.data.val]
+        if not shares:
             return
         bar.set_description("validating")
-        values = self.evaluate(self.data.val)
-        loss = values["loss"]
-        bar.set_description(f"val {loss:.3f}")
-        self._log(**{f"val_{name}": value for name, value in values.items()})
-        if loss < self.progress.best_val_loss:
-            self.progress.best_val_loss, self.progress.best_step = loss, self.progress.step
-            if self.is_main:
-                save_adapter(self.model, self.folder.path, self.adapter.name)
+        found = self.evaluate(shares)
+        bar.set_description(f"val {found[0]['loss']:.3f}" if len(self.experts) == 1 else None)
+        for (expert, _), values in zip(shares, found, strict=True):
+            expert.validated(values)
+            if len(self.experts) > 1 and expert.has_news():
+                step, loss = f"step {expert.progress.step} of {expert.total}", values["loss"]
+                say(bar, f"{expert.name}: {step}, validation loss {loss:.4f}")
 
-    def _save(self, whole: bool) -> None:
-        """Write a checkpoint, or else the step's state alone."""
-        state = Trained(self.adapter, self.optimizer, self.progress, self.data.digest, self.data.now)
-        if whole:
-            self.folder.save_checkpoint(self.model, state)
-        else:
-            self.folder.save_step(state)
+    def _let_go(self, ended: Sequence[Learner], bar: Any) -> None:
+        """Finish the experts that have all their steps."""
+        for expert in ended:
+            result = self.results[expert.name] = expert.finish()
+            if len(self.experts) > 1:
+                best = "" if result.best_val_loss is None else f", best validation loss {result.best_val_loss:.4f}"
+                say(bar, f"{expert.name}: done after {result.steps} steps{best}; in {result.output_dir}")
 
-    def _is_due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.total
+    def _announce(self, done: int, total: int) -> None:
+        count, shared = len(self.experts), self.shared
+        what = f"{shared.batch_size} examples, learning rate {shared.peak_lr:.3g}," if count == 1 else f"{count} runs"
+        log.info(
+            "training %s parameters: %d steps of %s on %d x %s in %s",
+            f"{sum(expert.adapter.num_parameters for expert in self.experts):,}", total, what,
+            self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        if done >= total:
+            log.info("nothing was left to do: the run has all its steps; more --epochs or --max-steps would go on")
 
-    def _log(self, **values: float) -> None:
-        step = self.progress.step
-        if self.is_main:
-            self.folder.log({"step": step, "epoch": self.feed.epoch(step), **values})
-            self.accelerator.log(values, step=step)
+    def _steps(self) -> tuple[int, int]:
+        """Optimiser steps that are done and all of them, over the experts."""
+        done = sum(min(expert.progress.step, expert.total) for expert in self.experts)
+        return done, sum(expert.total for expert in self.experts)
 
-    def _start_trackers(self, start: int) -> None:
-        if not self.accelerator.log_with:
-            return
-        try:
-            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start or None}})
-        except Exception as error:  # each tracker has its own kinds, for no login as for no network
-            names = ", ".join(str(getattr(name, "value", name)) for name in self.accelerator.log_with)
-            raise TrainingError(
-                f"The trackers ({names}) cannot start: {first_sentence(error)} Set them up, or go on with "
-                f"--resume --output-dir {self.folder.path} --trackers none."
-            ) from None
+    def _show(self, bar: Any, shares: Sequence[Share], figures: Sequence[Figures], seconds: float) -> None:
+        tokens = sum(len(text.input_ids) for _, batch in shares for text in texts_of(batch))
+        loss = sum(values["loss"] for values, _ in figures) / len(figures)
+        experts = {} if len(self.experts) == 1 else {"experts": len(shares)}
+        bar.set_postfix(**experts, loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+        bar.update(len(shares))
 
-    def _push(self, repository: str) -> None:
-        try:
-            log.info("pushed: %s", push_adapter(self.folder.path, repository))
-        except AdapterError as error:
-            again = f"llama-adapter push {self.folder.path} {repository}"
-            raise AdapterError(f"{error} The run is finished and kept; try again: {again}") from None
+    def _stopped(self) -> str:
+        done, total = self._steps()
+        return f"Stopped after step {done} of {total}; everything is saved. Go on with: {self.again}"
 
-    def finish(self) -> TrainResult:
-        """Write the pictures and the card, push where that is asked for, and sum the run up."""
-        log.info("trained on %s", self.feed.summary())
+    def finish(self) -> dict[str, TrainResult]:
+        """Push what is to be pushed.
+
+        Raises:
+            AdapterError: that failed; the run is kept.
+            TrainingError: of several experts some did not reach their end; the others are finished.
+        """
+        for expert in self.experts:
+            log.info("%strained on %s", "" if len(self.experts) == 1 else f"{expert.name}: ", expert.feed.summary())
         self.accelerator.end_training()
-        history = self.folder.history() if self.is_main else []
-        if self.is_main:
-            if not self.data.val:
-                save_adapter(self.model, self.folder.path, self.adapter.name)
-            plot_loss(history, self.folder.path / "loss.png", self.objective.unit)
-            if self.config.method == "dpo":
-                plot_rewards(history, self.folder.path / "rewards.png")
-            gates = {i: layer.strength().tolist() for i, layer in self.adapter.layers.items()}
-            if gates:
-                plot_gates(gates, self.folder.path / "gates.png")
-        losses = [line["loss"] for line in history if "loss" in line]
-        val_losses = [line["val_loss"] for line in history if "val_loss" in line]
-        result = TrainResult(
-            output_dir=self.folder.path,
-            steps=self.progress.step,
-            train_loss=losses[-1] if losses else None,
-            base_val_loss=val_losses[0] if val_losses else None,
-            best_val_loss=min(val_losses, default=None),
-            best_step=self.progress.best_step,
-        )
-        if self.is_main:
-            write_run_card(self.config, asdict(result), self.feed.summary(), len(self.data.val))
-            if self.config.push_to_hub:
-                self._push(self.config.push_to_hub)
-        return result
+        failures: dict[str, LlamaAdapterError] = {}
+        for expert in self.experts:
+            try:
+                if expert.failure is not None:
+                    raise expert.failure
+                expert.push()
+            except LlamaAdapterError as error:
+                failures[expert.name] = error
+        if len(self.experts) == 1 and failures:
+            raise failures.popitem()[1]
+        if failures:
+            which = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            raise TrainingError(f"{len(failures)} of {len(self.experts)} runs failed, all others are finished. {which}")
+        return {expert.name: self.results[expert.name] for expert in self.experts}

@@ -29,7 +29,7 @@ from llama_adapter.training.packing import PackedRow
 from llama_adapter.training.start import Start
 
 REFERENCE = "reference"
-"""Name, on the model, of the adapter that a DPO run goes on from."""
+"""Behind the name of a DPO run's adapter, on the model, that of the adapter which it goes on from."""
 
 
 class Objective(Protocol):
@@ -67,15 +67,16 @@ def objective_of(
         return Responses()
     if config.init_from is None:
         return Preferences(config.value("beta"), adapter.name)
+    name = f"{adapter.name}.{REFERENCE}"
     if start is None:
-        load_adapter(model, folder.reference, REFERENCE)
+        load_adapter(model, folder.reference, name)
     else:
-        twin = add_adapter(model, start.config, REFERENCE, activate=False, state_dict=start.tensors)
+        twin = add_adapter(model, start.config, name, activate=False, state_dict=start.tensors)
         for parameter in twin.parameters():
             parameter.requires_grad_(False)
         if is_main:
-            save_adapter(model, folder.reference, REFERENCE)
-    return Preferences(config.value("beta"), adapter.name, REFERENCE)
+            save_adapter(model, folder.reference, name)
+    return Preferences(config.value("beta"), adapter.name, name)
 
 
 class Responses:

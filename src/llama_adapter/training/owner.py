@@ -43,7 +43,10 @@ class Owner:
 
     def is_this_launch(self) -> bool:
         """Whether the run in the folder was begun by the launcher that this process stands under."""
-        return launch() != "" and self._note().get("launch") == launch()
+        here, noted = launch(), self._note().get("launch", "")
+        if os.environ.get("GROUP_RANK", "0") != "0":  # the note has the number of the launcher on the first machine
+            here, noted = (text.rpartition(" ")[0] for text in (here, noted))
+        return here != "" and noted == here
 
     def _write(self, launched: str) -> None:
         note = {"pid": str(os.getpid()), "host": platform.node(), "launch": launched}

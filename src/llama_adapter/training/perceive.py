@@ -3,10 +3,13 @@
 import logging
 from contextlib import nullcontext
 
+import torch
 from accelerate import Accelerator
 
-from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.config import ConditionConfig, is_python
 from llama_adapter.conditions.perception import Perception, condition_config
+from llama_adapter.conditions.python_towers import PythonTower, load_python_tower
+from llama_adapter.conditions.towers import CPU
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.prepare import Prepared
@@ -14,8 +17,19 @@ from llama_adapter.training.prepare import Prepared
 log = logging.getLogger(__name__)
 
 
-def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
-    """The condition that a recipe asks for; only the tower's configuration is read.
+def tower_of(config: TrainConfig, device: torch.device = CPU) -> PythonTower | None:
+    """The tower that Python code makes, where a recipe names one; its code runs here.
+
+    Raises:
+        ConfigError, ModelError: see `llama_adapter.conditions.python_towers.load_python_tower`.
+    """
+    if config.condition is None or not is_python(config.tower):
+        return None
+    return load_python_tower(config.value("tower"), config.condition, device)
+
+
+def condition_of(config: TrainConfig, data: Prepared, tower: PythonTower | None = None) -> ConditionConfig | None:
+    """The condition that a recipe asks for; of towers other than `tower_of`'s only the configuration is read.
 
     Raises:
         ConfigError: there is a condition and nothing in the data to perceive, or no early fusion for `disjoint`.
@@ -37,7 +51,7 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
         )
     return condition_config(
         config.condition,
-        config.value("tower"),
+        config.value("tower") if tower is None else tower,
         config.tower_depths,
         width=config.value("condition_width"),
         activation=config.value("condition_activation"),
@@ -50,14 +64,21 @@ def condition_of(config: TrainConfig, data: Prepared) -> ConditionConfig | None:
     )
 
 
-def look(condition: ConditionConfig, config: TrainConfig, data: Prepared, accelerator: Accelerator) -> Perception:
-    """Load the tower and compute the features of every file that the data name.
+def look(
+    condition: ConditionConfig,
+    config: TrainConfig,
+    data: Prepared,
+    accelerator: Accelerator,
+    tower: PythonTower | None = None,
+) -> Perception:
+    """Load the tower, or take the one of `tower_of`, and compute the features of every file that the data name.
 
     Raises:
         ModelError: the tower is damaged.
         DataError: a file is damaged or of another kind.
     """
-    perception = Perception(condition, accelerator.device, config.feature_cache)
+    named = [] if tower is None else [tower]
+    perception = Perception(condition, accelerator.device, config.feature_cache, towers=named)
     # With a feature cache the first process fills it for all; without, each of them needs features of its own.
     with accelerator.main_process_first() if config.feature_cache else nullcontext():
         perception.prepare(data.media())

@@ -11,9 +11,9 @@ from llama_adapter.data.limits import Limits
 from llama_adapter.formats.native import tensor_shapes
 from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
-from llama_adapter.training.perceive import condition_of
+from llama_adapter.training.perceive import condition_of, tower_of
 from llama_adapter.training.prepare import prepare
-from llama_adapter.training.start import adapter_of, check_extras, check_start, check_written_alike, settle
+from llama_adapter.training.start import adapter_of, check_extras, check_start, check_written_alike, settle, start_text
 
 
 def plan_run(config: TrainConfig) -> dict[str, Any]:
@@ -31,11 +31,13 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder(config.output_dir)
     if config.resume:
         folder.check(config)
-    data = prepare(config, load_tokenizer(model), Limits.of(base))
+    tokenizer, limits = load_tokenizer(model), Limits.of(base)
+    data = prepare(config, tokenizer, limits)
     check_written_alike(start, data.raw)
+    start_text(config, data.train[0], tokenizer, limits)
     per_epoch = data.steps_per_epoch(config)
     folder.check_length(config, per_epoch)
-    adapter = adapter_of(config, start, condition_of(config, data), data.raw)
+    adapter = adapter_of(config, start, condition_of(config, data, tower_of(config)), data.raw)
     layers, shape = resolve_layers(adapter, base), shape_of(base)
     adapter = replace(adapter, adapter_layers=layers, base_shape=shape)
     shapes = tensor_shapes(adapter) | check_parts(adapter, base)

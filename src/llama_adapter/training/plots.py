@@ -101,7 +101,7 @@ def _write(figure: Figure, path: Path) -> None:
         raise ConfigError(f"{path} does not end in .png: pictures are PNG files.")
     content = BytesIO()
     figure.savefig(content, dpi=120)
-    with writing(path.parent):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
 

@@ -17,7 +17,7 @@ from llama_adapter.data.pairs import SHAPES, parse_pair
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
-from llama_adapter.training.feed import Encoder, Feed, InMemory, Streamed
+from llama_adapter.training.feed import Feed, MemoryFeed, RecordEncoder, StreamFeed
 from llama_adapter.training.streaming import digest_of, open_stream
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class Prepared:
     now: datetime
     notes: list[str] = field(default_factory=list)
     longest: int = 0
-    streamed: Streamed | None = None
+    streamed: StreamFeed | None = None
 
     def feed(self, config: TrainConfig) -> Feed:
         """The batches of the run, from its beginning."""
-        return self.streamed or InMemory(self.train, config.batch_size, config.seed)
+        return self.streamed or MemoryFeed(self.train, config.batch_size, config.seed)
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
         """Optimiser steps in one pass over the data; of streamed data, whose end nobody knows, a tenth of the run's."""
@@ -141,7 +141,7 @@ def _streamed(
     skipped: list[str],
 ) -> Prepared:
     """Data that are read as they are needed, of which the first are looked at."""
-    encoder = Encoder(tokenizer, config.value("template"), max_length, now, limits, _parser(config))
+    encoder = RecordEncoder(tokenizer, config.value("template"), max_length, now, limits, _parser(config))
     streamed, first = open_stream(config, encoder)
     notes, val = notes_of(first.examples), first.val
     skipped += first.skipped

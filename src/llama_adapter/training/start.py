@@ -11,17 +11,18 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llama_adapter.base import empty_base, load_config
-from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.config import ConditionConfig, check_digest, is_python, unnamed
 from llama_adapter.core.config import AdapterConfig, WrittenAs
 from llama_adapter.core.families import shape_of
 from llama_adapter.data import Encoded
+from llama_adapter.data.limits import Limits
 from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
 from llama_adapter.formats.native import check_base
 from llama_adapter.formats.stored import Hints
 from llama_adapter.settings import shown
 from llama_adapter.training.checkpoint import RunFolder
-from llama_adapter.training.config import BOTTLENECK, DEFAULTS, VISUAL, TrainConfig, idle_settings, load_recipe
+from llama_adapter.training.config import DEFAULTS, IDLE, VISUAL, TrainConfig, idle_settings, load_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
         return config, None
     if config.resume and RunFolder(config.output_dir).has_checkpoint():
         recipe = Path(config.output_dir) / "recipe.yaml"
-        before = load_recipe(str(recipe), {}) if recipe.is_file() else config
+        named = {} if config.tower is None else {"tower": config.tower}
+        before = load_recipe(str(recipe), named) if recipe.is_file() else config
         open_ones = [name for name in INHERITED if getattr(config, name) in (None, DEFAULTS[name])]
         return replace(config, **{name: getattr(before, name) for name in open_ones}), None
     source, output = Path(config.init_from).resolve(), Path(config.output_dir).resolve()
@@ -83,6 +85,10 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
         )
     start = read_start(config.init_from, config.model)
     found = settings_of(start.config)
+    if is_python(found.get("tower")):  # code, which no adapter's file can ask for; `adapter_of` compares weights
+        if not is_python(config.tower):
+            raise ConfigError(f"{config.init_from}: {unnamed(found['tower'])}")
+        found["tower"] = config.tower
     given = {name: getattr(config, name) for name in found if getattr(config, name) not in (None, DEFAULTS[name])}
     other = [f"{name} is {found[name]!r}, not {value!r}" for name, value in given.items() if value != found[name]]
     if other:
@@ -106,7 +112,7 @@ def settings_of(adapter: AdapterConfig) -> dict[str, Any]:
     found["condition"] = None
     condition = adapter.condition
     if isinstance(condition, ConditionConfig):
-        idle = BOTTLENECK if condition.kind == "visual_prompt" else VISUAL
+        idle = IDLE.get(condition.kind, VISUAL)
         found["condition"] = condition.kind
         found |= {name: getattr(condition, key) for name, key in FROM_CONDITION.items() if name not in idle}
     return found
@@ -124,16 +130,20 @@ def check_start(start: Start | None, config: TrainConfig, base: PretrainedConfig
             check_parts_fit(start.config, start.tensors, empty_base(base), config.init_from)
 
 
-def start_text(config: TrainConfig, example: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+def start_text(
+    config: TrainConfig, example: Encoded, tokenizer: "PreTrainedTokenizerBase", limits: Limits
+) -> list[int] | None:
     """The tokens that prompts start from; None where they are drawn.
 
     Args:
         config: the recipe.
         example: the first training example.
         tokenizer: the base's.
+        limits: what the base takes.
 
     Raises:
-        ConfigError: they are fewer than the prompts.
+        ConfigError: they are fewer than the prompts, or more than the base takes.
+        DataError: the base does not know one.
     """
     text, needed = config.prompt_init_text, config.value("adapter_len")
     if text is None:
@@ -145,6 +155,11 @@ def start_text(config: TrainConfig, example: Encoded, tokenizer: "PreTrainedToke
             f"The {what} has {len(ids)} tokens, fewer than adapter_len {needed}, the prompts that start from it: give "
             "a longer text, or lower --adapter-len."
         )
+    if limits.positions is not None and len(ids) > limits.positions:
+        raise ConfigError(
+            f"prompt_init_text {shown(text)} has {len(ids)} tokens and the base takes {limits.positions}: shorten it."
+        )
+    limits.check_ids([ids], tokenizer)
     return ids
 
 
@@ -164,10 +179,18 @@ def check_written_alike(start: Start | None, raw: bool) -> None:
 
 
 def adapter_of(config: TrainConfig, start: Start | None, condition: ConditionConfig | None, raw: bool) -> AdapterConfig:
-    """The adapter that a run trains: the recipe's, or the one that it goes on from, asked as the data are written."""
+    """The adapter that a run trains: the recipe's, or the one that it goes on from, asked as the data are written.
+
+    Raises:
+        AdapterError: the tower that Python code makes has other weights than the one that it goes on from.
+    """
     template: WrittenAs = "raw" if raw else config.value("template")
     if start is not None:
-        return replace(start.config, template=template, base_model_name_or_path=config.value("model"))
+        before = start.config.condition
+        if isinstance(before, ConditionConfig) and condition is not None and is_python(condition.tower):
+            check_digest(before, condition.tower, condition.tower_digest)
+            before = replace(before, tower=condition.tower)
+        return replace(start.config, condition=before, template=template, base_model_name_or_path=config.value("model"))
     return replace(config.adapter_config(), condition=condition, template=template)
 
 

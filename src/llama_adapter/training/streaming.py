@@ -11,9 +11,9 @@ from llama_adapter.data.sources import check_some_left, reject
 from llama_adapter.data.stream import BEGINNING, Mark, Raw, Stream, first_records, parts_of
 from llama_adapter.errors import ConfigError
 from llama_adapter.training.config import TrainConfig
-from llama_adapter.training.feed import Encoder, Streamed
+from llama_adapter.training.feed import RecordEncoder, StreamFeed
 
-HELD_OUT, LOOKED_AT = 256, 256
+FIRST_HELD_OUT, LOOKED_AT = 256, 256
 """Records that validation takes where a recipe does not say, and those of the rest that are looked at before a run."""
 
 
@@ -28,7 +28,7 @@ class First:
     held: tuple[int, Mark] = (0, BEGINNING)
 
 
-def open_stream(config: TrainConfig, encoder: Encoder) -> tuple[Streamed, First]:
+def open_stream(config: TrainConfig, encoder: RecordEncoder) -> tuple[StreamFeed, First]:
     """The batches of a recipe's data, and their first records.
 
     Raises:
@@ -37,7 +37,7 @@ def open_stream(config: TrainConfig, encoder: Encoder) -> tuple[Streamed, First]
         MissingExtraError: a package is not installed.
     """
     parts = parts_of(config.data)
-    given = HELD_OUT if config.val_size is None else int(config.val_size)
+    given = FIRST_HELD_OUT if config.val_size is None else int(config.val_size)
     count = 0 if config.val_data else given
     first = First()
     records = first_records(parts)
@@ -51,10 +51,10 @@ def open_stream(config: TrainConfig, encoder: Encoder) -> tuple[Streamed, First]
         )
     encoder.raw = all(example.raw for example in first.examples)
     stream = Stream(parts, config.value("shuffle_buffer"), config.seed, first.held)
-    return Streamed(stream, encoder, config.batch_size, config.skip_bad_records), first
+    return StreamFeed(stream, encoder, config.batch_size, config.skip_bad_records), first
 
 
-def digest_of(streamed: Streamed, val: str) -> str:
+def digest_of(streamed: StreamFeed, val: str) -> str:
     """SHA-256 of what tells these files from others, and of the validation texts."""
     digest = hashlib.sha256(val.encode())
     for part in streamed.stream.parts:
@@ -64,7 +64,7 @@ def digest_of(streamed: Streamed, val: str) -> str:
 
 def _take_sound(
     records: Iterator[tuple[Raw, tuple[int, Mark]]],
-    encoder: Encoder,
+    encoder: RecordEncoder,
     count: int,
     first: First,
     texts: list[Encoded],

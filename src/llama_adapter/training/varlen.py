@@ -6,7 +6,7 @@ aligned to the end, each query then sees the prefix and what is before it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -20,58 +20,61 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Ranges:
-    """Where the parts of a packed row lie, for N examples behind a prefix of P tokens.
+    """Where the parts of a packed row lie: the prefix, of P tokens, and the N examples behind it, of each section.
 
     Attributes:
-        queries: [N + 2] int32, where the queries of the prefix and of each example begin, and the end; without the
-            first where P is 0.
+        queries: [parts + 1] int32, where the queries of each part begin, and the end.
         keys: likewise for the gathered keys.
         longest: most queries, and most keys, of one part.
         source: [M] int64, the token that each gathered key and value is of.
-        own: [T - P] int64, where the examples' own tokens went.
-        prefix: [N + 1, P] int64, where the copies of the prefix went.
+        homes: of each section where its tokens went: of its examples, [own tokens] int64, and of the copies of its
+            prefix, [N + 1, P] int64.
     """
 
     queries: Tensor
     keys: Tensor
     longest: tuple[int, int]
     source: Tensor
-    own: Tensor
-    prefix: Tensor
+    homes: tuple[tuple[Tensor, Tensor], ...]
 
     @staticmethod
-    def of(prefix: int, lengths: Sequence[int], device: torch.device | None = None) -> "Ranges":
-        """Ranges for examples with so many tokens of their own."""
-        parts = [prefix, *lengths] if prefix else list(lengths)
-        spans = [prefix, *(prefix + length for length in lengths)] if prefix else list(lengths)
-        starts = [0, *accumulate(spans)]
+    def of(sections: Iterable[tuple[int, Sequence[int]]], device: torch.device | None = None) -> "Ranges":
+        """Ranges for sections of a prefix of so many tokens, and examples with so many of their own."""
+
+        def tensor(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        parts: list[int] = []
+        spans: list[int] = []
         source: list[int] = []
-        own: list[int] = []
-        begin = prefix
-        for number, length in enumerate(lengths, start=1 if prefix else 0):
-            source += [*range(prefix), *range(begin, begin + length)]
-            own += range(starts[number] + prefix, starts[number + 1])
-            begin += length
-        copies = [list(range(start, start + prefix)) for start in starts[:-1]] if prefix else []
-
-        def int32(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        def int64(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        homes = []
+        first = 0  # token of a section
+        for prefix, lengths in sections:
+            own: list[int] = []
+            copies: list[range] = []
+            begin = first
+            for length in [0, *lengths] if prefix else lengths:
+                copies.append(range(len(source), len(source) + prefix))
+                source += range(first, first + prefix)
+                begin = max(begin, first + prefix)
+                own += range(len(source), len(source) + length)
+                source += range(begin, begin + length)
+                begin += length
+                parts.append(length or prefix)
+                spans.append(prefix + length)
+            homes.append((tensor(own), tensor([list(copy) for copy in copies]).reshape(len(copies), prefix)))
+            first += prefix + sum(lengths)
         return Ranges(
-            queries=int32([0, *accumulate(parts)]),
-            keys=int32(starts),
+            queries=tensor([0, *accumulate(parts)], torch.int32),
+            keys=tensor([0, *accumulate(spans)], torch.int32),
             longest=(max(parts), max(spans)),
-            source=int64([*range(prefix), *source]),
-            own=int64(own),
-            prefix=int64(copies).reshape(len(copies), prefix),
+            source=tensor(source),
+            homes=tuple(homes),
         )
 
 
 class _Gathered(torch.autograd.Function):
-    """states[source], whose backward adds the copies of the prefix in fp32 instead of one after another in half."""
+    """states[source], whose backward adds the copies of a prefix in fp32 instead of one after another in half."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, ranges: Ranges) -> Tensor:
@@ -81,8 +84,10 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient, ranges = gradients[0], ctx.ranges
-        shared = gradient[ranges.prefix].sum(0, dtype=torch.float32).to(gradient.dtype)
-        return torch.cat([shared, gradient[ranges.own]]), None
+        pieces = []
+        for own, prefix in ranges.homes:
+            pieces += [gradient[prefix].sum(0, dtype=torch.float32).to(gradient.dtype), gradient[own]]
+        return torch.cat(pieces), None
 
 
 def fits(query: Tensor, options: Mapping[str, Any]) -> bool:

@@ -42,7 +42,7 @@ class Pages:
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         lock = AuthenticationMiddleware(app, keys)  # vLLM itself guards what begins with /v1 alone
         directory = os.environ.get("LLAMA_ADAPTER_DIR") if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else None
-        names = Names(app, args.model, directory)
+        names = Catalogue(app, args.model, directory)
 
         @app.get("/", include_in_schema=False)
         def page() -> Response:
@@ -76,7 +76,7 @@ def nobody(model: str) -> Response:
     return refused(404, f"There is no model '{model[:128]}'.", "not_found_error", "model_not_found")
 
 
-class Names:
+class Catalogue:
     """What can be asked for: vLLM's own models, and adapters of a directory that it loads when they are asked for."""
 
     def __init__(self, app: FastAPI, model: str, directory: str | None) -> None:

@@ -1,0 +1,237 @@
+"""Many experts in one run: `python -m benchmarks.many`, on the bundled base and its instructions.
+
+Two questions. What does a step cost when its rows are of many experts (examples a second in all, against one expert
+with the same batch, the same examples and micro-batches)? And what does one run of N experts on small data take against
+N runs of `llama-adapter train` one after the other, start-up and loading of the base included?
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from benchmarks import harness
+from benchmarks.harness import BenchmarkError, Budget, Contender
+from llama_adapter.base import load_base, load_tokenizer
+from llama_adapter.core.model import add_adapter
+from llama_adapter.data import Encoded
+from llama_adapter.inference.session import default_device
+from llama_adapter.training.checkpoint import RunFolder
+from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.learner import Learner
+from llama_adapter.training.loop import Run
+from llama_adapter.training.optimizer import build_optimizer
+from llama_adapter.training.prepare import Prepared, prepare
+
+RECORDS = Path(__file__).parents[1] / "src" / "llama_adapter" / "bundled" / "instructions.json"
+CPU_TIMES = slice(4)
+"""Of `os.times`: this process's and its ended children's, user and system."""
+ONE, MANY, IN_TURN = "1 expert", "one run", "one after the other"
+LONG = 10**6
+"""Steps of a run that no benchmark comes to the end of: the rate stays that of a warm-up."""
+
+
+class Clock:
+    """Contenders whose CPU time is taken too: what else a shared machine does lengthens their turns, and not that."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def contender(self, name: str, step: Callable[[int], Any]) -> Contender:
+        """One of that name."""
+        taken = self.seconds[name] = []
+
+        def timed(turn: int) -> None:
+            before = sum(os.times()[CPU_TIMES])
+            step(turn)
+            taken.append(sum(os.times()[CPU_TIMES]) - before)
+
+        return Contender(name, timed)
+
+    def ratios(self, slower: str, quicker: str, skipped: int) -> dict[str, float]:
+        """How much more CPU time the one took, turn by turn."""
+        pairs = zip(self.seconds[slower][skipped:], self.seconds[quicker][skipped:], strict=True)
+        return harness.spread([one / other for one, other in pairs])
+
+
+def settings(options: argparse.Namespace, **more: Any) -> TrainConfig:
+    """A recipe as the bundled one, so small that runs are of start-up and steps."""
+    values: dict[str, Any] = {
+        "model": "bundled", "data": ("bundled",), "val_size": 8, "max_length": 256, "trackers": ("none",),
+        "micro_batch_size": options.micro_batch, "adapter_layers": options.layers, "lr": 0.05, "precision": "fp32",
+    }  # fmt: skip
+    return TrainConfig(**{**values, **more})
+
+
+def run_of(count: int, options: argparse.Namespace, data: Prepared, device: torch.device) -> Run:
+    """A run of so many experts on a base of its own."""
+    model, learners = load_base("bundled", device, "fp32"), []
+    for number in range(count):
+        config = settings(options, seed=number, batch_size=options.batch // count, max_steps=LONG, output_dir="unused")
+        torch.manual_seed(number)
+        adapter = add_adapter(model, config.adapter_config(), f"e{number}")
+        for layer in adapter.layers.values():
+            torch.nn.init.normal_(layer.gate, std=0.1)
+        learners.append(Learner(config, RunFolder("unused"), data, model, adapter, build_optimizer(adapter, config)))
+    return Run(learners, Accelerator(cpu=device.type == "cpu"), model)
+
+
+def step(run: Run, examples: Sequence[Encoded]) -> None:
+    """One optimiser step of every expert, each on its part of the examples."""
+    count = len(run.experts)
+    run._step([(expert, examples[place::count]) for place, expert in enumerate(run.experts)], False)
+
+
+def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Examples a second in all, by the number of experts."""
+    data = prepare(settings(options), load_tokenizer("bundled"))
+    endless = itertools.cycle(data.train)
+    batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
+    clock, contenders = Clock(), []
+    for count in (1, *options.experts):
+        name = ONE if count == 1 else f"{count} experts"
+        run = run_of(count, options, data, device)
+        contenders.append(clock.contender(name, lambda turn, run=run: step(run, batches[turn % len(batches)])))
+    timings = harness.interleave(contenders, options.turns, options.warmup, device, Budget(options.budget))
+    rows = []
+    for contender, count in zip(contenders, (1, *options.experts), strict=True):
+        timing = timings[contender.name]
+        rate = harness.spread([options.batch / seconds for seconds in timing.seconds])
+        against = harness.ratios(timings[ONE], timing)
+        cpu, each = clock.ratios(ONE, contender.name, options.warmup), options.batch // count
+        found = {"name": contender.name, "each": each, "examples_s": rate}
+        rows.append({**found, "against_one": against, "cpu_against_one": cpu})
+    return rows
+
+
+def write_recipes(folder: Path, count: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Recipes for small data sets of unlike records, each with a folder of its own."""
+    records = json.loads(RECORDS.read_text(encoding="utf-8"))
+    entries = []
+    for number in range(count):
+        data = folder / f"{number}.json"
+        own = records[number * options.records : (number + 1) * options.records]
+        data.write_text(json.dumps(own), encoding="utf-8")
+        entries.append({
+            "output_dir": str(folder / f"run-{number}"), "data": [str(data)], "seed": number, "epochs": options.epochs,
+            "batch_size": 8, "lr": 0.05, "val_size": 8, "max_length": 256, "adapter_layers": options.layers,
+        })  # fmt: skip
+    return entries
+
+
+def command(*words: str) -> None:
+    """Run a command of this package as anybody would."""
+    done = subprocess.run([sys.executable, "-m", "llama_adapter", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkError(done.stderr.strip().splitlines()[-1])
+
+
+def whole_runs(count: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Seconds of one run of so many experts, and of as many single ones."""
+    shared = {
+        "model": "bundled", "precision": "fp32", "micro_batch_size": options.micro_batch, "trackers": ["none"],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        entries = write_recipes(folder, count, options)
+        (folder / "runs.yaml").write_text(yaml.safe_dump({**shared, "runs": entries}))
+        for number, entry in enumerate(entries):
+            (folder / f"{number}.yaml").write_text(yaml.safe_dump({**shared, **entry}))
+
+        def in_turn(turn: int) -> None:
+            for number in range(count):
+                command("train", str(folder / f"{number}.yaml"), "--overwrite")
+
+        clock = Clock()
+        contenders = [
+            clock.contender(MANY, lambda turn: command("train-many", str(folder / "runs.yaml"), "--overwrite")),
+            clock.contender(IN_TURN, in_turn),
+        ]
+        timings = harness.interleave(contenders, options.whole_turns, 0, device, Budget(None))
+    return {
+        "experts": count,
+        "seconds": {name: harness.spread(timing.seconds) for name, timing in timings.items()},
+        "faster_by": harness.ratios(timings[IN_TURN], timings[MANY]),
+        "cpu_seconds": {name: harness.spread(seconds) for name, seconds in clock.seconds.items()},
+        "cpu_faster_by": clock.ratios(IN_TURN, MANY, 0),
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Both tables."""
+    where = (
+        f"bundled base, {options.layers} adapted layers, fp32, {harness.cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    tables = []
+    if rows:
+        title = (
+            f"A step of {options.batch} examples, micro-batches of {options.micro_batch}; {where}; median (quartiles)"
+        )
+        body = [
+            [row["name"], str(row["each"]), harness.with_range(row["examples_s"]),
+             harness.with_range(row["against_one"], "{:.2f}"), harness.with_range(row["cpu_against_one"], "{:.2f}")]
+            for row in rows
+        ]  # fmt: skip
+        tables.append(
+            harness.table(title, ["in a run", "batch of each", "examples/s in all", "against one", "in CPU time"], body)
+        )
+    if runs:
+        title = f"Whole runs of {options.records} records, {options.epochs:g} epochs, batches of 8; {where}"
+        body = [
+            [str(run["experts"]), *(harness.with_range(run["seconds"][name]) for name in (MANY, IN_TURN)),
+             harness.with_range(run["faster_by"], "{:.2f}"),
+             harness.with_range(run["cpu_faster_by"], "{:.2f}"), str(run["seconds"][MANY]["n"])]
+            for run in runs
+        ]  # fmt: skip
+        head = ["experts", f"{MANY}, s", f"{IN_TURN}, s", "faster by", "in CPU time", "turns"]
+        tables.append(harness.table(title, head, body))
+    return "\n".join(tables)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="*", default=[8, 32], help="of the runs whose steps are timed")
+    parser.add_argument("--batch", type=int, default=256, help="examples of a step, over all experts")
+    parser.add_argument("--micro-batch", type=int, default=32, help="examples of a forward")
+    parser.add_argument("--layers", type=int, default=8, help="adapted layers of the base's 8")
+    parser.add_argument("--whole", type=int, nargs="*", default=[8], help="experts of the whole runs that are timed")
+    parser.add_argument("--records", type=int, default=72, help="of each expert's data in whole runs")
+    parser.add_argument("--epochs", type=float, default=5.0, help="of whole runs")
+    parser.add_argument("--turns", type=int, default=10, help="measured steps of every contender")
+    parser.add_argument("--whole-turns", type=int, default=3, help="measured whole runs of every contender")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before, not measured")
+    parser.add_argument("--budget", type=float, help="seconds for the steps")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args(arguments)
+    uneven = [count for count in options.experts if options.batch % count]
+    if uneven:
+        raise BenchmarkError(f"--batch {options.batch} cannot be shared by {uneven[0]} experts: take a multiple.")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run, report."""
+    options, device = parse(arguments), default_device()
+    rows = steps(options, device) if options.experts else []
+    runs = [whole_runs(count, options, device) for count in options.whole]
+    described = {key: value for key, value in vars(options).items() if key != "json"}
+    content = {"machine": harness.machine(device), "options": described}
+    for section, found in (("steps", rows), ("whole runs", runs)):
+        if found:
+            harness.write_section(options.json, section, {**content, "rows": found})
+    print(show(rows, runs, options))
+
+
+if __name__ == "__main__":
+    harness.run(main)
