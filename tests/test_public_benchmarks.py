@@ -20,7 +20,7 @@ metamath = importlib.import_module("metamath")
 commonsense = importlib.import_module("commonsense")
 
 
-@pytest.mark.parametrize("name", ["metamath-3b", "commonsense-7b"])
+@pytest.mark.parametrize("name", ["metamath-3b", "commonsense-7b", "small-chat"])
 def test_recipes_parse(name):
     recipe = load_recipe(str(RECIPES / f"{name}.yaml"), {})
     assert recipe.output_dir == f"runs/{name}"
