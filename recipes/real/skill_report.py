@@ -121,7 +121,7 @@ def tables(results: list[Result], plan: list[Trial]) -> str:
     """Every group that has results."""
     methods = rows(results, plan, "methods")
     reference = next((row for row in methods if row.label.startswith("LoRA")), None)
-    target = reference.mean(loss) if reference else None
+    target = {r["settings"]["seed"]: loss(r) for r in reference.results} if reference else {}
     sections = [_table(methods, target), _verdict(methods, reference)]
     for group, title in TITLES.items():
         found = rows(results, plan, group)
@@ -140,22 +140,30 @@ TITLES = {
 }
 
 
-def _table(found: list[Row], target: float | None) -> str:
+def _table(found: list[Row], targets: dict[int, float]) -> str:
     head = ["method", "parameters", "rates tried", "best", "seeds", "new entities", "new wordings"]
     head += ["validation loss", "prose perplexity", "CPU s", "CPU s to LoRA's loss"]
     lines = []
     for row in found:
-        reached = [seconds_to(result, target) for result in row.results] if target else []
-        known = [x for x in reached if x is not None]
+        compared = [r for r in row.results if r["settings"]["seed"] in targets]
+        times = [seconds_to(r, targets[r["settings"]["seed"]]) for r in compared]
         lines.append(
             [
                 row.label, f"{row.results[0]['parameters']:,}", ", ".join(f"{lr:g}" for lr in row.tried),
                 f"{row.lr:g}", str(len(row.results)), row.shown(entities), row.shown(wordings),
                 row.shown(loss, "{:.3f}"), row.shown(prose, "{:.1f}"), f"{row.mean(lambda r: r['cpu_seconds']):.0f}",
-                f"{statistics.mean(known):.0f}" if known and len(known) == len(reached) else "not reached",
+                _reached(times),
             ]
         )  # fmt: skip
     return markdown(head, lines)
+
+
+def _reached(times: list[float | None]) -> str:
+    """The mean of those that got there, and how many did."""
+    known = [x for x in times if x is not None]
+    if not known:
+        return "not reached"
+    return f"{statistics.mean(known):.0f}" + ("" if len(known) == len(times) else f" ({len(known)} of {len(times)})")
 
 
 def _verdict(methods: list[Row], reference: Row | None) -> str:
@@ -163,7 +171,7 @@ def _verdict(methods: list[Row], reference: Row | None) -> str:
     bare = next((row for row in methods if row.label == "bare"), None)
     if reference is None or not ours or bare is None:
         return ""
-    best = max(ours, key=lambda row: row.mean(both))
+    best = max(ours, key=lambda row: (len(row.results), row.mean(both)))
     values = reference.values(both)
     harm = (best.mean(prose) - bare.mean(prose)) / (reference.mean(prose) - bare.mean(prose) or 1e-9)
     return (
