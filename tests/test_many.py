@@ -397,6 +397,39 @@ def test_runs_from_python_are_checked_too(base, data, tmp_path):
         Runs({})
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("runs: [{output_dir: a}]\nruns: [{output_dir: b}]\n", "runs", 2),
+        ("lr: 1\nruns:\n- &a {output_dir: a}\n- <<: *a\n  output_dir: b\n  seed: 1\n  seed: 2\n", "seed", 7),
+    ],
+)
+def test_a_key_that_stands_twice_is_not_dropped_in_silence(tmp_path, text, key, line):
+    (tmp_path / "runs.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"has '{key}' twice in one place, the second in line {line}"):
+        load_runs(str(tmp_path / "runs.yaml"))
+    (tmp_path / "runs.yaml").write_text("runs:\n- &a {output_dir: a, lr: 1}\n- <<: *a\n  output_dir: b\n  lr: 2\n")
+    assert [c.lr for c in load_runs(str(tmp_path / "runs.yaml")).recipes.values()] == [1, 2]
+
+
+def test_a_run_does_not_start_from_what_another_is_writing(base, data, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "plain")
+    plain = recipe(base, data, tmp_path / "plain", overwrite=True)
+    for part in ("", "last"):
+        start = recipe(base, data, tmp_path / "b", init_from=str(tmp_path / "a" / part), adapter_len=None)
+        with pytest.raises(ConfigError, match=r"b goes on from .*, which plain writes in this run: train plain first"):
+            Runs({"plain": plain, "b": start})
+        Runs({"b": start})
+
+
+def test_a_run_is_not_called_like_another_s_reference(base, data, tmp_path):
+    recipes = {name: recipe(base, data, tmp_path / name) for name in ("a.reference", "b")}
+    Runs(recipes)
+    with pytest.raises(ConfigError, match=r"a.reference is what the reference of a is called"):
+        Runs({**recipes, "a": recipe(base, data, tmp_path / "a")})
+
+
 def test_overwrite_starts_all_anew(base, data, tmp_path, fail, capsys):
     file = write_runs(tmp_path, base, data, max_steps=1, val_size=2, adapter_layers=2)
     main(["train-many", str(file)])

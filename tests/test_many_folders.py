@@ -117,6 +117,18 @@ def test_each_folder_is_locked_and_let_go(base, data, tmp_path, monkeypatch):
     assert seen == ["a", "b"]
 
 
+def test_no_old_run_is_deleted_where_another_cannot_begin(base, data, tmp_path):
+    old = recipe(base, data, tmp_path / "a", max_steps=1)
+    train(old)
+    before = (tmp_path / "a" / "last" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "file").write_text("no folder")
+    other = replace(old, output_dir=str(tmp_path / "file" / "b"), overwrite=True)
+    with pytest.raises(NotWrittenError, match=r"^b: .* cannot be written"):
+        train_many(Runs({"a": replace(old, overwrite=True), "b": other}))
+    assert (tmp_path / "a" / "last" / "adapter_model.safetensors").read_bytes() == before
+    assert RunFolder(tmp_path / "a").finished_steps() == 1
+
+
 def test_a_full_disk_says_how_to_go_on_with_all(base, data, tmp_path, monkeypatch):
     recipes = {name: recipe(base, data, tmp_path / name) for name in "ab"}
     full = OSError(errno.ENOSPC, "No space left on device")  # a tracker's: it does not say where

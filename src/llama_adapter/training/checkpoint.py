@@ -184,20 +184,27 @@ class RunFolder:
                 f"{config.total_steps(steps_per_epoch)}: it may become longer, not shorter."
             )
 
-    def claim(self, config: TrainConfig) -> None:
-        """Begin: with `overwrite` clear the old run away, and write the recipe.
-
-        Called when everything that can fail before the first step has been tried, so that a mistyped data file costs
-        nobody an old run.
+    def reserve(self, config: TrainConfig) -> None:
+        """Make the folder and take it; nothing that is there is changed yet.
 
         Raises:
-            TrainingError: another run has taken the folder since `check`.
-            AdapterError: the folder cannot be written, or the old run not cleared away.
+            TrainingError: another run has taken it since `check`.
+            AdapterError: it cannot be written.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.owner.take()
         self.check(config)
+
+    def claim(self, config: TrainConfig) -> None:
+        """Begin in a folder that is reserved: with `overwrite` clear the old run away, and write the recipe.
+
+        Called when everything that can fail before the first step has been tried, so that a mistyped data file costs
+        nobody an old run.
+
+        Raises:
+            AdapterError: the folder cannot be written, or the old run not cleared away.
+        """
         if config.overwrite:
             self._clear()
         with writing(self.path):

@@ -29,6 +29,7 @@ from llama_adapter.training.config import TrainConfig, overlaid
 from llama_adapter.training.draft import check_alike
 from llama_adapter.training.learner import TrainResult
 from llama_adapter.training.loop import train_together
+from llama_adapter.training.objective import REFERENCE
 from llama_adapter.training.recipe_file import read_yaml
 
 ONE_AT_A_TIME = {"wandb", "trackio"}
@@ -60,6 +61,11 @@ class Runs:
                 check_name(name)
             except AdapterError as error:
                 raise ConfigError(f"{error} Give the run another name with 'name:'.") from None
+            if name.endswith(f".{REFERENCE}") and name.removesuffix(f".{REFERENCE}") in self.recipes:
+                raise ConfigError(
+                    f"{name} is what the reference of {name.removesuffix(f'.{REFERENCE}')} is called: "
+                    "give the run another name with 'name:'."
+                )
         self._check_folders()
         # a base that is left out may be that of the adapter to go on from: `train_together` looks again
         check_alike({name: c for name, c in self.recipes.items() if c.model is not None or c.init_from is None})
@@ -88,6 +94,17 @@ class Runs:
             for above in folder.parents:
                 if above in taken:
                     raise ConfigError(f"The folder of {name} lies in that of {taken[above]}: put it beside {above}.")
+        for name, config in self.recipes.items():
+            begun = config.resume and RunFolder(config.output_dir).has_checkpoint()
+            if config.init_from is None or begun:  # one that has begun has what it goes on from in its own folder
+                continue
+            source = Path(os.path.realpath(os.path.expanduser(config.init_from)))
+            for other in (taken[above] for above in (source, *source.parents) if above in taken):
+                if other != name:
+                    raise ConfigError(
+                        f"{name} goes on from {config.init_from}, which {other} writes in this run: train {other} "
+                        f"first, and take it out of the runs or give {name} a copy."
+                    )
 
 
 def load_runs(path: str, resume: bool = False, overwrite: bool = False) -> Runs:

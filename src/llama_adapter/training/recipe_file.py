@@ -20,7 +20,9 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        loaded = yaml.safe_load(text)
+        twice = _twice(yaml.compose(text, yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         hint = f", such as {file / 'recipe.yaml'}" if os.path.isfile(file / "recipe.yaml") else ""
@@ -31,7 +33,30 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict | None):
         _check_no_data(path)
         raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
+    if twice is not None:
+        raise ConfigError(
+            f"Recipe {path} has '{twice.value}' twice in one place, the second in line {twice.start_mark.line + 1}: "
+            "keep one of them."
+        )
     return loaded or {}
+
+
+def _twice(root: Any) -> Any:
+    """The first key that stands twice in one mapping, of which YAML would keep the last in silence; None without."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))  # an alias is the node that it stands for
+        pairs = [item for item in node.value if isinstance(item, tuple)]
+        keys: set[Any] = set()
+        for key, _ in pairs:
+            if isinstance(key.value, str) and (key.tag, key.value) in keys:
+                return key
+            keys.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+        left += [value for _, value in pairs] if pairs else node.value
+    return None
 
 
 def _check_no_data(path: str) -> None:
