@@ -403,7 +403,7 @@ def test_a_short_training_writes_a_tower_that_loads(tmp_path, monkeypatch):
     assert training["steps"] == 2
     assert set(training["caption_choice"]) == set(train_tower.ATTRIBUTES)
     tower = load_tower(str(tmp_path / "tower"))
-    assert (tower.width, tower.layers) == (32, 2)
+    assert (tower.width, tower.depths) == (32, 3)  # the embeddings' too
     picture = draw.draw(Sized("big", "red", "star"), random.Random(0))
     assert torch.allclose(tower.pieces(picture)[0].values, towers.normalised(np.stack([picture]))[0], atol=1e-6)
     assert torch.isfinite(tower.features([picture], [0, 2])).all()

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from runs import recipe
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from llama_adapter.errors import NotWrittenError, TrainingError
 from llama_adapter.files import Lock, append, is_leftover, write_atomically
+from llama_adapter.formats.native import WEIGHTS_FILE
 from llama_adapter.training import agreement, loop, owner
 from llama_adapter.training.checkpoint import Progress, RunFolder, read_metrics
 from llama_adapter.training.journal import JOURNAL_FILES, Journal
@@ -196,7 +198,7 @@ def test_a_launcher_that_starts_again_goes_on_with_its_own_run_alone(base, data,
 
 def test_a_launcher_on_another_machine_knows_its_run_by_its_name(tmp_path, monkeypatch):
     settings = recipe("base", "data", tmp_path, resume=False)
-    (tmp_path / ".lock").write_text(json.dumps({"pid": "7", "host": "first", "launch": "job 1"}))
+    (tmp_path / ".lock").write_text(json.dumps({"pid": "7", "host": "first", "launch": f"job {os.getppid() + 1}"}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     assert not owner.restarted(settings).resume
@@ -204,6 +206,37 @@ def test_a_launcher_on_another_machine_knows_its_run_by_its_name(tmp_path, monke
     assert owner.restarted(settings).resume
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     assert not owner.restarted(settings).resume
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_kill_before_any_file_of_the_last_step_leaves_nothing_old(base, data, tmp_path, monkeypatch):
+    settings = recipe(base, data, tmp_path / "whole", max_steps=4, save_every=4)
+    train(settings)
+    wanted = load_file(tmp_path / "whole" / "last" / WEIGHTS_FILE)
+    replace_file, places = os.replace, 0
+    for left in range(1, 100):
+        here, left_of = replace(settings, output_dir=str(tmp_path / "killed"), overwrite=True), [left]
+
+        def killed(source, target, left_of=left_of):
+            left_of[0] -= 1
+            if not left_of[0]:
+                raise Killed
+            replace_file(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with suppress(Killed):
+            train(here)
+            break
+        monkeypatch.setattr(os, "replace", replace_file)
+        places += 1
+        if (tmp_path / "killed" / "recipe.yaml").exists():
+            train(replace(here, overwrite=False, resume=True))
+            found = load_file(tmp_path / "killed" / "last" / WEIGHTS_FILE)
+            assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items()), left
+    assert places > 8
 
 
 DIFFERENT = {

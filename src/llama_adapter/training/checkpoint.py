@@ -253,10 +253,9 @@ class RunFolder:
         Raises:
             AdapterError: the disk is full or forbidden; the checkpoint before this one is kept.
         """
-        with writing(self.last):
-            self.last.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.last / STATE_FILE, run.content())
         save_adapter(model, self.last, run.adapter.name)
+        with writing(self.last):  # behind the adapter: a kill between them costs a step, and no old adapter stays
+            write_atomically(self.last / STATE_FILE, run.content())
 
     def save_step(self, run: Trained) -> None:
         """Write the state of a run into its journal, unless that takes too much of its time, which is said once.
