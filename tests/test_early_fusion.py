@@ -223,7 +223,7 @@ def made_run(base, data, output, **changes):
     open_gates(adapter)
     perception = Perception(condition, torch.device("cpu"))
     optimizer = build_optimizer(adapter, config)
-    expert = Learner(config, RunFolder(output), prepared, model, adapter, optimizer, perception)
+    expert = Learner(config, RunFolder(output), prepared, model, adapter, optimizer, perception=perception)
     return Run([expert], Accelerator(cpu=True), model), expert
 
 
