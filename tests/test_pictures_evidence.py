@@ -9,7 +9,7 @@ import torch
 
 from llama_adapter import AdapterConfig, add_adapter
 from llama_adapter.base import load_base
-from llama_adapter.training import loop as training
+from llama_adapter.training import draft
 from llama_adapter.training.config import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "pictures"
@@ -40,9 +40,9 @@ def test_no_two_trials_are_the_same():
 def test_gates_start_open_within_the_block_alone():
     base = load_base("bundled", torch.device("cpu"))
     with evidence.gates_from(1.0):
-        opened = training.add_adapter(base, AdapterConfig(adapter_layers=1), "open")
-    closed = training.add_adapter(base, AdapterConfig(adapter_layers=1), "closed")
-    assert training.add_adapter is add_adapter
+        opened = draft.add_adapter(base, AdapterConfig(adapter_layers=1), "open")
+    closed = draft.add_adapter(base, AdapterConfig(adapter_layers=1), "closed")
+    assert draft.add_adapter is add_adapter
     assert all(layer.gate.abs().min() > 0 for layer in opened.layers.values())
     assert all(layer.gate.abs().max() == 0 for layer in closed.layers.values())
 

@@ -32,8 +32,9 @@ from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_
 from llama_adapter.evaluation.scienceqa.questions import WORDS, Question, read_scienceqa
 from llama_adapter.evaluation.scienceqa.scores import RULES
 from llama_adapter.inference.session import Session, load_session
-from llama_adapter.training import loop as training
+from llama_adapter.training import draft
 from llama_adapter.training.config import load_recipe
+from llama_adapter.training.loop import train
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -85,7 +86,7 @@ def question_set(scenes: str) -> Path:
 @contextmanager
 def gates_from(spread: float) -> Iterator[None]:
     """Within the block new adapters have gates drawn from N(0, spread^2) instead of zero: the paper's ablation."""
-    stock = training.add_adapter
+    stock = draft.add_adapter
 
     def with_open_gates(*args: Any, **kwargs: Any) -> Any:
         adapter = stock(*args, **kwargs)
@@ -94,11 +95,11 @@ def gates_from(spread: float) -> Iterator[None]:
                 layer.gate.normal_(0, spread)
         return adapter
 
-    training.add_adapter = with_open_gates
+    draft.add_adapter = with_open_gates
     try:
         yield
     finally:
-        training.add_adapter = stock
+        draft.add_adapter = stock
 
 
 def run(trial: Trial) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def run(trial: Trial) -> dict[str, Any]:
     }
     config = load_recipe(str(HERE / "recipe.yaml"), overrides)
     with gates_from(trial.gate_start) if trial.gate_start else nullcontext():
-        result = training.train(config)
+        result = train(config)
     session = load_session("bundled", {"pictures": config.output_dir}, CPU, "fp32")
     return {
         "parameters": get_adapter(session.model, "pictures").num_parameters,

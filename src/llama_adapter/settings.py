@@ -115,8 +115,8 @@ def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text
         ConfigError: naming `source`, every offending key, its value and the rule.
     """
     hints, fields = _hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
-    unknown = itertools.islice((key for key in values if key not in hints), 3)
-    wrong = [unknown_name("key", shown(key).strip("'"), hints) for key in unknown]
+    unknown = [shown(key).strip("'") for key in itertools.islice((key for key in values if key not in hints), 3)]
+    wrong = unknown_names("key", unknown, hints)
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     wrong += [f"{name} is missing: give one" for name in needed if name not in values]
     if wrong:
@@ -129,10 +129,17 @@ def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """One sentence for a name that is not among the known ones, with the likeliest correction."""
+    return "; ".join(unknown_names(kind, [name], known))
+
+
+def unknown_names(kind: str, names: Iterable[object], known: Iterable[str]) -> list[str]:
+    """The same for each of several, where the known ones are listed once."""
     choices = list(known)
-    close = difflib.get_close_matches(str(name), choices, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(choices)}."
-    return f"unknown {kind} '{name}'; {hint}"
+    close = {str(name): difflib.get_close_matches(str(name), choices, n=1) for name in names}
+    likely = [f"unknown {kind} '{name}'; did you mean '{found[0]}'?" for name, found in close.items() if found]
+    if strange := [f"unknown {kind} '{name}'" for name, found in close.items() if not found]:
+        likely.append(f"{', '.join(strange)}; known: {', '.join(choices)}.")
+    return likely
 
 
 def one_quantization(load_in_4bit: bool, load_in_8bit: bool, base_precision: str) -> Quantization | None:

@@ -33,12 +33,10 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, then say where the adapter is."""
     config = recipe_from(args)
-    from accelerate import PartialState
-
-    from llama_adapter.training.loop import train
+    from llama_adapter.training.loop import leave_processes, train
 
     result = train(config)
-    if not PartialState().is_main_process:
+    if not leave_processes():
         return
     if args.as_json:
         output.print_json({**dataclasses.asdict(result), "output_dir": str(result.output_dir)})

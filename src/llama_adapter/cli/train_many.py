@@ -29,12 +29,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then say where the adapters are."""
-    from accelerate import PartialState
-
+    from llama_adapter.training.loop import leave_processes
     from llama_adapter.training.many import load_runs, train_many
 
     results = train_many(load_runs(args.runs, args.resume, args.overwrite))
-    if not PartialState().is_main_process:
+    if not leave_processes():
         return
     if args.as_json:
         found = {name: {**dataclasses.asdict(r), "output_dir": str(r.output_dir)} for name, r in results.items()}

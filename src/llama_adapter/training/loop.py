@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -145,6 +145,13 @@ def start_accelerator() -> Accelerator:
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)
     return accelerator
+
+
+def leave_processes() -> bool:
+    """End the process group, where there is one: nothing of this program trains any more. Whether this is the first."""
+    state = PartialState()
+    state.destroy_process_group()
+    return state.is_main_process
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -377,7 +384,6 @@ class Run:
         """
         for expert in self.experts:
             log.info("%strained on %s", "" if len(self.experts) == 1 else f"{expert.name}: ", expert.feed.summary())
-        self.accelerator.end_training()
         failures: dict[str, LlamaAdapterError] = {}
         for expert in self.experts:
             try:
