@@ -10,8 +10,8 @@ Every process sees the same batch and, after that sum, the same loss L. Its grad
 hands dL/d out to each process as it is. From there a process goes back through its own heads alone, which gives
 
     dL/d act(g)     of its heads; the backward of the slice gathers those of all: whole, on every process
-    dL/d P          the part that came through its heads; the input of a projection that is cut by rows sums its
-                    gradient over the processes: sum over r of (dL/d K_r) Wk_r + (dL/d V_r) Wv_r: whole, on every process
+    dL/d P          the part that came through its heads, (dL/d K_r) Wk_r + (dL/d V_r) Wv_r; the input of a projection
+                    that is cut by rows sums its gradient over the processes: whole, on every process
 
 So each process ends with the gradient that one process has alone, and nothing is left to be summed. Optimisers that
 start alike take the same steps, and what any process saves is the file of one.
@@ -20,6 +20,8 @@ start alike take the same steps, and what any process saves is the file of one.
 import re
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,10 @@ from llama_adapter.core.families import attention_modules, is_encoder, shape_of
 from llama_adapter.core.quantised import is_quantised
 from llama_adapter.errors import UnsupportedModelError
 
+CUTS = "5.23.0"
+"""transformers from this release on loads a base in parts, as DTensors."""
+SLOT = "zero_init"
+"""`attention.SLOT`."""
 BY_HEAD = {"colwise", "rowwise", "replicated_with_grad_allreduce"}
 """Styles of transformers' plans under which a process's attention has its own heads alone."""
 GATHERED = {"colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
@@ -63,8 +69,9 @@ def check_tensor_parallel(model: PreTrainedModel, config: AdapterConfig) -> None
     """Refuse a cut base on which an adapter would not be that of a whole one.
 
     Raises:
-        UnsupportedModelError: norms, scales, biases or LoRA; a quantised base, an encoder, other ways of cutting beside
-            this one; heads that the processes cannot share evenly, or a plan that cuts attention in a way not known here.
+        UnsupportedModelError: norms, scales, biases or LoRA; an old transformers, a quantised base, an encoder, other
+            ways of cutting beside this one; heads that the processes cannot share evenly, or a plan that cuts attention
+            in a way not known here.
     """
     processes = tensor_parallel_size(model)
     if processes == 1:
@@ -73,14 +80,17 @@ def check_tensor_parallel(model: PreTrainedModel, config: AdapterConfig) -> None
     others = ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
     reasons = {
         "norms, scales, biases and LoRA would each need a cut of their own": config.has_parts,
+        f"transformers {CUTS} or newer is needed, and this is {transformers.__version__}": (
+            Version(transformers.__version__) < Version(CUTS)
+        ),
         "its weights are quantised": is_quantised(model),
         "it is an encoder": is_encoder(model.config),
         "it is sharded in another way too": any((getattr(distributed, name, None) or 1) > 1 for name in others),
     }
     if reason := next((reason for reason, so in reasons.items() if so), None) or why_not_by_head(model, processes):
         raise UnsupportedModelError(
-            f"This base is cut head by head over {processes} processes (tensor parallelism), and no such adapter can be "
-            f"on it: {reason}. Leave that out, load the base whole, or shard it with accelerate launch --use_fsdp."
+            f"This base is cut head by head over {processes} processes (tensor parallelism), and cannot have this "
+            f"adapter: {reason}. Leave that out, load the base whole, or shard it with accelerate launch --use_fsdp."
         )
 
 
@@ -98,7 +108,7 @@ def why_not_by_head(model: PreTrainedModel, processes: int) -> str | None:
     if unknown := set(plan.values()) - BY_HEAD:
         return f"its plan cuts attention in a way that is not known here ({', '.join(sorted(unknown))})"
     for name, weight in attention.named_parameters():
-        if not name.startswith("zero_init.") and weight.dim() > 1 and f"{pattern}.{name.rpartition('.')[0]}" not in plan:
+        if weight.dim() > 1 and not name.startswith(f"{SLOT}.") and f"{pattern}.{name.rpartition('.')[0]}" not in plan:
             return f"its attention's {name} has all heads"  # Cohere's key norm
     shape = shape_of(model.config)
     for kind in ("attention", "key_value"):

@@ -1,0 +1,177 @@
+"""Bases cut head by head over several processes: forwards, gradients and runs are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import recipe, tiny_tokenizer, write_data
+from safetensors.torch import load_file
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+
+from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.loop import train
+
+BY_HEAD = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe", "gpt_neox")
+GATHERED = ("olmo2", "phi3", "granitemoe")
+WEIGHTS = "adapter_model.safetensors"
+FORWARDS = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tiny import tokens
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.formats.native import save_adapter
+torch.distributed.init_process_group("gloo")
+rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def answers(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    for seed, (name, length) in enumerate({"a": 4, "b": 2}.items()):
+        torch.manual_seed(seed)
+        adapter = add_adapter(model, AdapterConfig(adapter_len=length, adapter_layers=2, gate_scale=True), name)
+        with torch.no_grad():
+            for layer in adapter.layers.values():
+                layer.gate.copy_(torch.randn(len(layer.gate)))
+    ids = tokens()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    names = ["a", "b", None][:len(ids)]
+    with torch.no_grad():
+        found = [model(ids).logits, model(ids, adapter_names=names).logits, model(ids, adapter_names=None).logits]
+    model(ids, labels=ids, adapter_names=names).loss.backward()
+    condition = torch.full((len(ids), model.config.hidden_size), 0.1)
+    with use_adapter(model, "b", condition.requires_grad_(True)):
+        model(ids, labels=ids).loss.backward()
+    found += [*(p.grad for p in parameters), condition.grad]
+    written = model.generate(ids, max_new_tokens=6, do_sample=False, adapter_names="a")
+    cut = [m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), DTensor)]
+    return model, parameters, found, written, cut
+for folder in map(Path, sys.argv[2:]):
+    _, _, expected, written, _ = answers(folder)
+    distributed = DistributedConfig(tp_size=processes, tp_plan="auto")
+    model, parameters, found, again, cut = answers(folder, distributed_config=distributed)
+    assert cut or folder.name == "granitemoe"
+    assert all(not isinstance(p, DTensor) for p in parameters)
+    for i, (mine, one) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(mine, one, atol=1e-5, rtol=1e-5, msg=lambda text: f"{folder} {i}: {text}")
+        assert one.abs().max() > 1e-5, (folder, i)
+    assert all(float(p.grad.abs().min()) > 0 for p in parameters if p.dim() == 1), "every gate learns"
+    assert torch.equal(written, again)
+    save_adapter(model, folder.parent / f"saved-{folder.name}-{rank}", "a")
+torch.distributed.destroy_process_group()
+"""
+RUNS = """
+import json, sys
+from pathlib import Path
+from torch.distributed.tensor import DTensor
+from llama_adapter.training import loop
+from llama_adapter.training.config import TrainConfig
+step = loop.Run._step
+def watched(run, *args):
+    if run.experts[0].progress.step == stop:
+        raise ZeroDivisionError
+    base = [p for p in run.model.parameters() if not p.requires_grad]
+    assert any(isinstance(p, DTensor) for p in base)
+    return step(run, *args)
+loop.Run._step = watched
+stop, *groups = json.loads(Path(sys.argv[1]).read_text())
+for group in groups:
+    try:
+        loop.train_together({name: TrainConfig(**values) for name, values in group.items()})
+    except ZeroDivisionError:
+        assert stop >= 0
+"""
+
+
+def launch(processes: int, script: Path, text: str, *arguments: object) -> None:
+    script.write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
+def write(folder: Path, family: str) -> Path:
+    """A tiny base with eight heads, four for keys and values where these are fewer, so that four processes can share."""
+    if not folder.exists():
+        config, tokenizer = tiny_config(family), tiny_tokenizer()
+        config.num_attention_heads, config.max_position_embeddings = 8, 1024
+        config.vocab_size = len(tokenizer)
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = 4
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tensor-parallel")
+    write_data(root / "data.json")
+    return root
+
+
+def forwards(root: Path, processes: int, families: tuple[str, ...]) -> None:
+    folders = [write(root / family, family) for family in families]
+    launch(processes, root / "forwards.py", FORWARDS, Path(__file__).parent, *folders)
+    for family in families:
+        files = [(root / f"saved-{family}-{rank}" / WEIGHTS).read_bytes() for rank in range(processes)]
+        assert len(set(files)) == 1
+        saved = load_file(root / f"saved-{family}-0" / WEIGHTS)
+        assert {len(gate) for key, gate in saved.items() if key.endswith(".gate")} == {8}
+
+
+def runs(root: Path, processes: int, *groups: dict[str, TrainConfig], stop: int = -1) -> None:
+    cut = [{name: asdict(replace(r, tensor_parallel=True)) for name, r in group.items()} for group in groups]
+    (root / "runs.json").write_text(json.dumps([stop, *cut]))
+    launch(processes, root / "runs.py", RUNS, root / "runs.json")
+
+
+def single(root: Path, name: str, family: str, **changes: object) -> TrainConfig:
+    """The recipe of a run beside one of a single process, which is done here."""
+    config = recipe(write(root / family, family), root / "data.json", root / f"one-{name}", **changes)
+    if not (root / f"one-{name}").exists():
+        train(config)
+    return replace(config, output_dir=str(root / f"cut-{name}"))
+
+
+def compare(root: Path, *names: str) -> None:
+    for name in names:
+        for part in ("", "last"):
+            found, wanted = (load_file(root / f"{kind}-{name}" / part / WEIGHTS) for kind in ("cut", "one"))
+            assert found.keys() == wanted.keys()
+            for key, tensor in wanted.items():
+                torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=1e-5, msg=lambda t: f"{name} {key}: {t}")
+        moved = max(float(tensor.abs().max()) for key, tensor in found.items() if "gate" in key)
+        assert moved > 0.01
+
+
+def test_two_processes_are_one(root):
+    forwards(root, 2, ("llama",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_families_and_numbers_of_processes_are_one(root, processes):
+    forwards(root, processes, BY_HEAD + GATHERED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_runs_end_where_one_process_does(root, processes):
+    families = ("llama", "qwen3", "gemma2", "mixtral")
+    made = {family: single(root, family, family) for family in families}
+    for family, config in made.items():
+        made[family] = replace(config, overwrite=True)
+    runs(root, processes, *({"default": config} for config in made.values()))
+    compare(root, *families)
