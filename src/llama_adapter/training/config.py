@@ -263,7 +263,7 @@ class TrainConfig:
                 "first N records, or --val-data FILE"
             )
         if self.condition is not None:
-            yield f"streaming knows no condition, whose files are read before a run, and this is {self.condition}: leave one out"
+            yield f"streaming knows no condition, and {self.condition} reads files before a run: leave one of them out"
 
     def value(self, name: str) -> Any:
         """The setting of this name, or what it stands for where it is a default None."""

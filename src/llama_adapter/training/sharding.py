@@ -43,7 +43,7 @@ def check_strategy(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> No
     Raises:
         TrainingError: DeepSpeed, Megatron or accelerate's own parallelism; FSDP with several adapters; FSDP or
             tensor parallelism with one process, an old transformers, a base without a plan or with settings that change
-            its weights or layers; tensor parallelism with norms, scales, biases or LoRA, or heads that cannot be shared.
+            its weights or layers; tensor parallelism with norms, scales, biases, LoRA, or heads that cannot be shared.
     """
     config = recipes[0]
     for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
