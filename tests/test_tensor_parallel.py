@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import WORDS, recipe, tiny_tokenizer, write_data
+from runs import WORDS, recipe, tiny_tokenizer, write_base, write_data
 from safetensors.torch import load_file
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from llama_adapter import AdapterConfig, add_adapter
+from llama_adapter.base import load_config
+from llama_adapter.errors import TrainingError, UnsupportedModelError
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.loop import train
+from llama_adapter.training.sharding import check_strategy
 
 FAMILIES = ("llama", "qwen3", "gemma2", "mixtral")
 OTHERS = ("qwen3_moe", "gpt_neox", "olmo2", "phi3", "granitemoe")
