@@ -145,7 +145,8 @@ def runs(root: Path, processes: int, *groups: dict[str, TrainConfig], stop: int 
 
 def single(root: Path, name: str, family: str, **changes: object) -> TrainConfig:
     """The recipe of a run beside one of a single process, which is done here."""
-    config = recipe(write(root / family, family), root / "data.json", root / f"one-{name}", **changes)
+    config = recipe(write(root / family, family), root / "data.json", root / f"one-{name}")
+    config = replace(config, **changes)
     if not (root / f"one-{name}").exists():
         train(config)
     return replace(config, output_dir=str(root / f"cut-{name}"))
@@ -189,7 +190,7 @@ def test_other_settings_and_many_experts_are_as_on_a_whole_base(root):
     dpo = single(root, "dpo", "llama", **short, method="dpo", data=(str(root / "pairs.jsonl"),))
     started = single(root, "started", "llama", **short, prompt_init_text="The sun and the moon.", max_grad_norm=0.01)
     one, other = single(root, "a", "llama", **short), single(root, "b", "llama", adapter_len=2, adapter_layers=3)
-    runs(root, 4, {"default": padded}, {"default": dpo}, {"default": started}, {"a": one, "b": other})
+    runs(root, 2, {"default": padded}, {"default": dpo}, {"default": started}, {"a": one, "b": other})
     compare(root, "padded", "dpo", "started", "a", "b")
 
 
