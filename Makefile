@@ -1,5 +1,5 @@
 # make demo    set up, train on the bundled base, show answers before and after; then the same about pictures
-# make test    set up, run the test suite
+# make test    set up, run the test suite, a file on each processor at a time
 # make test-vllm  set up vLLM for the CPU in .venv-vllm (Python 3.11, 3.5 GB), run the plugin's tests (about fifteen minutes)
 # make test-quantised  set up torchao, bitsandbytes and compressed-tensors in .venv-quantised, run the tests of bases in
 #                fewer bits (make test skips those: transformers imports the packages at every start)
@@ -47,7 +47,7 @@ bench-gpu: install
 	$(BIN)/python -m benchmarks gpu
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 test-quantised: .venv-quantised/.ready
 	.venv-quantised/bin/python -m pytest tests/test_quantised.py
