@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
-    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache", "push_to_hub",
+    "micro_batch_size", "gradient_checkpointing", "packing", "tensor_parallel", "feature_cache", "push_to_hub",
     "epochs", "max_steps",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than before: they do not change what is learnt, or, the last two, make
