@@ -210,7 +210,7 @@ def cut(family: str, processes: int):
         ("llama", 3, {}, "3 processes cannot share its 4 attention heads evenly"),
         ("llama", 2, {"norms": True}, "norms, scales, biases and LoRA would each need a cut of their own"),
         ("llama", 2, {"lora_rank": 2, "lora_targets": ("v_proj",)}, "LoRA.*accelerate launch --use_fsdp"),
-        ("cohere", 2, {}, "its attention's q_norm.weight has all heads"),
+        ("cohere", 2, {}, "its attention's q_norm has all heads"),
     ],
 )
 def test_a_base_that_cannot_be_cut_for_adapters_is_refused(family, processes, settings, message):

@@ -20,6 +20,7 @@ from llama_adapter.core.families import attention_modules, family_of, is_encoder
 from llama_adapter.core.parts import decoder_and_layers, place_parts, set_callers, wanted_parts
 from llama_adapter.core.routing import Adapter, AdapterSlot, Names, PartsSlot, Routing
 from llama_adapter.core.scope import Block, Request, Scope
+from llama_adapter.core.tensor_parallel import heads_here
 from llama_adapter.core.zero_init import ZeroInitAdapter
 from llama_adapter.errors import AdapterError
 from llama_adapter.settings import unknown_name
@@ -56,9 +57,9 @@ class Registry:
         self.frozen = [parameter for parameter in _base_parameters(self.model) if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        family = family_of(self.model.config)
+        family, heads = family_of(self.model.config), heads_here(self.model)
         for module in self.attention:
-            module.add_module(SLOT, AdapterSlot(family.project))
+            module.add_module(SLOT, AdapterSlot(family.project, heads))
         self.model.base_model.add_module(CONDITIONS, PartsSlot())
         for module in self.routed:
             module.register_forward_pre_hook(Router(self), with_kwargs=True)

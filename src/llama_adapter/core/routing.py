@@ -128,9 +128,9 @@ class PartsSlot(nn.Module):
 class AdapterSlot(PartsSlot):
     """The prompts and gates of one attention module."""
 
-    def __init__(self, projection: Projection) -> None:
+    def __init__(self, projection: Projection, heads: int | None = None) -> None:
         super().__init__()
-        self._projection = projection
+        self._projection, self._heads = projection, heads  # None: all that gates are for
 
     def prompts(self, attention: nn.Module, routing: Routing, query: Tensor) -> Prompts | None:
         """What the rows of `query` [B, H, T, D], or its spans, read; None where no adapter of theirs has this layer."""
@@ -158,7 +158,7 @@ class AdapterSlot(PartsSlot):
         if not any(layers):
             return None
         prompt, strength, bias = stacked(layers, query)
-        strength = own_heads(strength, attention, query.shape[1])
+        strength = own_heads(strength, attention, self._heads)
         added = [a is not None and not a.early_fusion for a in routing.adapters]
         if routing.condition is None or not any(alone + added):
             key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)

@@ -32,32 +32,38 @@ from llama_adapter.errors import UnsupportedModelError
 
 CUTS = "5.23.0"
 """transformers from this release on loads a base in parts, as DTensors."""
-SLOT = "zero_init"
-"""`attention.SLOT`."""
 BY_HEAD = {"colwise", "rowwise", "replicated_with_grad_allreduce"}
 """Styles of transformers' plans under which a process's attention has its own heads alone."""
-GATHERED = {"colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
+ALL_HEADS = {"colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
 """Those under which weights are cut, and each process's attention has all heads."""
 
 
-def own_heads(strength: Tensor, attention: nn.Module, heads: int) -> Tensor:
+def own_heads(strength: Tensor, attention: nn.Module, heads: int | None) -> Tensor:
     """act(g) of the heads that this process has; its gradient is that of all heads, on every process.
 
     Args:
         strength: act(g) [A, H], alike on all processes.
         attention: the module that they are for.
-        heads: how many it has here; where these are all, the result is `strength` itself.
+        heads: what `heads_here` said of the model.
 
     Returns:
-        [A, heads].
+        [A, heads]; `strength` itself where `heads` is None.
     """
-    if strength.shape[-1] == heads:
+    if heads is None:
         return strength
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = next(weight.device_mesh for weight in attention.parameters() if isinstance(weight, DTensor))
     whole = DTensor.from_local(strength, mesh, [Replicate()], run_check=False)
     return whole.redistribute(placements=[Shard(strength.dim() - 1)]).to_local()
+
+
+def heads_here(model: PreTrainedModel) -> int | None:
+    """How many heads of each layer this process has; None is all of them."""
+    processes = tensor_parallel_size(model)
+    if processes == 1 or set(_plan_of_attention(model)[1].values()) <= ALL_HEADS:
+        return None
+    return int(shape_of(model.config)["num_attention_heads"]) // processes
 
 
 def tensor_parallel_size(model: PreTrainedModel) -> int:
@@ -99,20 +105,26 @@ def why_not_by_head(model: PreTrainedModel, processes: int) -> str | None:
 
     It may be one without weights.
     """
-    attention = attention_modules(model)[0]
-    path = next(name for name, module in model.named_modules() if module is attention)
-    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-    plan = {name: style for name, style in (model.tp_plan or {}).items() if f"{name}.".startswith(f"{pattern}.")}
-    if set(plan.values()) <= GATHERED:
+    pattern, plan = _plan_of_attention(model)
+    if set(plan.values()) <= ALL_HEADS:
         return None
     if unknown := set(plan.values()) - BY_HEAD:
         return f"its plan cuts attention in a way that is not known here ({', '.join(sorted(unknown))})"
-    for name, weight in attention.named_parameters():
-        if weight.dim() > 1 and not name.startswith(f"{SLOT}.") and f"{pattern}.{name.rpartition('.')[0]}" not in plan:
-            return f"its attention's {name} has all heads"  # Cohere's key norm
+    for name, part in attention_modules(model)[0].named_children():
+        if f"{pattern}.{name}" not in plan and any(weight.dim() > 1 for weight in part.parameters(recurse=False)):
+            return f"its attention's {name} has all heads"  # Cohere's norm of queries and keys
     shape = shape_of(model.config)
     for kind in ("attention", "key_value"):
         count = int(shape[f"num_{kind}_heads"])
         if count % processes:
             return f"{processes} processes cannot share its {count} {kind.replace('_', '-')} heads evenly"
     return None
+
+
+def _plan_of_attention(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
+    """What transformers' plan calls the attention modules, and its part for them: name -> style."""
+    attention = attention_modules(model)[0]
+    path = next(name for name, module in model.named_modules() if module is attention)
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    plan = (model.tp_plan or {}).items()
+    return pattern, {name: style for name, style in plan if f"{name}.".startswith(f"{pattern}.")}
