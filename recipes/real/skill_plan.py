@@ -16,13 +16,13 @@ BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
 def trials() -> list[Trial]:
     """The whole plan, the most important first."""
-    return [*methods(), *seeds(), *gap(), *gates(), *rivals()]
+    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths()]
 
 
 def methods() -> list[Trial]:
     """This method and LoRA, each at several rates."""
     return [
-        *(Trial("methods", "LoRA r=3", "lora", lr) for lr in (5e-3, 1e-2)),
+        *(Trial("methods", "LoRA r=3", "lora", lr) for lr in (5e-3, 1e-2, 2e-2)),
         Trial("methods", BEST, "zero-init", BEST_LR, options=SCALES),
         Trial("methods", f"{BEST}, twice the rate", "zero-init", 2 * BEST_LR, options=SCALES),
         Trial("methods", "the paper's recipe", "zero-init", 0.01),
@@ -51,8 +51,15 @@ def gap() -> list[Trial]:
         "K=4 from text, norms and LoRA r=1": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2, lora=1),
     }
     slow = replace(SCALES, parts_lr=1.0)
+    open_quickly = replace(slow, gate_lr=3.0)
+    with_lora = Options(adapter_len=3, start="text", lora=2, lora_lr=1.0)
     return [
-        Trial("gap", "K=4 from text, norms and scales, all at one rate", "zero-init", 0.005, options=slow),
+        *(
+            Trial("gap", "K=3 from text and LoRA r=2 beside them", "zero-init", 0.01, seed, options=with_lora)
+            for seed in SEEDS
+        ),
+        *(Trial("gap", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=slow) for seed in SEEDS),
+        Trial("gap", f"{BEST}, all at one rate, gates at 3 times", "zero-init", 0.005, options=open_quickly),
         *(Trial("gap", label, "zero-init", 0.01, options=options) for label, options in tried.items()),
     ]
 
@@ -74,4 +81,21 @@ def seeds() -> list[Trial]:
             Trial("methods", "LoRA r=3", "lora", LORA_LR, seed),
             Trial("methods", BEST, "zero-init", BEST_LR, seed, options=SCALES),
         )
+    ]
+
+
+def layers() -> list[Trial]:
+    """The paper's Table 4: in how many of 30 layers, K as in its recipe."""
+    return [
+        Trial("layers", "L=10", "zero-init", 0.01, options=Options(adapter_layers=10)),
+        Trial("layers", "L=20", "zero-init", 0.01, options=Options(adapter_layers=20)),
+        Trial("layers", "L=28", "zero-init", 0.01),
+    ]
+
+
+def lengths() -> list[Trial]:
+    """How many prompts."""
+    return [
+        *(Trial("lengths", f"K={count}", "zero-init", 0.01, options=Options(adapter_len=count)) for count in (4, 40)),
+        Trial("lengths", "K=10", "zero-init", 0.01),
     ]
