@@ -48,16 +48,18 @@ def gap() -> list[Trial]:
         "paper's, prompts from a text": Options(start="text"),
         "paper's, prompts from a text, gates at 3 times the rate": Options(start="text", gate_lr=3.0),
         "K=4 from text, norms and biases": biased,
-        "K=4 from text, norms and LoRA r=1": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2, lora=1),
+        "K=4 from text and norms": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2),
     }
     slow = replace(SCALES, parts_lr=1.0)
     open_quickly = replace(slow, gate_lr=3.0)
     with_lora = Options(adapter_len=3, start="text", lora=2, lora_lr=1.0)
+    with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
+    text = Options(adapter_len=3, start="text")
     return [
-        *(
-            Trial("gap", "K=3 from text and LoRA r=2 beside them", "zero-init", 0.01, seed, options=with_lora)
-            for seed in SEEDS
-        ),
+        *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
+        *(Trial("methods", "LoRA r=3", "lora", 2e-2, seed) for seed in SEEDS[1:]),
+        Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
+        *(Trial("gap", "K=3 from text", "zero-init", 0.01, seed, options=text) for seed in SEEDS),
         *(Trial("gap", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=slow) for seed in SEEDS),
         Trial("gap", f"{BEST}, all at one rate, gates at 3 times", "zero-init", 0.005, options=open_quickly),
         *(Trial("gap", label, "zero-init", 0.01, options=options) for label, options in tried.items()),
