@@ -58,6 +58,7 @@ def gap() -> list[Trial]:
     return [
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
         *(Trial("methods", "LoRA r=3", "lora", 2e-2, seed) for seed in SEEDS[1:]),
+        Trial("gap", f"{BEST}, all at one rate", "zero-init", 0.01, options=slow),
         Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
         *(Trial("gap", "K=3 from text", "zero-init", 0.01, seed, options=text) for seed in SEEDS),
         *(Trial("gap", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=slow) for seed in SEEDS),
