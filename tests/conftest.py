@@ -14,6 +14,21 @@ for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
     setattr(torch.cpu, probe, lambda: False)  # --precision auto is fp32 here, whatever the processor
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A failure's text may hold what no text may, as fuzzed records do, and then no worker could send it."""
+    report = yield
+    texts = [str(report.longrepr), *(text for _, text in report.sections)]
+    if report.failed and any(_sendable(text) != text for text in texts):
+        report.longrepr = _sendable(texts[0])
+        report.sections = [(name, _sendable(text)) for name, text in report.sections]
+    return report
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of a tiny base; a test module may have another of its own."""

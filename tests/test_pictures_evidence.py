@@ -69,9 +69,9 @@ def test_nothing_is_written_without_results(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_ends_with_a_page_of_pictures_and_answers(tmp_path):
-    command = [sys.executable, str(FOLDER / "demo.py"), "--max-steps", "2"]
+    command = [sys.executable, str(FOLDER / "demo.py"), "--max-steps", "2", "--questions", "40"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Right answers to" in done.stdout
     page = (tmp_path / "runs" / "pictures-demo" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == page.count("data:image/png;base64,") > 50
+    assert page.count("<img") == page.count("data:image/png;base64,") > 5

@@ -15,10 +15,9 @@ from tiny import adapted, tiny_config, tiny_model, tokens
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from llama_adapter import AdapterConfig, add_adapter
 from llama_adapter.base import load_config
 from llama_adapter.core.families import attention_modules
-from llama_adapter.errors import TrainingError, UnsupportedModelError
+from llama_adapter.errors import TrainingError
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import train
 from llama_adapter.training.sharding import check_strategy
@@ -193,13 +192,6 @@ def test_norms_of_a_class_of_fsdp_s_own_have_their_weights_of_the_adapter():
     assert torch.equal(model(tokens()).logits, renamed(tokens()).logits)
 
 
-def test_a_tensor_parallel_base_is_refused():
-    model = tiny_model()
-    model._tp_size = 2
-    with pytest.raises(UnsupportedModelError, match=r"tensor parallelism.*accelerate launch --use_fsdp"):
-        add_adapter(model, AdapterConfig(adapter_len=4, adapter_layers=2))
-
-
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
@@ -214,7 +206,7 @@ def test_what_cannot_be_sharded_is_refused(environment, settings, message, monke
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(TrainingError, match=message):
-        check_strategy(TrainConfig(**settings), load_config("bundled"))
+        check_strategy([TrainConfig(**settings)], load_config("bundled"))
 
 
 def test_the_command_line_says_it_before_weights_are_read(tmp_path, monkeypatch, capsys):

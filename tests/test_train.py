@@ -302,8 +302,10 @@ def test_resuming_with_changed_data_is_refused(base, tmp_path):
     data = write_data(tmp_path / "data.json")
     train(recipe(base, data, tmp_path / "out", max_steps=2))
     write_data(data, count=30)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with pytest.raises(TrainingError, match="data has changed"):
-        train(recipe(base, data, tmp_path / "out", max_steps=2, resume=True))
+        train(recipe(base, data, tmp_path / "out", max_steps=3, resume=True))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_a_damaged_checkpoint_is_one_sentence(base, data, tmp_path):

@@ -37,11 +37,12 @@ def main() -> None:
     """Draw, train, ask, show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-steps", type=int, help="stop the training early")
+    parser.add_argument("--questions", type=int, default=1800, help="to train on, a tenth as many to ask (%(default)s)")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama_adapter").setLevel(logging.INFO)
     began = time.perf_counter()
-    questions = draw_questions(WORK / "questions")
+    questions = draw_questions(WORK / "questions", args.questions)
     overrides = {
         "data": [f"scienceqa:{questions}:train"],
         "val_data": [f"scienceqa:{questions}:val"],
@@ -59,10 +60,10 @@ def main() -> None:
     print(f"pictures and answers side by side: {WORK / 'report.html'} ({time.perf_counter() - began:.0f} s)")
 
 
-def draw_questions(folder: Path) -> Path:
+def draw_questions(folder: Path, count: int) -> Path:
     """A small question set, made anew."""
     shutil.rmtree(folder, ignore_errors=True)
-    sizes = ["--train", "1800", "--val", "60", "--test", "160"]
+    sizes = ["--train", str(count), "--val", str(max(8, count // 30)), "--test", str(max(16, count // 11))]
     command = [sys.executable, str(HERE / "questions.py"), "--scenes", "one", "--output", str(folder), *sizes]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return folder

@@ -183,7 +183,7 @@ def load_base(
     device: torch.device,
     precision: Precision = "auto",
     quantization: Quantization | None = None,
-    shards: int | None = None,
+    distributed: Any = None,
 ) -> PreTrainedModel:
     """The base on `device`, in evaluation mode.
 
@@ -192,7 +192,7 @@ def load_base(
         device: where its weights go.
         precision: see `resolve_dtype`.
         quantization: what its linears are rounded to.
-        shards: over how many processes, all that there are, FSDP2 shards its weights; each reads its part alone.
+        distributed: transformers' `DistributedConfig` of how processes share its weights; each reads its part alone.
 
     Raises:
         ModelError: it is not there, is damaged, or does not fit into memory.
@@ -202,7 +202,9 @@ def load_base(
     config = load_config(name)
     dtype = resolve_dtype(precision, device)
     source, gguf = pretrained(name)
-    options: dict[str, Any] = {"dtype": dtype, **gguf, **_placed(device, shards), **_readable(config)}
+    options: dict[str, Any] = {"dtype": dtype, **gguf, **_readable(config)}
+    # where weights go: all of them on one device, or this process's part of them
+    options |= {"device_map": {"": device}} if distributed is None else {"distributed_config": distributed}
     if gguf:  # weights that are left packed, where there are kernels for it, have no backward pass
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantization is not None:
@@ -244,15 +246,6 @@ def reading_in_parts() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
-
-
-def _placed(device: torch.device, shards: int | None) -> dict[str, Any]:
-    """Where weights go: all of them on one device, or this process's part of them."""
-    if shards is None:
-        return {"device_map": {"": device}}
-    from transformers.distributed import DistributedConfig
-
-    return {"distributed_config": DistributedConfig(fsdp_size=shards)}
 
 
 def _readable(config: PretrainedConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ llama-adapter train --model BASE --data llava.json --condition image --tower pyt
 llama-adapter train --method dpo --beta 0.1 --data pairs.jsonl --init-from runs/first --output-dir runs/preferred
 accelerate launch -m llama_adapter train recipes/alpaca-7b.yaml
 accelerate launch --use_fsdp --num_processes 8 -m llama_adapter train recipes/alpaca-70b.yaml
+torchrun --nproc_per_node 4 -m llama_adapter train recipes/alpaca-70b.yaml --tensor-parallel
 """
 
 

@@ -20,7 +20,8 @@ from llama_adapter.core.families import family_of, shape_of, text_config
 from llama_adapter.core.registry import REGISTRY, Registry, active_of, find_registry, known, registry_of
 from llama_adapter.core.routing import Adapter, Names
 from llama_adapter.core.scope import Block
-from llama_adapter.errors import AdapterError, ConfigError, UnsupportedModelError
+from llama_adapter.core.tensor_parallel import check_tensor_parallel
+from llama_adapter.errors import AdapterError, ConfigError
 
 
 def add_adapter(
@@ -47,7 +48,7 @@ def add_adapter(
         state_dict: parameters to start from, as `Adapter.state_dict` gives them; nothing is drawn then.
 
     Raises:
-        UnsupportedModelError: the family cannot be adapted, or the base is tensor-parallel.
+        UnsupportedModelError: the family cannot be adapted, or a tensor-parallel base not in this way.
         ConfigError: more layers asked for than the base has.
         AdapterError: the name is taken or malformed, or the adapter to replace is in use.
     """
@@ -55,11 +56,7 @@ def add_adapter(
         model = model.get_base_model()
     config = config or AdapterConfig()
     family_of(model.config)
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise UnsupportedModelError(
-            "This base is cut head by head over several processes (tensor parallelism), and gates are one for each of "
-            "all heads: load it whole, or shard it by layer with accelerate launch --use_fsdp."
-        )
+    check_tensor_parallel(model, config)
     layers = resolve_layers(config, model.config)
     check_name(name)
     registry = vars(model).get(REGISTRY) or Registry(model)

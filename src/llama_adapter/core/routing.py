@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from llama_adapter.core.current import under
+from llama_adapter.core.tensor_parallel import own_heads
 from llama_adapter.core.zero_init import Projection, Prompts, ZeroInitAdapter, project_prompts
 from llama_adapter.errors import AdapterError
 
@@ -157,6 +158,7 @@ class AdapterSlot(PartsSlot):
         if not any(layers):
             return None
         prompt, strength, bias = stacked(layers, query)
+        strength = own_heads(strength, attention, query.shape[1])
         added = [a is not None and not a.early_fusion for a in routing.adapters]
         if routing.condition is None or not any(alone + added):
             key, value, _ = project_prompts(attention, self._projection, prompt, strength, query.dtype)

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training_state.safetensors"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
-    "micro_batch_size", "gradient_checkpointing", "packing", "feature_cache", "push_to_hub",
+    "micro_batch_size", "gradient_checkpointing", "packing", "tensor_parallel", "feature_cache", "push_to_hub",
     "epochs", "max_steps",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than before: they do not change what is learnt, or, the last two, make
@@ -283,11 +283,24 @@ class RunFolder:
             self.last.mkdir(parents=True, exist_ok=True)
             self.journal.write(run.content)
 
-    def restore(self, adapter: Adapter, optimizer: torch.optim.AdamW, digest: str) -> Progress:
-        """Put the newest state back; a run without one starts at step 0.
+    def check_data(self, digest: str) -> None:
+        """Check that the newest state, where there is one, is of a run on this data.
 
         Raises:
             TrainingError: the checkpoint is damaged, or the data has changed since.
+        """
+        state = self._newest()
+        if state is not None and state.facts.get("digest") != digest:
+            raise TrainingError(
+                f"The data has changed since {state.source} was written: a resumed run would not be the same. Put the "
+                "old data back, or start again with --overwrite."
+            )
+
+    def restore(self, adapter: Adapter, optimizer: torch.optim.AdamW) -> Progress:
+        """Put the newest state back; a run without one starts at step 0.
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
         """
         state = self._newest()
         if state is None:
@@ -303,10 +316,6 @@ class RunFolder:
                 optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"{state.source} is damaged ({error}): start again with --overwrite.") from None
-        if state.facts.get("digest") != digest:
-            raise TrainingError(
-                f"The data has changed since {state.source} was written: a resumed run would not be the same."
-            )
         if progress.step and state.source.name in JOURNAL_FILES:
             log.info("going on from the journal, after step %d", progress.step)
         self._cut_metrics(progress.step)

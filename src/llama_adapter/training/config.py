@@ -180,6 +180,9 @@ class TrainConfig:
     packing: bool = setting(
         True, "Lay examples end to end and compute what they begin with alike once, where the base allows.", "Running"
     )
+    tensor_parallel: bool = setting(
+        False, "Cut the base head by head over all processes that torchrun started (docs/sharding.md).", "Running"
+    )
     compile: bool = setting(False, "Compile the layers: slow start, quicker steps.", "Running")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, slower.", "Running")
     eval_every: Count | None = setting(
@@ -260,10 +263,7 @@ class TrainConfig:
                 "first N records, or --val-data FILE"
             )
         if self.condition is not None:
-            yield (
-                f"streaming knows no condition, and this is {self.condition}, whose files are encoded before a run: "
-                "leave one of them out"
-            )
+            yield f"streaming knows no condition, and {self.condition} reads files before a run: leave one of them out"
 
     def value(self, name: str) -> Any:
         """The setting of this name, or what it stands for where it is a default None."""

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 ALIKE = (
     "model", "precision", "base_precision", "load_in_4bit", "load_in_8bit", "micro_batch_size", "packing",
-    "gradient_checkpointing", "compile",
+    "gradient_checkpointing", "compile", "tensor_parallel",
 )  # fmt: skip
 """Settings of the base and of its forwards: alike for all experts of one run."""
 

@@ -43,7 +43,7 @@ from llama_adapter.training.objective import objective_of
 from llama_adapter.training.owner import restarted
 from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
-from llama_adapter.training.sharding import check_strategy, in_step, shards_of
+from llama_adapter.training.sharding import check_strategy, distribution, in_step, over_processes, place_of
 from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
 
@@ -98,7 +98,7 @@ def _train_together(
             check_start(start, config, base)
             resolve_layers(config.adapter_config(), base)
             check_parts(config.adapter_config(), base)
-    check_strategy(shared, base, len(recipes))
+    check_strategy([config for config, _ in settled.values()], base)
     accelerator = start_accelerator()
     if shared.base_precision == "fp8":
         require_fp8(accelerator.device, base)
@@ -108,9 +108,8 @@ def _train_together(
         with telling(draft.name, recipes):
             perceptions[draft.name] = draft.perceive(accelerator)
 
-    model = load_base(
-        shared.value("model"), accelerator.device, shared.precision, shared.quantization, shards_of(accelerator)
-    )
+    parts = distribution(shared, accelerator)
+    model = load_base(shared.value("model"), accelerator.device, shared.precision, shared.quantization, parts)
     check_backward(model)
     if shared.base_precision == "fp8":
         log.info("base: %d linear layers in FP8", quantise_base(model))
@@ -120,10 +119,10 @@ def _train_together(
         compile_layers(model)
     experts = [draft.expert(model, perceptions[draft.name], accelerator.is_main_process) for draft in drafts]
     if accelerator.is_main_process:
-        for begin in (RunFolder.reserve, RunFolder.claim):  # no old run is cleared away before all can begin
+        for begin in (Learner.reserve, Learner.claim):  # no old run is cleared away before all can begin
             for expert in experts:
                 with telling(expert.name, recipes):
-                    begin(expert.folder, expert.config)
+                    begin(expert)
     accelerator.wait_for_everyone()
     for draft, expert in zip(drafts, experts, strict=True):
         with telling(expert.name, recipes):
@@ -269,7 +268,7 @@ class Run:
         flags = torch.cat([means.totals, means.totals.new_tensor([float(stop)])])
         gradients = [gradient for expert, _ in shares for gradient in expert.gradients()]
         if accelerator.num_processes > 1:
-            flat = accelerator.reduce(torch.cat([flags, *(gradient.flatten() for gradient in gradients)]), "sum")
+            flat = over_processes(torch.cat([flags, *map(torch.flatten, gradients)]), self.shared, accelerator)
             flags, *rest = flat.split([len(flags), *(gradient.numel() for gradient in gradients)])
             for gradient, summed in zip(gradients, rest, strict=True):
                 gradient.copy_(summed.view_as(gradient))
@@ -299,7 +298,7 @@ class Run:
         if self.packed and shares[owners[0]][0].perception is None:
             depths = [expert.shared_layers if expert.mixes else 0 for expert, _ in shares]
             make = partial(packed_rows, shared_layers=depths if self.shares_layers else None)
-        own = make(examples, size, accelerator.process_index, accelerator.num_processes, owners)
+        own = make(examples, size, *place_of(self.shared, accelerator), owners)
         return in_step(own, accelerator, partial(make, examples[:1], size, owners=owners[:1]))
 
     def _sums(self, shares: Sequence[Share], batch: MicroBatch | PackedRow) -> torch.Tensor:
@@ -325,7 +324,7 @@ class Run:
         means = Means(shares, self.accelerator.device)
         for batch, weight in self._batches(shares, 2 * self.shared.micro_batch_size):
             means.add(batch, self._sums(shares, batch) * weight)
-        return means.named(self.accelerator.reduce(means.totals, "sum").tolist())
+        return means.named(over_processes(means.totals, self.shared, self.accelerator).tolist())
 
     def _validate(self, experts: Sequence[Learner], bar: Any) -> None:
         shares = [(expert, expert.data.val) for expert in experts if expert.data.val]

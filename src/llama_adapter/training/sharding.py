@@ -1,13 +1,16 @@
-"""A frozen base whose weights lie in parts on several processes: FSDP2, asked for by `accelerate launch --use_fsdp`.
+"""A frozen base whose weights lie in parts on several processes, which transformers cuts while it is loaded.
 
-transformers shards the base layer by layer while it is loaded, so that no process ever holds more than its part and one
-layer. The adapter is whole on every process and its gradient one flat sum, as without sharding. A layer's weights come
-together whenever it runs, which all processes take part in: so all of them run as many forwards.
+FSDP2, asked for by `accelerate launch --use_fsdp`: no process ever holds more than its part and one layer. The adapter
+is whole on every process and its gradient one flat sum, as without sharding. A layer's weights come together whenever
+it runs, which all processes take part in: so all of them run as many forwards.
+
+Tensor parallelism, asked for by the recipe's `tensor_parallel`: every process has some heads of each layer. All of them
+together are one: they run the same forwards, and each has the whole gradient (see `core/tensor_parallel.py`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -16,12 +19,12 @@ from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
 from transformers import PretrainedConfig
 
+from llama_adapter.base import empty_base
 from llama_adapter.core.families import text_config
+from llama_adapter.core.tensor_parallel import CUTS, why_not_by_head
 from llama_adapter.errors import TrainingError
 from llama_adapter.training.config import TrainConfig
 
-SHARDS = "5.23.0"
-"""transformers from this release on loads a base in parts."""
 Forward = TypeVar("Forward")
 
 
@@ -30,40 +33,57 @@ def is_sharded() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP", False))
 
 
-def check_strategy(config: TrainConfig, base: PretrainedConfig, adapters: int = 1) -> None:
-    """Refuse what the launcher asks for and cannot be, before a process group is there.
+def check_strategy(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> None:
+    """Refuse what the launcher or the recipe asks for and cannot be, before a process group is there.
 
     Args:
-        config: the recipe.
-        base: its base's.
-        adapters: how many are trained in the run.
+        recipes: of the adapters that are trained in the run.
+        base: their base's.
 
     Raises:
-        TrainingError: DeepSpeed or Megatron; FSDP with several adapters, one process, an old transformers, a base
-            without a plan or with settings that change its weights or layers.
+        TrainingError: DeepSpeed, Megatron or accelerate's own parallelism; FSDP with several adapters; FSDP or
+            tensor parallelism with one process, an old transformers, a base without a plan or with settings that change
+            its weights or layers; tensor parallelism with norms, scales, biases, LoRA, or heads that cannot be shared.
     """
+    config = recipes[0]
     for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if parse_flag_from_env(flag, False):
             raise TrainingError(
                 f"{name} is not supported: for a base too large for one device launch with FSDP, accelerate launch "
                 "--config_file recipes/fsdp.yaml -m llama_adapter train ..., or load it in 4 bits (--load-in-4bit)."
             )
-    if not is_sharded():
-        return
-    if adapters > 1:
-        # a process whose rows have no adapter below some layer would not wait for its weights in the backward pass
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG", False):
         raise TrainingError(
-            f"A sharded base trains one adapter a run, and these are {adapters}: train them one by one with "
-            "llama-adapter train, or launch without --use_fsdp."
+            "accelerate's parallelism_config is not read: for tensor parallelism launch without it, torchrun "
+            "--nproc_per_node 2 -m llama_adapter train ... --tensor-parallel; for FSDP, accelerate launch --use_fsdp."
         )
+    if config.tensor_parallel and is_sharded():
+        raise TrainingError("tensor_parallel and FSDP exclude each other: leave one of them out.")
+    if config.tensor_parallel:
+        _check_parts(config, base, "Tensor parallelism", "tensor_parallel")
+        _check_heads(recipes, base)
+    elif is_sharded():
+        if len(recipes) > 1:
+            # a process whose rows have no adapter below some layer would not wait for its weights in the backward pass
+            raise TrainingError(
+                f"A sharded base trains one adapter a run, and these are {len(recipes)}: train them one by one with "
+                "llama-adapter train, or launch without --use_fsdp."
+            )
+        _check_parts(config, base, "FSDP", "--use_fsdp")
+
+
+def _check_parts(config: TrainConfig, base: PretrainedConfig, name: str, switch: str) -> None:
+    """What both ways to have a base in parts ask of a run."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        fsdp = "accelerate launch --use_fsdp --num_processes 2"
+        launch = "torchrun --nproc_per_node 2" if config.tensor_parallel else fsdp
         raise TrainingError(
-            "FSDP shards the base over several processes, and this run is one: launch it with accelerate launch "
-            "--use_fsdp --num_processes 2 or more, or without --use_fsdp."
+            f"{name} shards the base over several processes, and this run is one: launch it with {launch} or more, or "
+            f"without {switch}."
         )
-    if Version(transformers.__version__) < Version(SHARDS):
+    if Version(transformers.__version__) < Version(CUTS):
         raise TrainingError(
-            f"A sharded base needs transformers {SHARDS} or newer, and this is {transformers.__version__}: "
+            f"A sharded base needs transformers {CUTS} or newer, and this is {transformers.__version__}: "
             "pip install -U transformers."
         )
     changing = {
@@ -77,18 +97,52 @@ def check_strategy(config: TrainConfig, base: PretrainedConfig, adapters: int = 
     if given := [name for name, is_so in changing.items() if is_so]:
         raise TrainingError(
             f"A sharded base is loaded as it is, and this recipe has {' and '.join(given)}: leave that out, or launch "
-            "without --use_fsdp."
+            f"without {switch}."
         )
-    if not getattr(text_config(base), "base_model_fsdp_plan", None):
+    if not getattr(text_config(base), f"base_model_{'tp' if config.tensor_parallel else 'fsdp'}_plan", None):
         raise TrainingError(
             f"transformers has no sharding plan for the family '{text_config(base).model_type}': launch without "
-            "--use_fsdp, with --load-in-4bit where the base is too large."
+            f"{switch}, with --load-in-4bit where the base is too large."
         )
 
 
-def shards_of(accelerator: Accelerator) -> int | None:
-    """Over how many processes the base is to be sharded; None is a whole base on each."""
-    return accelerator.num_processes if is_sharded() else None
+def _check_heads(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> None:
+    if any(config.adapter_config().has_parts for config in recipes):
+        raise TrainingError(
+            "tensor_parallel knows no norms, linear_scale, linear_bias and lora_rank: leave them out, or shard with "
+            "accelerate launch --use_fsdp instead."
+        )
+    processes = int(os.environ["WORLD_SIZE"])
+    if reason := why_not_by_head(empty_base(base), processes):
+        raise TrainingError(
+            f"This base cannot be cut head by head: {reason}. Launch another number of processes, or shard it with "
+            "accelerate launch --use_fsdp instead."
+        )
+
+
+def distribution(config: TrainConfig, accelerator: Accelerator) -> Any:
+    """What transformers is told of how the base is cut, a `DistributedConfig`; None is a whole base on each process."""
+    if not (config.tensor_parallel or is_sharded()):
+        return None
+    from transformers.distributed import DistributedConfig
+
+    if config.tensor_parallel:
+        return DistributedConfig(tp_size=accelerator.num_processes, tp_plan="auto")
+    return DistributedConfig(fsdp_size=accelerator.num_processes)
+
+
+def place_of(config: TrainConfig, accelerator: Accelerator) -> tuple[int, int]:
+    """Which part of every batch is this process's, and of how many; all processes of a base cut by heads are one."""
+    return (0, 1) if config.tensor_parallel else (accelerator.process_index, accelerator.num_processes)
+
+
+def over_processes(tensor: torch.Tensor, config: TrainConfig, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of what the parts of a batch gave.
+
+    Processes that are one have all of it each, and take the mean: what one of them rounded otherwise would else add up,
+    step by step, to another adapter.
+    """
+    return accelerator.reduce(tensor, "mean" if config.tensor_parallel else "sum")
 
 
 def in_step(
