@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import skills_evidence
 from skill_trial import SKILLS, Trial
 
 from llama_adapter.base import load_base, load_tokenizer
+from llama_adapter.data import Encoded
 
 
 def result(trial, share=0.5, curve=((0, 2.0), (10, 0.5), (20, 0.25)), prose=20.0, seconds=100.0):
@@ -167,6 +168,39 @@ def test_the_page_keeps_the_other_part_and_says_what_the_figures_say(tmp_path):
     assert page.read_text().endswith(f"{skill_report.WORLD}\n\n# A drawn world\n\nall there was\n")
     assert "LoRA 50.0%, ours 60.0%" in text
     assert "0.50 times LoRA's" in text
+
+
+CHANGES = {
+    "adapter_len": 4, "adapter_layers": 2, "gate_start": 1.0, "prompt_scale": 2.0, "start": "text", "gate_lr": 3.0,
+    "gate_decay": False, "sink": "zero", "norms": True, "scale": ("o_proj",), "bias": ("q_proj", "v_proj"), "parts_lr": 0.5,
+    "lora": 1, "lora_lr": 0.1, "targets": ("k_proj",),
+}  # fmt: skip
+
+
+def prepared(monkeypatch, **changes):
+    """All that decides how a trial learns, before its first step."""
+    monkeypatch.setattr(real_methods.routing, "project_prompts", real_methods.project_prompts)
+    torch.manual_seed(0)
+    options = replace(real_methods.Options(adapter_len=3, adapter_layers=8, bias=("v_proj",), lora=2), **changes)
+    model, example = (
+        load_base("bundled", torch.device("cpu"), "fp32"),
+        Encoded([1, 5, 9, 7, 2], [-100, 5, 9, 7, 2], truncated=False),
+    )
+    groups = real_methods.zero_init(model, options, None, example).groups
+    drawn = real_methods.routing.project_prompts is not real_methods.project_prompts
+    return drawn, [
+        {key: [p.tolist() for p in value] if key == "params" else value for key, value in group.items()}
+        for group in groups
+    ]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_trial_changes_changes_what_is_trained(monkeypatch, name):
+    assert prepared(monkeypatch, **{name: CHANGES[name]}) != prepared(monkeypatch)
+
+
+def test_every_change_of_the_method_is_looked_at():
+    assert {f.name for f in fields(real_methods.Options)} == {*CHANGES, "rank"}
 
 
 @pytest.mark.slow

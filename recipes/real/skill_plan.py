@@ -11,19 +11,23 @@ SEEDS = (0, 1, 2)
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 SCALES = Options(adapter_len=4, start="text", norms=True, scale=("o_proj", "down_proj"), parts_lr=0.3)
 """Four prompts that start from a text, own norms, and scales where nothing of a norm reaches."""
+ALIKE = replace(SCALES, parts_lr=1.0)
+"""All of that at one rate."""
 BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
 
 def trials() -> list[Trial]:
     """The whole plan, the most important first."""
-    return [*methods(), *seeds(), *gap(), *gates(), *rivals()]
+    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths()]
 
 
 def methods() -> list[Trial]:
     """This method and LoRA, each at several rates."""
     return [
         *(Trial("methods", "LoRA r=3", "lora", lr) for lr in (5e-3, 1e-2)),
+        Trial("methods", "LoRA r=3, twice the rate", "lora", 2 * LORA_LR),
         Trial("methods", BEST, "zero-init", BEST_LR, options=SCALES),
+        *(Trial("methods", f"{BEST}, all at one rate", "zero-init", lr, options=ALIKE) for lr in (0.005, 0.01)),
         Trial("methods", f"{BEST}, twice the rate", "zero-init", 2 * BEST_LR, options=SCALES),
         Trial("methods", "the paper's recipe", "zero-init", 0.01),
         Trial("methods", "bare", "bare", 0.0, steps=0),
@@ -48,11 +52,17 @@ def gap() -> list[Trial]:
         "paper's, prompts from a text": Options(start="text"),
         "paper's, prompts from a text, gates at 3 times the rate": Options(start="text", gate_lr=3.0),
         "K=4 from text, norms and biases": biased,
-        "K=4 from text, norms and LoRA r=1": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2, lora=1),
+        "K=4 from text and norms": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2),
     }
-    slow = replace(SCALES, parts_lr=1.0)
+    open_quickly = replace(ALIKE, gate_lr=3.0)
+    with_lora = Options(adapter_len=3, start="text", lora=2, lora_lr=1.0)
+    with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
+    text = Options(adapter_len=3, start="text")
     return [
-        Trial("gap", "K=4 from text, norms and scales, all at one rate", "zero-init", 0.005, options=slow),
+        *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
+        Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
+        *(Trial("gap", "K=3 from text", "zero-init", 0.01, seed, options=text) for seed in SEEDS),
+        Trial("gap", f"{BEST}, all at one rate, gates at 3 times", "zero-init", 0.005, options=open_quickly),
         *(Trial("gap", label, "zero-init", 0.01, options=options) for label, options in tried.items()),
     ]
 
@@ -72,6 +82,25 @@ def seeds() -> list[Trial]:
         for seed in SEEDS[1:]
         for trial in (
             Trial("methods", "LoRA r=3", "lora", LORA_LR, seed),
+            Trial("methods", "LoRA r=3, twice the rate", "lora", 2 * LORA_LR, seed),
+            Trial("methods", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=ALIKE),
             Trial("methods", BEST, "zero-init", BEST_LR, seed, options=SCALES),
         )
+    ]
+
+
+def layers() -> list[Trial]:
+    """The paper's Table 4: in how many of 30 layers, K as in its recipe."""
+    return [
+        Trial("layers", "L=10", "zero-init", 0.01, options=Options(adapter_layers=10)),
+        Trial("layers", "L=20", "zero-init", 0.01, options=Options(adapter_layers=20)),
+        Trial("layers", "L=28", "zero-init", 0.01),
+    ]
+
+
+def lengths() -> list[Trial]:
+    """How many prompts."""
+    return [
+        *(Trial("lengths", f"K={count}", "zero-init", 0.01, options=Options(adapter_len=count)) for count in (4, 40)),
+        Trial("lengths", "K=10", "zero-init", 0.01),
     ]

@@ -125,7 +125,7 @@ def tables(results: list[Result], plan: list[Trial]) -> str:
     sections = [_table(methods, target), _verdict(methods, reference)]
     for group, title in TITLES.items():
         found = rows(results, plan, group)
-        if found:
+        if len(found) > 1:
             sections += [f"### {title}", _table(found, target)]
     if methods:
         sections += ["### By skill", _by_skill(methods)]
@@ -136,6 +136,7 @@ TITLES = {
     "gap": "What was tried to close the gap",
     "gates": "Zero-init against random gates (the paper's Table 5)",
     "layers": "Layers (the paper's Table 4)",
+    "lengths": "Prompt length",
     "epochs": "Over-fitting (the paper's Table 6)",
 }
 
