@@ -219,7 +219,7 @@ def test_text_without_a_template_stays_so(rows):
     [
         ("none-*.jsonl", None, "matches no file: check the pattern"),
         ("a.csv", b"instruction,output\na,b\n", "is read as a whole: for --streaming write it as .jsonl"),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), "is read as a whole"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "is read as a whole"),
         ("a.json", b'[{"instruction": "a", "output": "b"}]', "is one JSON list, which is read as a whole"),
         ("a.jsonl", b"\n\n", "holds no records"),
         ("a.jsonl", b"\xff\xfea\0", "is UTF-16, not UTF-8"),
@@ -227,7 +227,7 @@ def test_text_without_a_template_stays_so(rows):
         ("a.jsonl", b'{"instruction": "a"\n', "record 1: line 1, column 20: Expecting ',' delimiter; fix it or pass"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 9)[:-12],
+            gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 9, mtime=0)[:-12],
             "is cut off: take a whole copy",
         ),
         ("a.jsonl.gz", b"{}", "is no .gz file"),
