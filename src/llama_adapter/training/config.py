@@ -315,7 +315,7 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, str]:
     for name in given:
         if kind is None and name in of_condition and not values.get("init_from"):
             sentences[name] = f"{name} has no effect without a condition: pass --condition image, or leave it out"
-        elif kind is not None and name in IDLE.get(kind, VISUAL):
+        elif kind is not None and name in IDLE.get(str(kind), VISUAL):
             sentences[name] = f"{name} has no effect with condition {kind}: leave it out"
         elif name == "shuffle_buffer" and not values.get("streaming"):
             sentences[name] = "shuffle_buffer has no effect without streaming: pass --streaming, or leave it out"
