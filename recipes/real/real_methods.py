@@ -104,7 +104,7 @@ def zero_init(model: PreTrainedModel, options: Options, tokenizer: Any, example:
         AdapterConfig(
             adapter_len=options.adapter_len, adapter_layers=options.adapter_layers, template="chat",
             norms=options.norms, linear_scale=options.scale, linear_bias=options.bias,
-            **({"lora_rank": options.lora, "lora_targets": options.targets} if options.lora else {}),
+            lora_rank=options.lora, lora_targets=options.targets if options.lora else (),
         ),
     )  # fmt: skip
     layers = list(adapter.layers.values())

@@ -11,7 +11,7 @@ SEEDS = (0, 1, 2)
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 SCALES = Options(adapter_len=4, start="text", norms=True, scale=("o_proj", "down_proj"), parts_lr=0.3)
 """Four prompts that start from a text, own norms, and scales where nothing of a norm reaches."""
-ALIKE = replace(SCALES, parts_lr=1.0)
+AT_ONE_RATE = replace(SCALES, parts_lr=1.0)
 """All of that at one rate."""
 BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
@@ -27,7 +27,7 @@ def methods() -> list[Trial]:
         *(Trial("methods", "LoRA r=3", "lora", lr) for lr in (5e-3, 1e-2)),
         Trial("methods", "LoRA r=3, twice the rate", "lora", 2 * LORA_LR),
         Trial("methods", BEST, "zero-init", BEST_LR, options=SCALES),
-        *(Trial("methods", f"{BEST}, all at one rate", "zero-init", lr, options=ALIKE) for lr in (0.005, 0.01)),
+        *(Trial("methods", f"{BEST}, all at one rate", "zero-init", lr, options=AT_ONE_RATE) for lr in (0.005, 0.01)),
         Trial("methods", f"{BEST}, twice the rate", "zero-init", 2 * BEST_LR, options=SCALES),
         Trial("methods", "the paper's recipe", "zero-init", 0.01),
         Trial("methods", "bare", "bare", 0.0, steps=0),
@@ -54,7 +54,7 @@ def gap() -> list[Trial]:
         "K=4 from text, norms and biases": biased,
         "K=4 from text and norms": Options(adapter_len=4, start="text", norms=True, parts_lr=0.2),
     }
-    open_quickly = replace(ALIKE, gate_lr=3.0)
+    open_quickly = replace(AT_ONE_RATE, gate_lr=3.0)
     with_lora = Options(adapter_len=3, start="text", lora=2, lora_lr=1.0)
     with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
     text = Options(adapter_len=3, start="text")
@@ -83,7 +83,7 @@ def seeds() -> list[Trial]:
         for trial in (
             Trial("methods", "LoRA r=3", "lora", LORA_LR, seed),
             Trial("methods", "LoRA r=3, twice the rate", "lora", 2 * LORA_LR, seed),
-            Trial("methods", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=ALIKE),
+            Trial("methods", f"{BEST}, all at one rate", "zero-init", 0.005, seed, options=AT_ONE_RATE),
             Trial("methods", BEST, "zero-init", BEST_LR, seed, options=SCALES),
         )
     ]

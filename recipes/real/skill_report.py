@@ -137,7 +137,6 @@ TITLES = {
     "gates": "Zero-init against random gates (the paper's Table 5)",
     "layers": "Layers (the paper's Table 4)",
     "lengths": "Prompt length",
-    "epochs": "Over-fitting (the paper's Table 6)",
 }
 
 

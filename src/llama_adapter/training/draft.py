@@ -118,6 +118,8 @@ def read_drafts(
             check_written_alike(start, data.raw)
             text = start_text(config, data.train[0], tokenizer, limits)
             check_agreed(config, data.digest, folders[name].finished_steps() if config.resume else 0, list(settled))
+            if config.resume:
+                folders[name].check_data(data.digest)
             if accelerator.is_main_process:
                 folders[name].check_length(config, data.steps_per_epoch(config))
             whose = "" if len(settled) == 1 else f" of {name}"

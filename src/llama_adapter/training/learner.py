@@ -114,33 +114,13 @@ class Learner:
         """How many of the base's lowest layers have nothing of the adapter's."""
         return 0 if self.adapter.modules else min(self.adapter.layers)
 
-    def reserve(self) -> None:
-        """Take its folder; nothing that is there is changed yet.
-
-        Raises:
-            TrainingError: another run has it, or what is there cannot be gone on with.
-            AdapterError: it cannot be written.
-        """
-        self.folder.reserve(self.config)
-        if self.config.resume:
-            self.folder.check_data(self.data.digest)
-
-    def claim(self) -> None:
-        """Begin in its folder, which is reserved.
-
-        Raises:
-            AdapterError: it cannot be written, or the old run not cleared away.
-        """
-        self.folder.claim(self.config)
-
     def restore(self) -> None:
         """Go on from the newest checkpoint, where the recipe says so.
 
         Raises:
-            TrainingError: it is damaged, or the data has changed since.
+            TrainingError: it is damaged.
         """
         if self.config.resume:
-            self.folder.check_data(self.data.digest)
             self.progress = self.folder.restore(self.adapter, self.optimizer)
         self.feed.seek(self.progress.position)
 

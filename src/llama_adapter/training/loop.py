@@ -119,10 +119,10 @@ def _train_together(
         compile_layers(model)
     experts = [draft.expert(model, perceptions[draft.name], accelerator.is_main_process) for draft in drafts]
     if accelerator.is_main_process:
-        for begin in (Learner.reserve, Learner.claim):  # no old run is cleared away before all can begin
+        for begin in (RunFolder.reserve, RunFolder.claim):  # no old run is cleared away before all can begin
             for expert in experts:
                 with telling(expert.name, recipes):
-                    begin(expert)
+                    begin(expert.folder, expert.config)
     accelerator.wait_for_everyone()
     for draft, expert in zip(drafts, experts, strict=True):
         with telling(expert.name, recipes):
