@@ -16,12 +16,11 @@ for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """A failure's text may hold what no text may, as fuzzed records do, and then no worker could send it."""
+    """What a test wrote may hold what no text may, as fuzzed records do, and then no worker could send its report."""
     report = yield
-    texts = [str(report.longrepr), *(text for _, text in report.sections)]
-    if report.failed and any(_sendable(text) != text for text in texts):
-        report.longrepr = _sendable(texts[0])
-        report.sections = [(name, _sendable(text)) for name, text in report.sections]
+    report.sections = [(name, _sendable(text)) for name, text in report.sections]
+    if report.failed and _sendable(str(report.longrepr)) != str(report.longrepr):
+        report.longrepr = _sendable(str(report.longrepr))
     return report
 
 
