@@ -35,14 +35,18 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
+from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.formats.native import save_adapter
+from llama_adapter.inference.choice import Row
+from llama_adapter.inference.engine import Engine
 torch.distributed.init_process_group("gloo")
 rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
 def answers(folder, **options):
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     for seed, (name, length) in enumerate({"a": 4, "b": 2}.items()):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 100 * rank * bool(options))  # the first process's counts
         adapter = add_adapter(model, AdapterConfig(adapter_len=length, adapter_layers=2, gate_scale=True), name)
+        torch.manual_seed(seed)
         with torch.no_grad():
             for layer in adapter.layers.values():
                 layer.gate.copy_(torch.randn(len(layer.gate)))
@@ -70,6 +74,17 @@ for folder in map(Path, sys.argv[2:]):
         assert 0 < size and error < min(1e-5, 1e-4 * size + 1e-8), (folder, i, error, size)
     assert all(float(p.grad.abs().min()) > 0 for p in parameters if p.dim() == 1), "every gate learns"
     assert torch.equal(written, again)
+    rows = [Row([5, 6, 7], name, max_new_tokens=8, temperature=2.0) for name in ("a", None)]
+    drawn = [None] * processes
+    torch.distributed.all_gather_object(drawn, Engine(model).generate(rows))
+    assert all(answer == drawn[0] for answer in drawn), "every process draws the same tokens"
+    if folder.name == "llama":
+        try:
+            add_adapter(model.model, AdapterConfig(adapter_len=2, adapter_layers=1), "inner")
+        except UnsupportedModelError as error:
+            assert "pass the whole model" in str(error)
+        else:
+            raise AssertionError("a part of a cut base is taken for a whole one")
     save_adapter(model, folder.parent / f"saved-{folder.name}-{rank}", "a")
 torch.distributed.destroy_process_group()
 """
@@ -216,6 +231,25 @@ def cut(family: str, processes: int):
 def test_a_base_that_cannot_be_cut_for_adapters_is_refused(family, processes, settings, message):
     with pytest.raises(UnsupportedModelError, match=rf"cut head by head over {processes} processes.*{message}"):
         add_adapter(cut(family, processes), AdapterConfig(adapter_len=4, adapter_layers=2, **settings))
+
+
+def test_clipped_projections_are_refused():
+    with pytest.raises(UnsupportedModelError, match="transformers cannot clip queries and keys"):
+        add_adapter(cut("olmo", 2), AdapterConfig(adapter_len=4, adapter_layers=2))
+
+
+@pytest.mark.parametrize(("processes", "flags"), [("2", []), ("two", []), ("two", ["--tensor-parallel"])])
+def test_an_environment_that_speaks_of_processes_nobody_started_is_one_sentence(processes, flags, tmp_path):
+    base, data = write_base(tmp_path / "base"), write_data(tmp_path / "data.json")
+    command = [sys.executable, "-m", "llama_adapter", "train", "--model", base, "--data", data]
+    done = subprocess.run(
+        [*map(str, command), "--output-dir", str(tmp_path / "out"), *flags],
+        capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": processes},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("Error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_ways_of_cutting_are_refused():

@@ -34,7 +34,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, then say where the adapter is."""
     config = recipe_from(args)
-    from llama_adapter.training.loop import leave_processes, train
+    from llama_adapter.training.loop import train
+    from llama_adapter.training.processes import leave_processes
 
     result = train(config)
     if not leave_processes():

@@ -29,8 +29,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then say where the adapters are."""
-    from llama_adapter.training.loop import leave_processes
     from llama_adapter.training.many import load_runs, train_many
+    from llama_adapter.training.processes import leave_processes
 
     results = train_many(load_runs(args.runs, args.resume, args.overwrite))
     if not leave_processes():

@@ -20,7 +20,7 @@ from llama_adapter.core.families import family_of, shape_of, text_config
 from llama_adapter.core.registry import REGISTRY, Registry, active_of, find_registry, known, registry_of
 from llama_adapter.core.routing import Adapter, Names
 from llama_adapter.core.scope import Block
-from llama_adapter.core.tensor_parallel import check_tensor_parallel
+from llama_adapter.core.tensor_parallel import as_first, check_tensor_parallel
 from llama_adapter.errors import AdapterError, ConfigError
 
 
@@ -74,6 +74,8 @@ def add_adapter(
             with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten: the caller's state stays
                 adapter = registry.build(name, config)
             adapter.load_state_dict(state_dict)
+        for parameter in adapter.parameters():
+            as_first(model, parameter.data)
         if not registry.attached:
             registry.attach()
         registry.place(name, adapter)

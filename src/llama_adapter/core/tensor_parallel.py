@@ -20,13 +20,14 @@ start alike take the same steps, and what any process saves is the file of one.
 import re
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.core.config import AdapterConfig
-from llama_adapter.core.families import attention_modules, is_encoder, shape_of
+from llama_adapter.core.families import attention_modules, is_encoder, shape_of, text_config
 from llama_adapter.core.quantised import is_quantised
 from llama_adapter.errors import UnsupportedModelError
 
@@ -71,16 +72,33 @@ def tensor_parallel_size(model: PreTrainedModel) -> int:
     return getattr(model, "_tp_size", None) or 1
 
 
+def as_first(model: PreTrainedModel, values: Tensor) -> Tensor:
+    """What the first of the processes that share a cut base has in `values`, written there; on a whole base unchanged.
+
+    What a process draws by itself, parameters or tokens, would else be another on each, and their heads those of no
+    model. All processes call it together.
+    """
+    if tensor_parallel_size(model) > 1 and (mesh := getattr(model, "_device_mesh", None)) is not None:
+        group = (mesh["tp"] if mesh.mesh_dim_names else mesh).get_group()
+        torch.distributed.broadcast(values, group=group, group_src=0)
+    return values
+
+
 def check_tensor_parallel(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Refuse a cut base on which an adapter would not be that of a whole one.
 
     Raises:
         UnsupportedModelError: norms, scales, biases or LoRA; an old transformers, a quantised base, an encoder, other
             ways of cutting beside this one; heads that the processes cannot share evenly, or a plan that cuts attention
-            in a way not known here.
+            in a way not known here; a part of a cut base instead of the whole.
     """
     processes = tensor_parallel_size(model)
     if processes == 1:
+        if _is_part_of_a_cut_base(model):
+            raise UnsupportedModelError(
+                "This is a part of a base that is cut head by head (tensor parallelism): pass the whole model, as "
+                "from_pretrained returned it."
+            )
         return
     distributed: Any = getattr(model.config, "distributed_config", None)
     others = ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
@@ -110,6 +128,8 @@ def why_not_by_head(model: PreTrainedModel, processes: int) -> str | None:
         return None
     if unknown := set(plan.values()) - BY_HEAD:
         return f"its plan cuts attention in a way that is not known here ({', '.join(sorted(unknown))})"
+    if getattr(text_config(model.config), "clip_qkv", None) is not None:
+        return "transformers cannot clip queries and keys (clip_qkv) of weights that are cut"
     for name, part in attention_modules(model)[0].named_children():
         if f"{pattern}.{name}" not in plan and any(weight.dim() > 1 for weight in part.parameters(recurse=False)):
             return f"its attention's {name} has all heads"  # Cohere's norm of queries and keys
@@ -119,6 +139,17 @@ def why_not_by_head(model: PreTrainedModel, processes: int) -> str | None:
         if count % processes:
             return f"{processes} processes cannot share its {count} {kind.replace('_', '-')} heads evenly"
     return None
+
+
+def _is_part_of_a_cut_base(model: PreTrainedModel) -> bool:
+    """Whether weights are cut and nothing at the model says so: it does at the whole one, and FSDP at each layer."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    cut = any(isinstance(weight, DTensor) for weight in attention_modules(model)[0].parameters())
+    return cut and not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _plan_of_attention(model: PreTrainedModel) -> tuple[str, dict[str, str]]:

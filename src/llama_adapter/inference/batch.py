@@ -9,6 +9,7 @@ scales by the longest row of a batch (dynamic and longrope, beyond the trained l
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from llama_adapter.core.families import attention_modules
 from llama_adapter.core.model import get_adapter, list_adapters
 from llama_adapter.core.registry import device_of, in_use
 from llama_adapter.core.routing import Adapter, Routing
+from llama_adapter.core.tensor_parallel import as_first
 from llama_adapter.core.zero_init import Prompts
 from llama_adapter.inference.cache import GrowingCache, GrowingLayer
 from llama_adapter.inference.choice import Choice, Row, choose
@@ -195,7 +197,8 @@ class Batch:
         logits = self._logits
         if len(going) < len(self.members):  # of a compiled batch, where rows that have ended stay
             logits = logits[[number for number, member in enumerate(self.members) if not member.ended]]
-        chosen = choose(logits, [member.row for member in going], [member.answer for member in going])
+        rows, answers = [member.row for member in going], [member.answer for member in going]
+        chosen = choose(logits, rows, answers, partial(as_first, self.model))
         for member, choice in zip(going, chosen, strict=True):
             member.answer.append(choice.token)
         self._logits = None

@@ -1,7 +1,7 @@
 """What one row of a batch is asked, and how its next token is chosen from the logits."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,15 +70,21 @@ class Choice(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits: Tensor, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[Choice]:
+def choose(
+    logits: Tensor,
+    rows: Sequence[Row],
+    answers: Sequence[Sequence[int]],
+    agreed: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> list[Choice]:
     """The next token of each row.
 
     Args:
         logits: [B, vocabulary].
         rows: what each was asked.
         answers: what each has answered so far; penalties count it.
+        agreed: what processes that answer together make of the tokens [B] that this one has drawn.
     """
-    tokens = drawn(penalised(logits, rows, answers), rows).tolist()
+    tokens = agreed(drawn(penalised(logits, rows, answers), rows)).tolist()
     if all(row.logprobs is None for row in rows):
         return [Choice(token) for token in tokens]
     return [

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -43,6 +43,7 @@ from llama_adapter.training.objective import objective_of
 from llama_adapter.training.owner import restarted
 from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
+from llama_adapter.training.processes import start_accelerator
 from llama_adapter.training.sharding import check_strategy, distribution, in_step, over_processes, place_of
 from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
@@ -135,22 +136,6 @@ def _train_together(
         with compiler_errors():
             run.loop()
         return run.finish()
-
-
-def start_accelerator() -> Accelerator:
-    """The processes and devices that `accelerate launch` or torchrun set up; one process without them."""
-    # accelerate takes processes on the CPU for strangers to each other unless it is told
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if not accelerator.is_main_process:
-        log.setLevel(logging.ERROR)
-    return accelerator
-
-
-def leave_processes() -> bool:
-    """End the process group, where there is one: nothing of this program trains any more. Whether this is the first."""
-    state = PartialState()
-    state.destroy_process_group()
-    return state.is_main_process
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -74,7 +74,7 @@ def check_strategy(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> No
 
 def _check_parts(config: TrainConfig, base: PretrainedConfig, name: str, switch: str) -> None:
     """What both ways to have a base in parts ask of a run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _processes() < 2:
         fsdp = "accelerate launch --use_fsdp --num_processes 2"
         launch = "torchrun --nproc_per_node 2" if config.tensor_parallel else fsdp
         raise TrainingError(
@@ -106,13 +106,19 @@ def _check_parts(config: TrainConfig, base: PretrainedConfig, name: str, switch:
         )
 
 
+def _processes() -> int:
+    """How many the launcher says there are; 1 where it says nothing that is a number, which accelerate reports."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    return int(said) if said.isdecimal() else 1
+
+
 def _check_heads(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> None:
     if any(config.adapter_config().has_parts for config in recipes):
         raise TrainingError(
             "tensor_parallel knows no norms, linear_scale, linear_bias and lora_rank: leave them out, or shard with "
             "accelerate launch --use_fsdp instead."
         )
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = _processes()
     if reason := why_not_by_head(empty_base(base), processes):
         raise TrainingError(
             f"This base cannot be cut head by head: {reason}. Launch another number of processes, or shard it with "
