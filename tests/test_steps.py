@@ -54,7 +54,7 @@ def stepped(monkeypatch):
     """(engine, rows) -> logits [B, STEPS, vocabulary] of each step."""
     seen = []
 
-    def choose(logits, rows, answers):
+    def choose(logits, rows, answers, agreed):
         seen.append(logits.clone())
         return [Choice(int(token)) for token in SCRIPT[: len(rows), len(seen) - 1]]
 

@@ -16,7 +16,7 @@ from test_cli import COMMANDS, Output
 from test_generate import write_adapter
 
 from llama_adapter import progress
-from llama_adapter.cli import build_parser, main, output
+from llama_adapter.cli import _interruptible, build_parser, main, output
 from llama_adapter.cli.options import name_adapters
 from llama_adapter.cli.recipe import recipe_from
 from llama_adapter.errors import ConfigError, ModelError
@@ -291,6 +291,24 @@ def test_closed_streams_are_no_traceback():
     assert subprocess.run(["sh", "-c", command], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_that_was_made_an_error_of_ours_is_ctrl_c():
+    def read(error):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            try:
+                raise error
+            except ImportError:
+                raise ModelError("the base cannot be read") from None
+
+    with pytest.raises(KeyboardInterrupt), _interruptible():
+        read(ImportError("numpy was interrupted"))
+    with pytest.raises(ModelError), _interruptible():
+        raise ModelError("the base cannot be read")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_while_packages_are_read_ends_with_130(adapter):
@@ -300,9 +318,10 @@ def test_ctrl_c_while_packages_are_read_ends_with_130(adapter):
         time.sleep(0.05)
     time.sleep(0.2 if maps.exists() else 1.5)
     done.send_signal(signal.SIGINT)
-    assert "Traceback" not in done.communicate(timeout=120)[1]
+    said = done.communicate(timeout=120)[1]
+    assert "Traceback" not in said
     # Where C code was interrupted, Python ends itself by the signal, which a shell shows as 130 too.
-    assert done.returncode in (130, -signal.SIGINT)
+    assert done.returncode in (130, -signal.SIGINT), said
 
 
 # numbers

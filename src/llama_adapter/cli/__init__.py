@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt also where packages that are being read make an ImportError of it."""
+    """Ctrl-C is a KeyboardInterrupt also where packages that are being read make an ImportError of it, or we an error."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -118,13 +118,20 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, note)
     try:
         yield
-    except ImportError:
-        if seen:
+    except (ImportError, LlamaAdapterError) as error:
+        if seen and _comes_of_reading(error):
             raise KeyboardInterrupt from None
         raise
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _comes_of_reading(error: BaseException | None) -> bool:
+    """Whether an interruption, or an import that failed, lies behind an error."""
+    while error is not None and not isinstance(error, ImportError | KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _check_words(words: Sequence[str]) -> None:

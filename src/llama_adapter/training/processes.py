@@ -1,6 +1,7 @@
 """The processes of a run, as a launcher set them up."""
 
 import logging
+import os
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,6 +16,7 @@ def start_accelerator() -> Accelerator:
     Raises:
         TrainingError: the environment speaks of processes that cannot find each other.
     """
+    _meet_after_a_restart()
     try:
         # accelerate takes processes on the CPU for strangers to each other unless it is told
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -26,6 +28,25 @@ def start_accelerator() -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("llama_adapter.training").setLevel(logging.ERROR)
     return accelerator
+
+
+def _meet_after_a_restart() -> None:
+    """Begin the process group where torchrun has replaced processes, on one machine.
+
+    Its store is the one from before, in which gloo finds addresses of processes that are gone and tries those. The
+    number of restarts keeps them apart; several machines may count differently (docs/formats.md says what to set).
+    """
+    said = os.environ.get
+    alone = said("WORLD_SIZE") == said("LOCAL_WORLD_SIZE") and said("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = said("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or not alone or torch.distributed.is_initialized():
+        return
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    torch.distributed.init_process_group(
+        store=torch.distributed.PrefixStore(f"restart {restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def leave_processes() -> bool:
