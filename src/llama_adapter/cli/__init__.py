@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt also where packages that are being read make an ImportError of it, or we our own."""
+    """Ctrl-C is a KeyboardInterrupt also where packages that are being read make an error of it, or we do."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
