@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from benchmarks import harness
+from benchmarks import harness, lengths
 from benchmarks.harness import BenchmarkError, Budget, Contender
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.core.model import add_adapter
@@ -95,8 +95,11 @@ def step(run: Run, examples: Sequence[Encoded]) -> None:
 def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Examples a second in all, by the number of experts."""
     data = prepare(settings(options), load_tokenizer("bundled"))
-    endless = itertools.cycle(data.train)
-    batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
+    if options.lengths == "alpaca":
+        batches = lengths.global_batches(options.turns, options.batch, len(load_tokenizer("bundled")))
+    else:
+        endless = itertools.cycle(data.train)
+        batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
     clock, contenders = Clock(), []
     for count in (1, *options.experts):
         name = ONE if count == 1 else f"{count} experts"
@@ -175,7 +178,8 @@ def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options
     tables = []
     if rows:
         title = (
-            f"A step of {options.batch} examples, micro-batches of {options.micro_batch}; {where}; median (quartiles)"
+            f"A step of {options.batch} examples ({options.lengths}), {options.micro_batch} a forward; {where}; "
+            "median (quartiles)"
         )
         body = [
             [row["name"], str(row["each"]), harness.with_range(row["examples_s"]),
@@ -202,6 +206,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 32], help="of the runs whose steps are timed")
+    parser.add_argument(
+        "--lengths", choices=["bundled", "alpaca"], default="bundled",
+        help="examples of the steps: the bundled instructions, which are short, or random tokens as long as Alpaca's",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=256, help="examples of a step, over all experts")
     parser.add_argument("--micro-batch", type=int, default=32, help="examples of a forward")
     parser.add_argument("--layers", type=int, default=8, help="adapted layers of the base's 8")
@@ -227,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [whole_runs(count, options, device) for count in options.whole]
     described = {key: value for key, value in vars(options).items() if key != "json"}
     content = {"machine": harness.machine(device), "options": described}
-    for section, found in (("steps", rows), ("whole runs", runs)):
+    for section, found in ((f"steps, {options.lengths}", rows), ("whole runs", runs)):
         if found:
             harness.write_section(options.json, section, {**content, "rows": found})
     print(show(rows, runs, options))
