@@ -334,7 +334,9 @@ def with_adapter(request):
 
 
 def test_an_adapter_that_is_not_there(fail, with_adapter, tmp_path):
-    assert f"{tmp_path / 'nowhere'} is not an adapter: it is no folder" in fail(*with_adapter, tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} is not an adapter: there is nothing of that name" in fail(
+        *with_adapter, tmp_path / "nowhere"
+    )
 
 
 def test_a_truncated_adapter(fail, with_adapter, adapter, tmp_path):
