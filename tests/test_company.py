@@ -74,7 +74,9 @@ def test_records_with_a_template_for_an_adapter_without_one_are_counted(base, tm
     raw = write_adapter(base, tmp_path / "raw", template="raw")
     asked = records(tmp_path / "asked.jsonl", ASKED[:2])
     main(["evaluate", "instructions", "--data", str(asked), "-a", str(raw), "--max-new-tokens", "1"])
-    assert any("2 of 2 records take a template, and the adapter 'raw' was trained on text" in s for s in said(caplog))
+    assert any(
+        "2 of 2 records take a template, and the adapter 'raw' was trained without one" in s for s in said(caplog)
+    )
 
 
 # another base
