@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FEW_STEPS = 50
 """A run of fewer steps is said to be short."""
+SMALL_BATCH = 8
+"""Nobody is told to take a smaller one."""
 SMALL_BASE_LR = 0.12
 """The rate of the bundled base's recipe."""
 
@@ -192,7 +194,8 @@ def _check(
             "all examples are longer than %d tokens and lose their end, so that none shows where an answer ends: raise "
             "--max-length", max_length,
         )  # fmt: skip
-    if config.max_steps is None and (steps := config.total_steps(data.steps_per_epoch(config))) < FEW_STEPS:
+    small = config.max_steps is not None or config.batch_size <= SMALL_BATCH
+    if not small and (steps := config.total_steps(data.steps_per_epoch(config))) < FEW_STEPS:
         log.warning(
             "%d steps (%d examples, %d a step, %g epochs) are few for gates that start at zero: 'llama-adapter "
             "quickstart' chooses sizes for your data, or lower --batch-size and raise --epochs",

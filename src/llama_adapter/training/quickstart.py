@@ -159,7 +159,13 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
         batch //= 2
     sizes["batch_size"] = batch
     steps = steps_per_epoch(train, batch)
-    reasons["batch_size"] = "the paper's" if batch == 64 else f"an epoch has {steps} steps" + " only" * (steps < 30)
+    reasons["batch_size"] = (
+        "the paper's"
+        if batch == 64
+        else f"{steps} steps an epoch"
+        if steps >= 30
+        else f"the smallest that we take; steps an epoch: {steps}"
+    )
     sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     sizes["epochs"] = min(20, max(5, math.ceil(300 / steps)))
     why = "some 300 steps are a start" if sizes["epochs"] < 20 else "more would learn so few records by heart"
