@@ -249,7 +249,7 @@ def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
         ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "must end with a user message"),
         ({"messages": [{"role": "user", "content": None}]}, "'messages.0.content': "),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "'messages.0.content.0.type': "),
-        ({"messages": [{"role": "user", "content": [], "list[a]": 1}]}, "'messages.0.list[a]' is not supported"),
+        ({"messages": [{"role": "user", "content": "a", "list[a]": 1}]}, "'messages.0.list[a]' is not supported"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 65}, "at most 64"),
