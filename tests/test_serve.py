@@ -536,7 +536,8 @@ def test_tokens_are_reported_by_their_bytes(client):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_text_offset_is_where_the_text_has_the_token(client, seed):
-    ask = {"model": "base", "prompt": ["sun", "moon"], "temperature": 1.9, "max_tokens": 48, "seed": seed, "logprobs": 0}
+    ask = {"model": "base", "prompt": ["sun", "moon"], "temperature": 1.9, "max_tokens": 48, "seed": seed}
+    ask["logprobs"] = 0
     for choice in client.completions.create(**ask).choices:
         found, text = choice.logprobs, choice.text
         assert len(found.text_offset) == len(found.tokens)
@@ -559,7 +560,9 @@ def test_a_text_offset_is_that_of_the_text_behind_the_prompts_last_tokens():
     assert written.starts == [0, 1, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/v1/models", 200), ("/x", 404), ("/v1/responses", 405)])
+@pytest.mark.parametrize(
+    ("path", "status"), [("/health", 200), ("/v1/models", 200), ("/x", 404), ("/v1/responses", 405)]
+)
 def test_a_head_is_that_of_get(server, path, status):
     with socket.create_connection((server.http.base_url.host, server.http.base_url.port), timeout=20) as line:
         lines = [f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n" for method in ("HEAD", "GET")]

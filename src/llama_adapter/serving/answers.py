@@ -173,7 +173,8 @@ class Answerer:
     def _rows(self, prompts: list[Prompt], key: str | None, config: GenerateConfig, choices: int) -> list[Row]:
         if key is None and any(prompt.media for prompt in prompts):
             raise AdapterError(
-                "The bare base cannot look at files: leave them out, or ask an adapter that was trained with --condition."
+                "The bare base cannot look at files: leave them out, or ask an adapter that was trained with "
+                "--condition."
             )
         asked = [prompt for prompt in prompts for _ in range(choices)]
         return self.session.rows(asked, [key] * len(asked), config)

@@ -83,9 +83,7 @@ def completion_reply(request: CompletionRequest, answering: Answering, say: Say)
         {
             "index": i,
             "text": answering.echoes[i] + written.text,
-            "logprobs": None
-            if request.top is None
-            else completion_logprobs(answering.choices[i], written.starts, say),
+            "logprobs": None if request.top is None else completion_logprobs(answering.choices[i], written.starts, say),
             "finish_reason": written.reason,
         }
         for i, written in enumerate(answering.writers)

@@ -105,7 +105,7 @@ class Written:
         before = len(self.text) + len(self._held) - len(self._known)
         for place in range(first, len(self._ids)):
             text = self._known if place == first else self.decode(self._ids[self._from : place])
-            self.starts.append(before + len(commonprefix([text, whole])))
+            self.starts.append(before + len(commonprefix([text, whole])))  # noqa: RUF071 - of characters
 
     def _last_character(self) -> tuple[int, str] | None:
         """Where the fewest last tokens that are whole characters begin, and their text; None where there are none.
