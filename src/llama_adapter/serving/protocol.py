@@ -345,7 +345,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
     """(message, parameter) of pydantic's or FastAPI's list of errors.
 
-    Where a value may be of several kinds, each kind says what it misses: the deepest fault is of the one that was meant.
+    Where a value may be of several kinds, each kind says what it misses: the deepest fault is that of the one meant.
     """
     found = max(errors, key=lambda error: len(error.get("loc", ())))
     *where, last = [part for part in found.get("loc", ()) if part != "body"] or [""]
