@@ -723,6 +723,13 @@ def test_chat_without_adapter_talks_to_the_bare_base(chat, asked, base):
     assert "adapter: none" in err
 
 
+def test_chat_shows_the_bare_base_no_picture(chat, asked, adapter, monkeypatch):
+    monkeypatch.setattr("llama_adapter.cli.options.existing", lambda files, *_: tuple(files))
+    _, err = chat(["/image red.png", "/adapter none", "sun", "/image", "sun"], "-a", adapter)
+    assert "The bare base cannot look at files. /image takes the picture away." in err
+    assert [entry[0] for entry in asked[::2]] == [None]
+
+
 # main itself
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import queue
 import random
+import re
 import socket
 import threading
 import time
@@ -243,7 +244,12 @@ def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
         ({"model": "poet"}, "no model 'poet'"),
         ({"model": "../expert-0"}, "no model"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "a user's must come first"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must end with a user message"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "must end with a user message"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "must end with a user message"),
+        ({"messages": [{"role": "user", "content": None}]}, "'messages.0.content': "),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "'messages.0.content.0.type': "),
+        ({"messages": [{"role": "user", "content": "a", "list[a]": 1}]}, "'messages.0.list[a]' is not supported"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 65}, "at most 64"),
@@ -279,15 +285,19 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(server, change, says):
 def test_nothing_is_fetched(server, url):
     part = {"type": "image_url", "image_url": {"url": url}}
     body = {"model": "expert-0", "messages": [{"role": "user", "content": [part]}]}
-    assert server.http.post("/v1/chat/completions", json=body).status_code == 400
-
-
-def test_a_text_adapter_does_not_look_at_pictures(server):
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
-    body = {"model": "expert-0", "messages": [{"role": "user", "content": [part]}]}
     reply = server.http.post("/v1/chat/completions", json=body)
     assert reply.status_code == 400
-    assert "trained on text alone" in reply.json()["error"]["message"]
+    assert "data: URI" in reply.json()["error"]["message"] or "base64" in reply.json()["error"]["message"]
+    assert reply.json()["error"]["param"] == "messages.0.content.0"
+
+
+@pytest.mark.parametrize(("name", "says"), [("expert-0", "trained on text alone"), ("base", "cannot look at files")])
+def test_who_is_blind_does_not_look_at_pictures(server, name, says):
+    part = {"type": "image_url", "image_url": {"url": "DATA:image/png;Base64,aGVsbG8="}}
+    body = {"model": name, "messages": [{"role": "user", "content": [part]}]}
+    reply = server.http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert says in reply.json()["error"]["message"]
 
 
 def test_bodies_that_are_no_json_or_too_large(base):
@@ -522,6 +532,46 @@ def test_tokens_are_reported_by_their_bytes(client):
     found = client.completions.create(model="base", prompt="sun", logprobs=20, **ask).choices[0].logprobs
     assert all(len(top) == 20 for top in found.top_logprobs)  # no two look alike
     assert found.text_offset == sorted(found.text_offset)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_offset_is_where_the_text_has_the_token(client, seed):
+    ask = {"model": "base", "prompt": ["sun", "moon"], "temperature": 1.9, "max_tokens": 48, "seed": seed}
+    ask["logprobs"] = 0
+    for choice in client.completions.create(**ask).choices:
+        found, text = choice.logprobs, choice.text
+        assert len(found.text_offset) == len(found.tokens)
+        for token, at in zip(found.tokens, found.text_offset, strict=True):
+            half = token.startswith("bytes:")  # and special tokens are not part of the text
+            assert half or token in ("<s>", "<pad>", "</s>") or text.startswith(token, at)
+        torn = [at for token, at in zip(found.tokens, found.text_offset, strict=True) if token.startswith("bytes:")]
+        assert sum(text[at] == "\N{REPLACEMENT CHARACTER}" for at in torn) > 5
+        parts = [part.choices[0] for part in client.completions.create(**ask, stream=True)]
+        mine = [part.logprobs for part in parts if part.index == choice.index and part.logprobs]
+        assert [at for part in mine for at in part.text_offset] == found.text_offset
+        assert [token for part in mine for token in part.tokens] == found.tokens
+
+
+def test_a_text_offset_is_that_of_the_text_behind_the_prompts_last_tokens():
+    written = Written(Letters(), strip=False, before=(97, 98, 99, 100, 101), stops=("xz",))
+    for token in (32, 200, 201, 120, 121, 200, 65, 200):
+        written.add(Choice(token))
+    assert written.finish() == " éxy\N{REPLACEMENT CHARACTER}A\N{REPLACEMENT CHARACTER}"
+    assert written.starts == [0, 1, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/health", 200), ("/v1/models", 200), ("/x", 404), ("/v1/responses", 405)]
+)
+def test_a_head_is_that_of_get(server, path, status):
+    with socket.create_connection((server.http.base_url.host, server.http.base_url.port), timeout=20) as line:
+        lines = [f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n" for method in ("HEAD", "GET")]
+        line.sendall((lines[0] + "\r\n" + lines[1] + "Connection: close\r\n\r\n").encode())
+        head, got = b"".join(iter(lambda: line.recv(65536), b"")).split(b"HTTP/1.1 ")[1:]
+    assert head.startswith(str(status).encode())
+    assert head.endswith(b"\r\n\r\n")
+    lengths = [re.search(rb"content-length: (\d+)", reply)[1] for reply in (head, got)]
+    assert lengths[0] == lengths[1]
 
 
 def test_a_broken_link_in_the_directory_breaks_nothing_else(base, tmp_path):

@@ -117,6 +117,16 @@ def test_a_chat_is_written_with_the_adapters_template_and_streams(server, client
     assert all(part.usage is None for part in quiet)
 
 
+def test_a_developer_speaks_as_the_system(client):
+    def ask(role):
+        messages = [{"role": role, "content": "Be brief."}, *HELLO]
+        return client.chat.completions.create(model="n1", messages=messages, temperature=0, max_tokens=12)
+
+    one, two = ask("developer"), ask("system")
+    assert one.choices[0].message.content == two.choices[0].message.content
+    assert one.usage == two.usage
+
+
 def test_completions_go_on_with_the_text_as_it_is(server, client):
     options = {"model": "n1", "temperature": 0, "max_tokens": 8}
     reply = client.completions.create(prompt=["moon", "sun "], logprobs=2, **options)
@@ -150,8 +160,10 @@ def test_a_prompt_may_be_tokens_and_be_echoed(server, client):
     assert [choice.text for choice in client.completions.create(prompt=[one, two], **options).choices] == texts
     echoed = client.completions.create(prompt=["moon", "sun "], echo=True, **options)
     assert [choice.text for choice in echoed.choices] == ["moon" + texts[0], "sun " + texts[1]]
-    echoed = client.completions.create(prompt=one, echo=True, n=2, extra_body={"seed": 1}, **options)
-    assert [choice.text for choice in echoed.choices] == ["<s>moon" + texts[0]] * 2
+    echoed = client.completions.create(prompt=one, echo=True, **options)
+    assert [choice.text for choice in echoed.choices] == ["<s>moon" + texts[0]]
+    drawn = client.completions.create(prompt=one, echo=True, n=2, seed=1, **{**options, "temperature": 1})
+    assert [choice.text.startswith("<s>moon") for choice in drawn.choices] == [True, True]
     parts = client.completions.create(prompt="moon", echo=True, stream=True, **options)
     assert "".join(part.choices[0].text for part in parts if part.choices) == "moon" + texts[0]
     for prompt in ([10**6], [-1], [[1, 2], []], [1, "a"]):
@@ -300,6 +312,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVs
         ({"model": ".."}, 404),
         ({"messages": "Hi"}, 400),
         ({"messages": [{"content": "Hi"}]}, 400),
+        ({"messages": [{"role": "system", "content": "Hi"}]}, 400),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "Hi"}]}, 400),
+        ({"messages": [{"role": "assistant", "content": "Hi"}, *HELLO]}, 400),
         ({"messages": [{"role": "user", "content": [PICTURE]}]}, 400),
         ({"messages": [{"role": "user", "content": "sun " * 2000}]}, 400),
         ({"max_tokens": -1}, 400),

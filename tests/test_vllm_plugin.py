@@ -1,6 +1,7 @@
 """What of the vLLM plugin runs without vLLM: the operator, folders, salts, the command line. The rest: vllm_plugin/."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
 from tiny import adapted, tiny_llama
 
 from llama_adapter import AdapterConfig, add_adapter, save_adapter
@@ -18,7 +20,7 @@ from llama_adapter.data.formats import Message
 from llama_adapter.data.templates import render_prompt
 from llama_adapter.errors import AdapterError, ConfigError, MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.serving.vllm_plugin import gated, launch, register
-from llama_adapter.serving.vllm_plugin.chat import alpaca_template
+from llama_adapter.serving.vllm_plugin.chat import as_jinja
 from llama_adapter.serving.vllm_plugin.folders import folder_digest, is_ours, rank_of
 from llama_adapter.serving.vllm_plugin.salts import Salts
 
@@ -257,11 +259,14 @@ class TestCommand:
         for name, template in (("plain", "alpaca"), ("long", "chat"), ("lora", "raw")):
             path = experts / name / "adapter_config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "template": template}))
-        line = launch.command(str(base), {"a": str(experts / "plain"), "b": str(experts / "lora")})
+        line = launch.command(str(base), {"a": str(experts / "plain")})
         assert "### Response:" in self.value(line, "--chat-template")
+        line = launch.command(str(base), {"a": str(experts / "lora")})
+        assert "as it is: one message" in self.value(line, "--chat-template")
         assert "--chat-template" not in launch.command(str(base), {"a": str(experts / "long")})
-        with pytest.raises(ConfigError, match="vLLM has one for a whole server"):
-            launch.command(str(base), {"a": str(experts / "plain"), "b": str(experts / "long")})
+        for one, two in itertools.combinations(("plain", "long", "lora"), 2):
+            with pytest.raises(ConfigError, match="vLLM has one for a whole server"):
+                launch.command(str(base), {"a": str(experts / one), "b": str(experts / two)})
 
     def test_more_prompts_than_vllm_has_room_for(self, tmp_path):
         model = tiny_llama()
@@ -280,17 +285,44 @@ class TestCommand:
         "u:One u:two a:three</s> u:'four' {{ 5 }}",
     ],
 )
-def test_the_alpaca_template_is_that_of_training(base, chat):
-    tokenizer, roles = load_tokenizer(str(base)), {"u": "user", "a": "assistant", "s": "system"}
-    messages = [Message(roles[part[0]], part[2:]) for part in re.split(" (?=[uas]:)", chat)]
-    text = tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in messages],
-        chat_template=alpaca_template(tokenizer),
-        tokenize=False,
+def test_our_templates_are_those_of_training(base, chat):
+    tokenizer = load_tokenizer(str(base))
+    for kind in ("alpaca", "raw")[: 1 + (chat == "u:Hi")]:
+        text = in_jinja(kind, tokenizer, chat)
+        messages = [Message(message["role"], message["content"]) for message in read_chat(chat)]
+        wanted = render_prompt(messages, "alpaca", tokenizer, raw=kind == "raw").text
+        assert text == "<s>" + wanted
+        assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer(wanted).input_ids
+    if chat.startswith("s:"):
+        assert text == in_jinja("alpaca", tokenizer, f"d{chat[1:]}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "chat", "says"),
+    [
+        ("alpaca", "s:Be brief.", "must end with a user message"),
+        ("alpaca", "u:Hi a:Hello.", "must end with a user message"),
+        ("alpaca", "u:Hi a:Hello. a:Bye. u:Bye", "by turns"),
+        ("alpaca", "a:Hello. u:Hi", "by turns"),
+        ("alpaca", "u:Hi s:Be brief. u:Bye", "by turns"),
+        ("raw", "s:Be brief. u:Hi", "one message"),
+    ],
+)
+def test_chats_that_training_could_not_write_are_refused(base, kind, chat, says):
+    with pytest.raises(TemplateError, match=says):
+        in_jinja(kind, load_tokenizer(str(base)), chat)
+
+
+def read_chat(chat):
+    roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer"}
+    return [{"role": roles[part[0]], "content": part[2:]} for part in re.split(" (?=[uasd]:)", chat)]
+
+
+def in_jinja(kind, tokenizer, chat):
+    template = as_jinja(kind, tokenizer)
+    return tokenizer.apply_chat_template(
+        read_chat(chat), chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    wanted = render_prompt(messages, "alpaca", tokenizer).text
-    assert text == "<s>" + wanted
-    assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer(wanted).input_ids
 
 
 def test_the_package_needs_no_vllm_until_it_registers():

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from llama_adapter.cli import options
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         max_rows=args.max_rows, max_adapters=args.max_adapters,
         max_waiting=args.max_waiting, max_tokens=args.max_tokens, deadline=args.deadline,
         api_keys=_keys(args.api_key_file, "LLAMA_ADAPTER_API_KEY"),
-        admin_key=next(iter(_keys(args.admin_key_file, "LLAMA_ADAPTER_ADMIN_KEY")), None),
+        admin_key=_admin_key(args.admin_key_file),
     )  # fmt: skip
     if config.adapter_dir is not None and not os.path.isdir(config.adapter_dir):
         raise ConfigError(f"--adapter-dir {config.adapter_dir} is no folder: give one whose subfolders are adapters.")
@@ -75,8 +76,9 @@ def run(args: argparse.Namespace) -> None:
 
     with bind(config) as listening:  # before the base is read: a port in use is said at once
         planned = options.plan(args)
-        session = options.load(planned, args)
         base = args.served_model_name or planned.model
+        _check_base_name(base, adapters, config.adapter_dir)
+        session = options.load(planned, args)
         serve(session, config, listening, base, adapters, lambda url: print(f"listening on {url}", file=sys.stderr))
 
 
@@ -118,6 +120,27 @@ def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
     keys = {"VLLM_API_KEY": config.api_keys[0]} if config.api_keys else {}
     sys.stderr.flush()
     os.execve(line[0], line, {**os.environ, **environment(args.adapter_dir), **keys})
+
+
+def _check_base_name(base: str, adapters: Mapping[str, str], directory: str | None) -> None:
+    """Check that no adapter is called as the base, which requests could not tell apart.
+
+    Raises:
+        ConfigError: one is.
+    """
+    beside = directory is not None and os.path.isfile(os.path.join(directory, base, "adapter_config.json"))
+    if base in adapters or (beside and os.path.basename(base) == base):
+        raise ConfigError(
+            f"Both an adapter and the bare base are called '{base}': rename the adapter, or name the base with "
+            "--served-model-name."
+        )
+
+
+def _admin_key(file: str | None) -> str | None:
+    keys = _keys(file, "LLAMA_ADAPTER_ADMIN_KEY")
+    if len(keys) > 1:
+        raise ConfigError(f"Admin key file {file} has {len(keys)} keys, and one opens administration: leave one.")
+    return keys[0] if keys else None
 
 
 def _keys(file: str | None, variable: str) -> tuple[str, ...]:

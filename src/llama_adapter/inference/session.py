@@ -141,10 +141,10 @@ class Session:
         rows: dict[int, Row] = {}
         for name in dict.fromkeys(names):
             template, mine = self.writer.template(name), [i for i, other in enumerate(names) if other == name]
+            asked = [self.writer.prompt(prompts[i], name) for i in mine]
             stops = frozenset(_stop_tokens(self.model, self.tokenizer, template, prompts[mine[0]]))
             condition = self.condition(name, [prompts[i].media for i in mine])
-            for place, i in enumerate(mine):
-                tokens = self.writer.prompt(prompts[i], name)
+            for place, (i, tokens) in enumerate(zip(mine, asked, strict=True)):
                 rows[i] = Row(
                     tokens=tokens,
                     adapter=name,

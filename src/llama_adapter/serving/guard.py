@@ -55,6 +55,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        if scope["method"] == "HEAD":  # GET's head; uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def reply(message: Any) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +17,8 @@ Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(max_length=4_000_000)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=4_000_000)]
 Several = Field(min_length=1, max_length=64)
+KIND = re.compile(r"constrained-\w+|list\[.*\]")
+"""What pydantic calls the kinds of a value that may be of several."""
 Nothing = Annotated[list[Any] | dict[str, Any] | None, Field(max_length=0)]
 """A field of something that is not supported, and may be there as long as it is empty."""
 
@@ -65,7 +68,7 @@ class Url(Strict):
             ValueError: it is no `data:` URI in base64.
         """
         head, comma, body = self.url.partition(",")
-        if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        if not comma or not re.fullmatch("(?is)data:.*;base64", head):
             raise ValueError("it must be a data: URI in base64; nothing is fetched from elsewhere")
         return decoded(body)
 
@@ -340,16 +343,24 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 
 def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
-    """(message, parameter) of pydantic's or FastAPI's list of errors."""
-    found = errors[0]
-    where = [str(part) for part in found.get("loc", ()) if part != "body"]
-    param = ".".join(where)
-    if found.get("type") == "json_invalid":
-        reason = str(found.get("ctx", {}).get("error", ""))[:100]
+    """(message, parameter) of pydantic's or FastAPI's list of errors.
+
+    Where a value may be of several kinds, each kind says what it misses: the deepest fault is that of the one meant.
+    """
+    first = errors[0]
+    where = [part for part in first.get("loc", ()) if part != "body"]
+    if first.get("type") == "json_invalid":
+        reason = str(first.get("ctx", {}).get("error", ""))[:100]
         return f"The body is no JSON at character {where[0] if where else 0} ({reason}): send one object.", ""
-    no_object = found.get("type") in ("model_attributes_type", "missing") or isinstance(found.get("input"), bytes)
+    no_object = first.get("type") in ("model_attributes_type", "missing") or isinstance(first.get("input"), bytes)
     if no_object and not where:
         return "The body must be one JSON object, sent with 'Content-Type: application/json'.", ""
+    found = max(errors, key=lambda error: len(error.get("loc", ())))
+    *where, last = [part for part in found.get("loc", ()) if part != "body"] or [""]
+    kinds = [part for part in (*where, last) if isinstance(part, str) and KIND.fullmatch(part)]
+    if found.get("type") == "extra_forbidden":  # a name of the client's own, whatever it looks like
+        kinds = [part for part in kinds if part is not last]
+    param = ".".join(str(part) for part in (*where, last) if part not in kinds)
     if found.get("type") == "extra_forbidden":
         return f"'{param[:200]}' is not supported here: leave it out.", param
     message = str(found.get("msg", "is wrong")).removeprefix("Value error, ")

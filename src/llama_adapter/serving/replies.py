@@ -45,15 +45,13 @@ def chat_logprobs(choices: Sequence[Choice], say: Say) -> Event:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(choices: Sequence[Choice], say: Say, offset: int = 0) -> Event:
-    """`logprobs` of a completion's choice; `offset` is where its text begins."""
-    said = [say(c.token) for c in choices]
-    offsets = [offset + len(b"".join(said[:i]).decode("utf-8", "ignore")) for i in range(len(said))]
+def completion_logprobs(choices: Sequence[Choice], starts: Sequence[int], say: Say) -> Event:
+    """`logprobs` of a completion's choice; `starts` is where in its text each token's begins."""
     return {
-        "tokens": [_legible(token) for token in said],
+        "tokens": [_legible(say(c.token)) for c in choices],
         "token_logprobs": [max(c.logprob, -9999.0) for c in choices],
         "top_logprobs": [{_legible(say(token)): max(value, -9999.0) for token, value in c.top} for c in choices],
-        "text_offset": offsets,
+        "text_offset": list(starts),
     }
 
 
@@ -85,7 +83,7 @@ def completion_reply(request: CompletionRequest, answering: Answering, say: Say)
         {
             "index": i,
             "text": answering.echoes[i] + written.text,
-            "logprobs": None if request.top is None else completion_logprobs(answering.choices[i], say),
+            "logprobs": None if request.top is None else completion_logprobs(answering.choices[i], written.starts, say),
             "finish_reason": written.reason,
         }
         for i, written in enumerate(answering.writers)
@@ -121,7 +119,7 @@ async def completion_events(request: CompletionRequest, answering: Answering, sa
     """A completion's answer as it comes."""
     head, tail = _head("text_completion", "cmpl", answering), _usage_field(request, None)
     waiting: dict[int, list[Choice]] = {}
-    offsets = [0] * len(answering.rows)
+    reported = [0] * len(answering.rows)
 
     def chunk(number: int, text: str, logprobs: Event | None = None, reason: str | None = None) -> str:
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -134,9 +132,10 @@ async def completion_events(request: CompletionRequest, answering: Answering, sa
         choices = _collected(waiting, piece)
         if not (piece.text or piece.ended):
             continue
-        logprobs = None if request.top is None else completion_logprobs(choices, say, offsets[piece.number])
-        waiting[piece.number] = []
-        offsets[piece.number] += len(piece.text)
+        first, last = reported[piece.number], reported[piece.number] + len(choices)
+        starts = answering.writers[piece.number].starts[first:last]
+        logprobs = None if request.top is None else completion_logprobs(choices, starts, say)
+        waiting[piece.number], reported[piece.number] = [], last
         reason = answering.writers[piece.number].reason if piece.ended else None
         yield chunk(piece.number, piece.text, logprobs, reason)
     if _wants_usage(request):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os.path import commonprefix
 from typing import Any
 
 from llama_adapter.inference.choice import Choice
@@ -27,6 +28,8 @@ class Written:
             tokenizers leave out the blank that it begins with.
         text: what has been written so far; it never changes but at its end.
         tokens: how many were written, an end token among them.
+        starts: where in the text each token begins, in characters, for tokens whose text is known; part of a character
+            begins where the whole one does.
         reason: "stop" where it ended by itself, "length" until then.
     """
 
@@ -38,13 +41,16 @@ class Written:
     text: str = ""
     tokens: int = 0
     reason: str = "length"
+    starts: list[int] = field(default_factory=list)
     _ids: list[int] = field(init=False)
+    _joins: int = field(init=False)
     _from: int = 0
     _known: str = ""
     _held: str = ""
 
     def __post_init__(self) -> None:
         self._ids = list(self.before[-LONGEST_CHARACTER:])
+        self._joins = len(self._ids)
         self._from, self._known = self._last_character() or (len(self._ids), "")
 
     def add(self, choice: Choice) -> bool:
@@ -87,9 +93,19 @@ class Written:
         if whole.endswith(INCOMPLETE) and not last:
             return ""
         new = whole[len(self._known) :]
+        if new or last:
+            self._find_starts(whole)
         if new:
             self._from, self._known = self._last_character() or (len(self._ids) - 1, self.decode(self._ids[-1:]))
         return new
+
+    def _find_starts(self, whole: str) -> None:
+        """Note where the tokens begin that `whole`, the text from `_from` on, was waiting for."""
+        first = self._joins + len(self.starts)
+        before = len(self.text) + len(self._held) - len(self._known)
+        for place in range(first, len(self._ids)):
+            text = self._known if place == first else self.decode(self._ids[self._from : place])
+            self.starts.append(before + len(commonprefix([text, whole])))  # noqa: RUF071 - of characters
 
     def _last_character(self) -> tuple[int, str] | None:
         """Where the fewest last tokens that are whole characters begin, and their text; None where there are none.
