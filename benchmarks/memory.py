@@ -1,7 +1,7 @@
 """What a process holds: the parts of its memory, read from Linux, and random bases on disk that are worth measuring.
 
-Pages of a file that is mapped are resident, and yet nobody's: they are shared, and given back whenever memory is short. So
-the private part is told apart, which is what has to be there.
+Pages of a file that is mapped are resident, and yet nobody's: they are shared, and given back whenever memory is short.
+So the private part is told apart, which is what has to be there.
 """
 
 import re
@@ -25,12 +25,14 @@ BETWEEN = 0.002
 def held() -> dict[str, float]:
     """MB of this process now: private, and pages of files."""
     status = Path("/proc/self/status").read_text()
-    return {name: int(re.findall(rf"^{key}:\s+(\d+) kB$", status, re.MULTILINE)[0]) / 1024 for name, key in PARTS.items()}
+    return {
+        name: int(re.findall(rf"^{key}:\s+(\d+) kB$", status, re.MULTILINE)[0]) / 1024 for name, key in PARTS.items()
+    }
 
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """MB that this process holds at most within the block, filled in at its end: private, mapped, and both at a time."""
+    """MB that this process holds at most within the block, filled in as it goes: private, mapped, and both together."""
     found: dict[str, float] = {}
     ended = threading.Event()
 

@@ -4,8 +4,8 @@
     python -m benchmarks.sharding --shape 7b
 
 Memory: a random base is written to a temporary folder in bf16, and `llama-adapter`'s own training runs on it for some
-steps in fp32, on the CPU, with `recipes/fsdp.yaml`; one process has the base whole. Each process tells what it holds at most
-while it loads and while it trains.
+steps in fp32, on the CPU, launched with `recipes/fsdp.yaml`; one process has the base whole. Each process tells what it
+holds at most while it loads and while it trains.
 
 Steps: a base on one device, whole and sharded over this one process, in turns. Training itself refuses one process, as
 there is nobody to share with: this measures what bringing layers together costs where they need not travel.
@@ -194,10 +194,11 @@ def held_by_processes(options: argparse.Namespace) -> dict[str, Any]:
 def show_memory(found: dict[str, Any], options: argparse.Namespace) -> str:
     """The table."""
     title = (
-        f"MB of the process that holds most; a base of {found['parameters'] / 1e6:.0f}M parameters, bf16 on disk, fp32 in "
-        f"memory; {options.steps} steps, {harness.cpu_name()}"
+        f"MB of the process that holds most; a base of {found['parameters'] / 1e6:.0f}M parameters, bf16 on disk, "
+        f"fp32 in memory; {options.steps} steps, {harness.cpu_name()}"
     )
-    head = ["processes", "its weights", "before loading", "at most while loading", "at most in training", "with mapped files"]
+    most = ["at most while loading", "at most in training", "with mapped files"]
+    head = ["processes", "its weights", "before loading", *most]
     body = [
         [str(row["processes"]), *(f"{value:,.0f}" for value in (
             row["weights"], row["before"]["private"], row["loading"]["private"], row["training"]["private"],
@@ -213,7 +214,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="examples of an optimiser step")
     parser.add_argument("--micro-batch", type=int, default=16, help="examples of a forward")
     parser.add_argument(
-        "--memory", type=int, nargs="+", metavar="N", help="measure the memory of 1, or of N processes, on the CPU instead"
+        "--memory",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="measure the memory of 1, or of N processes, on the CPU instead",
     )
     parser.add_argument("--steps", type=int, default=3, help="of the runs whose memory is measured")
     parser.add_argument("--watched", type=Path, help=argparse.SUPPRESS)

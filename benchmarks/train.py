@@ -141,9 +141,7 @@ def flat(gradients: Gradients) -> tuple[Tensor, Tensor]:
     return torch.cat([prompt.flatten() for prompt, _ in gradients]), torch.cat([gate for _, gate in gradients])
 
 
-def refuse_differences(
-    found: dict[str, dict[str, float]], dtype: torch.dtype, reference: str = OURS_PADDED
-) -> None:
+def refuse_differences(found: dict[str, dict[str, float]], dtype: torch.dtype, reference: str = OURS_PADDED) -> None:
     """Stop where rows do not compute what the reference does.
 
     Raises:
