@@ -56,8 +56,8 @@ SHAPES = {
     "250m": Shape(1024, 2816, 20, 16, 3072, 18),
     "7b": Shape(4096, 11008, 32, 32, 32000, 30),
 }
-"""`smoke` is for tests; `250m` is 1 GB in fp32, with the bundled tokenizer's vocabulary, so that embedding and head are as
-small a share of it as LLaMA-7B's; `7b` is LLaMA-7B's shape with the paper's adapter."""
+"""`smoke` is for tests; `250m` is 1 GB in fp32, with the bundled tokenizer's vocabulary, so that embedding and head are
+as small a share of it as LLaMA-7B's; `7b` is LLaMA-7B's shape with the paper's adapter."""
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
