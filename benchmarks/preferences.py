@@ -50,7 +50,8 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     train(TrainConfig(
         method="dpo", model=str(folder / "base"), data=(str(folder / "pairs.jsonl"),), val_size=0,
         output_dir=str(folder / "run"), max_steps=options.steps, batch_size=options.pairs,
-        micro_batch_size=options.pairs, precision="fp32", trackers=("none",), adapter_layers=shapes.SHAPES[options.shape].adapter_layers,
+        micro_batch_size=options.pairs, precision="fp32", trackers=("none",),
+        adapter_layers=shapes.SHAPES[options.shape].adapter_layers,
         gradient_checkpointing=options.gradient_checkpointing,
     ))  # fmt: skip
 
