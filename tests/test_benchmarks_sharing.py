@@ -16,7 +16,7 @@ from benchmarks.harness import BenchmarkError, Setting  # noqa: E402
 from benchmarks.lengths import draw  # noqa: E402
 
 CPU = torch.device("cpu")
-SMOKE = ["--shape", "smoke", "--device", "cpu", "--turns", "2", "--warmup", "1"]
+SMOKE = ["--shape", "smoke", "--device", "cpu", "--turns", "1", "--warmup", "0"]
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux")
 
 
@@ -25,7 +25,7 @@ class TestSharding:
         sharding.main([*SMOKE, "--batch-size", "4", "--micro-batch", "2", "--json", str(tmp_path / "x.json")])
         found = json.loads((tmp_path / "x.json").read_text())["sharding"]
         assert [row["name"] for row in found["rows"]] == [sharding.WHOLE, sharding.SHARDED]
-        assert all(len(row["seconds"]) == 2 for row in found["rows"])
+        assert all(len(row["seconds"]) == 1 for row in found["rows"])
         assert max(found["parity"].values()) < 1e-5
         assert not torch.distributed.is_initialized()
         assert "| sharded, one process | " in capsys.readouterr().out
@@ -65,14 +65,14 @@ class TestSharding:
 
 
 class TestMany:
-    OPTIONS = (*SMOKE, "--batch", "8", "--micro-batch", "4", "--experts", "2", "4")
+    OPTIONS = (*SMOKE, "--batch", "8", "--micro-batch", "4", "--experts", "2")
 
     def test_steps_together_and_one_after_the_other(self, tmp_path, capsys):
         many.main([*self.OPTIONS, "--json", str(tmp_path / "x.json")])
         rows = json.loads((tmp_path / "x.json").read_text())["steps, alpaca"]["rows"]
-        names = ["1 expert", "2 experts", "2 single steps", "4 experts", "4 single steps"]
-        assert [(row["name"], row["each"]) for row in rows] == list(zip(names, (8, 4, 4, 2, 2), strict=True))
-        assert [row["against_single_steps"] and row["against_single_steps"]["n"] for row in rows] == [None, 2, 2, 2, 2]
+        names = ["1 expert", "2 experts", "2 single steps"]
+        assert [(row["name"], row["each"]) for row in rows] == list(zip(names, (8, 4, 4), strict=True))
+        assert [row["against_single_steps"] and row["against_single_steps"]["n"] for row in rows] == [None, 1, 1]
         assert rows[2]["against_single_steps"]["median"] == 1
         assert "against single steps" in capsys.readouterr().out
 
