@@ -29,7 +29,7 @@ SUITES = {
         ["adapters", *CPU, "--turns=20", "--budget=60", "--new-tokens=32"],
     ],
     "gpu": [
-        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=185", "--fp8", "--compile"],
+        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=170", "--fp8", "--compile"],
         [
             "decode",
             *GPU,
@@ -45,7 +45,7 @@ SUITES = {
         ["adapters", *GPU, "--turns=10", "--warmup=1", "--budget=40", "--new-tokens=32"],
         ["profile", *GPU, "--turns=5", "--warmup=1", "--budget=25"],
         ["sharding", *GPU, "--turns=10", "--warmup=1", "--budget=15"],
-        ["many", *GPU, "--turns=10", "--warmup=1", "--budget=30", "--batch=128"],
+        ["many", *GPU, "--turns=10", "--warmup=1", "--budget=45", "--batch=128"],
     ],
 }
 

@@ -87,7 +87,7 @@ def base_and_data(options: argparse.Namespace, device: torch.device) -> tuple[Pr
     if options.shape == BUNDLED:
         base = load_base(BUNDLED, device, "fp32")
     else:
-        base = build(SHAPES[options.shape], device, harness.dtype_of("auto", device))
+        base = build(SHAPES[options.shape], device, harness.dtype_of(options.dtype, device))
     if options.lengths == BUNDLED:
         return base, prepare(settings(options), load_tokenizer(BUNDLED))
     examples = draw(options.turns * options.batch, min(base.config.vocab_size, len(load_tokenizer(BUNDLED))))
@@ -159,20 +159,21 @@ def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, A
     base, data = base_and_data(options, device)
     endless = itertools.cycle(data.train)
     batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
-    clock, contenders = Clock(), []
+    clock, contenders, parity = Clock(), [], {}
     for count in (1, *options.experts):
         run = run_of(count, options, data, base)
         name = ONE if count == 1 else f"{count} experts"
         contenders.append(clock.contender(name, lambda turn, run=run: step(run, batches[turn % len(batches)])))
         if count > 1:
             singles = single_runs(run)
-            check_parity(run, singles, batches[0])
+            parity[name] = check_parity(run, singles, batches[0])
             contenders.append(clock.contender(
                 f"{count} {SINGLY}",
                 lambda turn, run=run, singles=singles: step_singly(run, singles, batches[turn % len(batches)]),
             ))  # fmt: skip
     timings = harness.interleave(contenders, options.turns, options.warmup, device, budget)
-    return [row_of(contender.name, timings, clock, options) for contender in contenders]
+    names = [contender.name for contender in contenders]
+    return [{**row_of(name, timings, clock, options), "gradients_apart": parity.get(name)} for name in names]
 
 
 def row_of(name: str, timings: dict[str, harness.Timing], clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +262,8 @@ def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options
         ]  # fmt: skip
         head = ["in a step", "batch of each", "examples/s in all", "against one", "in CPU time", "against single steps"]
         tables.append(harness.table(title, head, body))
+        if apart := [row["gradients_apart"] for row in rows if row["gradients_apart"] is not None]:
+            tables.append(f"Gradients of one step and of single ones agree to {max(apart):.1g}.\n")
     if runs:
         title = f"Whole runs of {options.records} records, {options.epochs:g} epochs, batches of 8; {where}"
         body = [
@@ -280,6 +283,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=[BUNDLED, *SHAPES], default=BUNDLED, help="of the base; others are random")
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *harness.DTYPES],
+        default="auto",
+        help="of random bases; auto: bf16 on cuda, else fp32",
     )
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 32], help="of the runs whose steps are timed")
     parser.add_argument(

@@ -74,6 +74,7 @@ class TestMany:
         assert [(row["name"], row["each"]) for row in rows] == list(zip(names, (8, 4, 4), strict=True))
         assert [row["against_single_steps"] and row["against_single_steps"]["n"] for row in rows] == [None, 1, 1]
         assert rows[2]["against_single_steps"]["median"] == 1
+        assert 0 < rows[1]["gradients_apart"] < 1e-5
         assert "against single steps" in capsys.readouterr().out
 
     def test_steps_that_compute_something_else_are_not_timed(self, monkeypatch):
