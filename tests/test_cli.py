@@ -334,7 +334,9 @@ def with_adapter(request):
 
 
 def test_an_adapter_that_is_not_there(fail, with_adapter, tmp_path):
-    assert f"{tmp_path / 'nowhere'} is not an adapter: it is no folder" in fail(*with_adapter, tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} is not an adapter: there is nothing of that name" in fail(
+        *with_adapter, tmp_path / "nowhere"
+    )
 
 
 def test_a_truncated_adapter(fail, with_adapter, adapter, tmp_path):
@@ -385,7 +387,8 @@ def test_a_run_that_could_not_start_does_not_block_its_folder(call, fail, base, 
     out = tmp_path / "out"
     fail(*train_arguments(base, tmp_path / "mistyped.json", out))
     call(*train_arguments(base, data, out))
-    assert (out / "adapter_model.safetensors").exists()
+    said = fail(*with_adapter, tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} is not an adapter: there is nothing of that name" in said
 
 
 def test_a_run_that_could_not_start_does_not_delete_the_one_before(call, fail, base, data, tmp_path):

@@ -643,7 +643,7 @@ BAD = {
     "truncated": (truncated, "is not an adapter: it is no folder, and no whole file of torch.save or safetensors"),
     "empty": (lambda p: p.write_bytes(b""), "is not an adapter"),
     "packed": (packed, "is packed"),
-    "not there": (lambda p: p.unlink(), "is not an adapter: it is no folder"),
+    "not there": (lambda p: p.unlink(), "is not an adapter: there is nothing of that name"),
     "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
     "code": (lambda p: torch.save({"a": Evil()}, p), r"holds code \(posix.system\), which is never run"),
     "a class": (lambda p: torch.save({"a": Hints()}, p), r"holds code \(llama_adapter.formats.stored.Hints\)"),

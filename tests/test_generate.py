@@ -325,7 +325,7 @@ def test_a_missing_base_is_found_first(adapter, no_weights):
 
 
 def test_a_missing_adapter_is_found_first(base, tmp_path, no_weights):
-    with pytest.raises(AdapterError, match="is not an adapter: it is no folder"):
+    with pytest.raises(AdapterError, match="is not an adapter: there is nothing of that name"):
         load_session(str(base), {"a": str(tmp_path / "nowhere")}, CPU)
 
 

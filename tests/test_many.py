@@ -334,6 +334,7 @@ def bad_files(folder, base):
     a, b = folder / "a", folder / "b"
     return {
         "share the folder": {"runs": [entry(a), entry(a, name="other")]},
+        "both read standard input": {"runs": [entry(a, data=["-"]), entry(b, data=["-"])]},
         "two runs have the name 'a': tell them apart with 'name:'": {"runs": [entry(a), entry(b / "a")]},
         "lies in that of a: put it beside": {"runs": [entry(a), entry(a / "b")]},
         "model is 'bundled' in b and": {"runs": [entry(a), entry(b, model="bundled")]},

@@ -171,6 +171,21 @@ def test_every_shape_of_a_pair_is_read(shape):
     assert pair.notes == ("the key 'score_chosen' is not used",)
 
 
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"prompt": "Hm? ", "messages": [ASKED], "chosen": "Yes.", "rejected": "No."}, ["messages"]),
+        ({"instruction": "Hm?", "prompt": "What?", "chosen": "Yes.", "rejected": "No."}, ["prompt"]),
+        ({"prompt": [ASKED], "conversations": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, ["conversations"]),
+        ({"prompt": "What?", "messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, ["prompt"]),
+        ({"prompt": "Hm? ", "output": "Yes!", "chosen": "Yes.", "rejected": "No."}, ["output"]),
+        ({"prompt": "Hm?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, []),
+    ],
+)
+def test_keys_that_another_takes_the_place_of_are_named(record, unused):
+    assert parse_pair(record).notes == tuple(f"the key '{name}' of a pair is not used" for name in unused)
+
+
 def test_answers_before_the_last_question_are_no_part_of_a_pair():
     before = [{"role": "system", "content": "Be brief."}, ASKED, GOOD, {"role": "user", "content": "Sure?"}]
     pair = parse_pair({"chosen": [*before, GOOD], "rejected": [*before, BAD]})

@@ -99,14 +99,15 @@ def test_the_adapter_is_never_written_over(finished, data, tmp_path):
 
 
 def test_an_adapter_that_is_not_there_is_one_sentence(data, tmp_path):
-    with pytest.raises(AdapterError, match="is not an adapter: it is no folder"):
+    with pytest.raises(AdapterError, match="is not an adapter: there is nothing of that name"):
         plan(None, data, tmp_path, init_from=str(tmp_path / "nowhere"), **OWN)
 
 
 def test_data_without_a_template_need_an_adapter_without_one(finished, tmp_path):
     raw = tmp_path / "pairs.jsonl"
     raw.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number"}) + "\n" for i in range(6)))
-    with pytest.raises(ConfigError, match=r"the template alpaca, and these data are prompt-completion records"):
+    match = r"the template alpaca, and these records have a 'prompt', which takes none: call it 'instruction'"
+    with pytest.raises(ConfigError, match=match):
         plan(None, raw, tmp_path, init_from=str(finished), **OWN)
 
 

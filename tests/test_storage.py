@@ -395,7 +395,7 @@ def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = r"^owner/no-such-adapter is not an adapter: it is no folder, and the hub gave none \(.+\)\.$"
+    message = r"^owner/no-such-adapter is not an adapter: there is no folder of that name, and the hub gave none \(.+\)"
     with pytest.raises(AdapterError, match=message) as error:
         load_adapter(tiny_llama(), "owner/no-such-adapter")
     assert "\n" not in str(error.value)
@@ -544,7 +544,7 @@ def test_a_refused_folder_leaves_the_adapters_there_are(saved):
 
 
 def test_a_place_without_a_folder_is_named(tmp_path):
-    with pytest.raises(AdapterError, match="nowhere is not an adapter: it is no folder"):
+    with pytest.raises(AdapterError, match="nowhere is not an adapter: there is nothing of that name"):
         load_adapter(tiny_llama(), tmp_path / "nowhere")
 
 

@@ -134,9 +134,14 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise NotWrittenError(
-            f"{folder} cannot be written ({error.strerror or error}): what was there before is kept; "
-            "free space or choose another folder."
+            f"{folder} cannot be written ({error.strerror or error}): what was there before is kept; {way_out(error)}."
         ) from None
+
+
+def way_out(error: OSError) -> str:
+    """What to do where something cannot be written: only a full disk asks for space."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free space or choose another place" if full else "choose another place, or change who may write there"
 
 
 def is_lfs_pointer(path: Path) -> bool:

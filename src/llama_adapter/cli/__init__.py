@@ -19,6 +19,7 @@ from llama_adapter import __version__
 from llama_adapter.cli.output import colours, on_one_line, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import ConfigError, LlamaAdapterError
+from llama_adapter.files import way_out
 
 COMMANDS = (
     "demo",
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         if error.filename is None:
             _drop_output()
-        _fail(f"{error.filename or 'The output'}: {error.strerror}. Free space, or choose another place.", 2)
+        _fail(f"{error.filename or 'The output'}: {error.strerror}: {way_out(error)}.", 2)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`llama-adapter evaluate instructions`."""
 
 import argparse
+import logging
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from llama_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.instructions import FamilyScore
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """
 llama-adapter evaluate instructions --data heldout.json --adapter runs/first
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     """FamilyScore every model and print the table."""
     options.at_least_one(args, "batch_size", "max_new_tokens", "limit")
     from llama_adapter.evaluation.instructions import evaluate_instructions, family_table, fitting_tasks, read_tasks
+    from llama_adapter.inference.writing import asked_otherwise
 
     skipped: list[str] | None = [] if args.skip_bad_records else None
     planned = options.plan(args)
@@ -51,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
     models = [*([] if args.no_base and planned.folders else [None]), *planned.folders]
     tasks = fitting_tasks(tasks, planned.writer, models, skipped)
     options.report_skipped(skipped or ())
+    for name in planned.folders:
+        if warning := asked_otherwise([task.prompt for task in tasks], planned.writer, name):
+            log.warning(warning)
     session = options.load(planned, args)
     results: dict[str, list[FamilyScore]] = {}
     with progress_bar(len(models) * len(tasks), "answer") as bar:

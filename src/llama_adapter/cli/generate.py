@@ -1,6 +1,7 @@
 """`llama-adapter generate`: one prompt, a file of them, or stdin."""
 
 import argparse
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from llama_adapter.errors import ConfigError
 if TYPE_CHECKING:
     from llama_adapter.inference.session import SessionPlan
     from llama_adapter.inference.writing import Prompt
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """
 llama-adapter generate --adapter runs/first "What is the capital of France?"
@@ -65,7 +68,7 @@ def _prompts(
     args: argparse.Namespace, images: tuple[str, ...], planned: "SessionPlan", name: str | None
 ) -> "list[Prompt]":
     """What is asked, checked to be askable before the base's weights are read."""
-    from llama_adapter.inference.writing import Prompt, read_prompts, usable
+    from llama_adapter.inference.writing import Prompt, asked_otherwise, read_prompts, usable
 
     writer, text = planned.writer, args.prompt
     raw = writer.template(name) == "raw"
@@ -81,4 +84,6 @@ def _prompts(
         prompts = [Prompt.of(text, args.input, images)]
     prompts = usable(prompts, lambda prompt: writer.prompt(prompt, name), skipped)
     options.report_skipped(skipped or ())
+    if not raw and (warning := asked_otherwise(prompts, writer, name)):
+        log.warning("%s: %s", args.file, warning)
     return prompts

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from llama_adapter.errors import DataError
-from llama_adapter.files import write_atomically
+from llama_adapter.files import way_out, write_atomically
 from llama_adapter.progress import progress_bar
 
 Compute = Callable[[list[Any]], Sequence[Tensor] | Tensor]
@@ -121,8 +121,7 @@ class FeatureCache:
             write_atomically(path, save({"features": features}, metadata={"tower": self.tower_key}))
         except OSError as error:
             raise DataError(
-                f"The feature cache {self._folder} cannot be written ({error.strerror or error}): free space or "
-                "choose another folder."
+                f"The feature cache {self._folder} cannot be written ({error.strerror or error}): {way_out(error)}."
             ) from None
 
 

@@ -45,12 +45,11 @@ def parse_pair(record: object) -> Example:
     parting = [messages[alike : alike + 1] for messages in (chosen.messages, rejected.messages)]
     if not alike or not all(part and part[0].role == "assistant" for part in parting):
         raise DataError("'chosen' and 'rejected' part elsewhere than at an answer: both must answer the same question")
-    unused = [name for name in ("output", "completion") if record.get(name) is not None]
     return replace(
         chosen,
         messages=_answers_only(chosen.messages, alike),
         rejected=_answers_only(rejected.messages, alike),
-        notes=(*chosen.notes, *(f"the key '{name}' of a pair is not used" for name in unused)),
+        notes=(*chosen.notes, *(f"the key '{name}' of a pair is not used" for name in _unused(record))),
     )
 
 
@@ -63,6 +62,29 @@ def _answers_only(messages: tuple[Message, ...], prompt: int) -> tuple[Message, 
     """The messages, with those of the prompt as context that is not learnt."""
     context = tuple(replace(m, weight=0) if m.role == "assistant" else m for m in messages[:prompt])
     return context + messages[prompt:]
+
+
+def _unused(record: Record) -> list[str]:
+    """The keys of what stands before an answer, or is one, that another one of the record takes the place of."""
+    given = [name for name in CONTEXTS if record.get(name) is not None]
+    questions = [name for name in given if name not in ("completion", "output")]
+    if isinstance(record["chosen"], str):
+        order: tuple[str, ...] = ("instruction", "prompt", "messages", "conversations")
+    elif isinstance(record.get("prompt"), list):
+        order = ("prompt",)
+    elif _brings_its_question(record["chosen"]):
+        order = ("prompt",)  # that, as a text, only repeats it
+    else:
+        order = ("messages", "conversations", "instruction", "prompt")
+    used = next((name for name in order if name in questions), None)
+    return [name for name in given if name != used and record[name] != record["chosen"]]
+
+
+def _brings_its_question(turns: Any) -> bool:
+    """Whether an answer's turns begin with the user's, or with a system message."""
+    first = turns[0] if isinstance(turns, list) and turns else turns
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else None
+    return isinstance(role, str) and ROLES.get(role) in ("user", "system")
 
 
 def _answered(record: Record, key: str) -> Record:
@@ -92,11 +114,10 @@ def _context(record: Record, answer: list[Any]) -> tuple[str, list[Any]]:
 
     As in TRL, a prompt that is a text beside a whole conversation only repeats its question.
     """
-    prompt, first = record.get("prompt"), answer[0] if answer and isinstance(answer[0], dict) else {}
-    role = first.get("role", first.get("from"))
+    prompt = record.get("prompt")
     if isinstance(prompt, list):
         return "messages", prompt
-    if isinstance(role, str) and ROLES.get(role) in ("user", "system"):
+    if _brings_its_question(answer):
         return "messages", []
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):

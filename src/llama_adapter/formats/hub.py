@@ -25,7 +25,7 @@ def download(repository: str, revision: str | None, files: list[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with said_once(f"{repository} is not an adapter: it is no folder, and the hub gave none", revision):
+    with said_once(f"{repository} is not an adapter: there is no folder of that name, and the hub gave none", revision):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
 
 

@@ -20,6 +20,7 @@ from llama_adapter.formats.native import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_base,
+    names_another_base,
     read_config,
     read_facts,
     read_tensors,
@@ -66,6 +67,8 @@ def load_adapter(
     """
     folder = find_adapter(source, revision)
     found = read_adapter(folder, Hints(shape_of(model.config), None, gate_activation, adapter_len, block_heads), model)
+    if warning := names_another_base(found.config, model.config.name_or_path):
+        log.warning("%s: %s", source, warning)
     adapter = place_adapter(model, found, name, source, activate=activate, replace=replace)
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable)

@@ -20,14 +20,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llama_adapter.base import first_sentence
+from llama_adapter.base import first_sentence, resolve_model
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.core.config import FORMAT_VERSION, AdapterConfig
 from llama_adapter.core.model import get_adapter
 from llama_adapter.core.parts import part_shapes
 from llama_adapter.errors import AdapterError, ConfigError
 from llama_adapter.files import is_lfs_pointer, write_atomically, writing
-from llama_adapter.settings import parse, shown
+from llama_adapter.settings import BUNDLED, parse, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -82,7 +82,13 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """
     folder = Path(os.path.expanduser(folder))
     path = folder / CONFIG_FILE
-    hint = f"it has no {CONFIG_FILE}" if os.path.isdir(folder) else "it is no folder"
+    hint = (
+        f"it has no {CONFIG_FILE}"
+        if os.path.isdir(folder)
+        else "it is no folder"
+        if folder.exists()
+        else "there is nothing of that name"
+    )
     if os.path.isfile(folder / "config.json"):
         hint += ", but a whole model's config.json: save_pretrained says nothing of adapters, save_adapter keeps them"
     size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")
@@ -175,6 +181,29 @@ def check_base(config: AdapterConfig, shape: Mapping[str, int | str], source: ob
             f"The adapter in {source} was made for {shown(base) if base else 'another base'}, "
             f"not for this one: {', '.join(differences[:6])}. Load it on the base it was trained on."
         )
+
+
+def names_another_base(config: AdapterConfig, base: str | None) -> str | None:
+    """A sentence where an adapter was made for a base of another name than this one's, of the same shape though it be.
+
+    Names are told apart by their last part, as bases move between folders and the hub.
+    """
+    made_for = config.base_model_name_or_path
+    if not made_for or not base or _last_part(made_for) == _last_part(base):
+        return None
+    return (
+        f"it was made for the base {shown(made_for)} and is used on {shown(base)}, which has the same shape: answers "
+        "mean something where the weights are the same too"
+    )
+
+
+def _last_part(base: str) -> str:
+    """The name of a base without its folder or owner; of a folder in the hub's cache the repository's."""
+    if base in (BUNDLED, resolve_model(BUNDLED)):
+        return BUNDLED
+    parts = Path(os.path.realpath(base) if os.path.exists(base) else base).parts
+    cached = [part.rsplit("--", 1)[-1] for part in parts if part.startswith("models--")]
+    return (cached or parts)[-1].casefold()
 
 
 def read_tensors(

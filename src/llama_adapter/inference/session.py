@@ -24,7 +24,7 @@ from llama_adapter.data import Example, Media, Message, encode_all
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, load_adapter, place_adapter, read_adapter
-from llama_adapter.formats.native import check_base
+from llama_adapter.formats.native import check_base, names_another_base
 from llama_adapter.formats.stored import Hints, Reading
 from llama_adapter.inference.choice import Row, fresh_generator
 from llama_adapter.inference.config import GenerateConfig
@@ -322,6 +322,8 @@ def plan_session(
     shape = shape_of(base)
     for name, folder in folders.items():
         check_base(configs[name], shape, folder)
+        if warning := names_another_base(configs[name], model):
+            log.warning("%s: %s", folder, warning)
         if configs[name].has_parts:
             check_parts_fit(configs[name], found[name].tensors, empty_base(base), folder)
     tokenizer, limits = load_tokenizer(model), Limits.of(base)

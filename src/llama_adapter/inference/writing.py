@@ -197,6 +197,23 @@ def read_prompts(
     return prompts
 
 
+def asked_otherwise(prompts: Sequence[Prompt], writer: Writer, adapter: str | None) -> str | None:
+    """A sentence where prompts are asked in another way than an adapter was trained on; the bare base takes any."""
+    if adapter is None:
+        return None
+    template = writer.template(adapter)
+    count = sum(prompt.raw != (template == "raw") for prompt in prompts)
+    if not count:
+        return None
+    of = f"{count:,} of {len(prompts):,} records"
+    if template == "raw":
+        return f"{of} take a template, and the adapter '{adapter}' was trained without one: they are asked without"
+    return (
+        f"{of} have a 'prompt', which is asked as it is, and the adapter '{adapter}' was trained in the template "
+        f"'{template}': call it 'instruction'"
+    )
+
+
 def _check_raw(messages: Sequence[Message], input: str) -> None:
     if len(messages) != 1 or input:
         what = "an input" if input else "more than one message"

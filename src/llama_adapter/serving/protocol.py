@@ -344,6 +344,12 @@ def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
     found = errors[0]
     where = [str(part) for part in found.get("loc", ()) if part != "body"]
     param = ".".join(where)
+    if found.get("type") == "json_invalid":
+        reason = str(found.get("ctx", {}).get("error", ""))[:100]
+        return f"The body is no JSON at character {where[0] if where else 0} ({reason}): send one object.", ""
+    no_object = found.get("type") in ("model_attributes_type", "missing") or isinstance(found.get("input"), bytes)
+    if no_object and not where:
+        return "The body must be one JSON object, sent with 'Content-Type: application/json'.", ""
     if found.get("type") == "extra_forbidden":
         return f"'{param[:200]}' is not supported here: leave it out.", param
     message = str(found.get("msg", "is wrong")).removeprefix("Value error, ")

@@ -76,6 +76,10 @@ class Runs:
             if alone and len(self.recipes) > 1:
                 raise ConfigError(f"{name}: {alone[0]} follows one run at a time: take tensorboard or none.")
 
+        piped = [name for name, config in self.recipes.items() if "-" in (*config.data, *config.val_data)]
+        if len(piped) > 1:
+            raise ConfigError(f"{' and '.join(piped)} both read standard input ('-'), which one can: give files.")
+
     def _check_folders(self) -> None:
         folders = {name: Path(os.path.realpath(os.path.expanduser(c.output_dir))) for name, c in self.recipes.items()}
         taken: dict[Path, str] = {}

@@ -16,6 +16,7 @@ from llama_adapter.data.limits import Limits
 from llama_adapter.data.pairs import SHAPES, parse_pair
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
+from llama_adapter.settings import BUNDLED
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
 from llama_adapter.training.feed import Feed, MemoryFeed, RecordEncoder, StreamFeed
 from llama_adapter.training.streaming import digest_of, open_stream
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+FEW_STEPS = 50
+"""A run of fewer steps is said to be short."""
+SMALL_BATCH = 8
+"""Nobody is told to take a smaller one."""
+SMALL_BASE_LR = 0.12
+"""The rate of the bundled base's recipe."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,11 @@ def prepare(
         log_findings(skipped, result.notes)
         return result
     loaded, train = _encoded(config, config.data, max_length, tokenizer, now, skipped)
-    notes = loaded.notes
+    notes = [*loaded.notes, *_unlike(loaded.examples, loaded.examples, "the others")]
     if config.val_data:
         held_out, val = _encoded(config, config.val_data, max_length, tokenizer, now, skipped)
-        notes += [f"validation: {note}" for note in held_out.notes]
+        unlike = _unlike(held_out.examples, loaded.examples, "what is trained on")
+        notes += [f"validation: {note}" for note in (*held_out.notes, *unlike)]
     else:
         train, val = _split(train, config.val_size, config.seed)
     result = Prepared(
@@ -181,8 +189,35 @@ def _check(
             "can: begin answers without a blank, or pass another --template",
             merged, len(texts_of([*data.train, *data.val])),
         )  # fmt: skip
+    if all(text.truncated for text in texts_of([*data.train, *data.val])):
+        log.warning(
+            "all examples are longer than %d tokens and lose their end, so that none shows where an answer ends: raise "
+            "--max-length", max_length,
+        )  # fmt: skip
+    small = config.max_steps is not None or config.batch_size <= SMALL_BATCH
+    if not small and (steps := config.total_steps(data.steps_per_epoch(config))) < FEW_STEPS:
+        log.warning(
+            "%d steps (%d examples, %d a step, %g epochs) are few for gates that start at zero: 'llama-adapter "
+            "quickstart' chooses sizes for your data, or lower --batch-size and raise --epochs",
+            steps, len(data.train), config.batch_size, config.epochs,
+        )  # fmt: skip
+    if config.value("model") == BUNDLED and config.lr is None:
+        log.warning(
+            "the bundled base of 3M parameters learns little at a rate of %.3g, which is for large ones: pass --lr %g",
+            config.peak_lr, SMALL_BASE_LR,
+        )  # fmt: skip
     if data.raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)
+
+
+def _unlike(examples: Sequence[Example], trained: Sequence[Example], others: str) -> list[str]:
+    """A sentence where some take a template and others do not: an adapter that is trained on both is asked with it."""
+    raw = all(example.raw for example in trained)
+    count = sum(example.raw != raw for example in examples)
+    if not count:
+        return []
+    what = "take a template" if raw else "are a prompt and its completion, which take no template"
+    return [f"{count:,} of {len(examples):,} records {what}, unlike {others}"]
 
 
 def _max_length(config: TrainConfig, limits: Limits | None) -> int:

@@ -6,11 +6,13 @@ template    the base's chat template where it has one, else alpaca; prompt-compl
 max_length  the longest example up to 1024 tokens, else the length that 99 % stay below, in steps of 64
 batch_size  the paper's 64, halved until an epoch has at least 30 steps, down to 8
 epochs      the paper's 5, more where 300 steps need them, up to 20
+output_dir  runs/ and the name of the data
 lr          the paper's peak of 2.25e-3, as AdamW's steps are of the rate's size at any batch; the bundled base: 0.12
 """
 
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -88,7 +90,7 @@ def look_at(data: str, model: str = BUNDLED) -> Quickstart:
     examples, context = loaded.examples, max_positions(base)
     template, why_template, encoded = _write(examples, tokenizer)
     lengths = sorted(len(example.input_ids) for example in encoded)
-    recipe: dict[str, Any] = {"model": model, "data": [data]}
+    recipe: dict[str, Any] = {"model": model, "data": [data], "output_dir": f"runs/{name_of(data)}"}
     reasons = {}
     if template is not None:
         recipe["template"], reasons["template"] = template, why_template
@@ -128,6 +130,11 @@ def _write(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") ->
         return "alpaca", why, encode_all(examples, "alpaca", tokenizer, whole)
 
 
+def name_of(data: str) -> str:
+    """A run's name, after its data: 'poems' of data/poems.jsonl and of owner/poems:train."""
+    return re.sub(r"[^\w-]+", "-", re.split(r"[.:]", Path(data).name)[0]).strip("-") or "adapter"
+
+
 def choose_length(lengths: Sequence[int], context: int | None) -> tuple[int, str]:
     """max_length for sorted lengths, and why."""
     longest, most = lengths[-1], percentile(lengths, 99)
@@ -151,12 +158,18 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
     while batch > 8 and steps_per_epoch(train, batch) < 30:
         batch //= 2
     sizes["batch_size"] = batch
-    reasons["batch_size"] = "the paper's" if batch == 64 else "30 steps an epoch, or the smallest that we would take"
-    sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     steps = steps_per_epoch(train, batch)
+    reasons["batch_size"] = (
+        "the paper's"
+        if batch == 64
+        else f"{steps} steps an epoch"
+        if steps >= 30
+        else f"the smallest that we take; steps an epoch: {steps}"
+    )
+    sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     sizes["epochs"] = min(20, max(5, math.ceil(300 / steps)))
-    few = f"some 300 steps are a start; an epoch has {steps}"
-    reasons["epochs"] = "the paper's" if sizes["epochs"] == 5 else few
+    why = "some 300 steps are a start" if sizes["epochs"] < 20 else "more would learn so few records by heart"
+    reasons["epochs"] = "the paper's" if sizes["epochs"] == 5 else f"{sizes['epochs'] * steps} steps: {why}"
     sizes["lr"] = 0.12 if model == BUNDLED else 2.25e-3
     reasons["lr"] = "the bundled recipe's" if model == BUNDLED else "the paper's peak"
     return sizes

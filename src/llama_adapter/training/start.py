@@ -18,7 +18,7 @@ from llama_adapter.data import Encoded
 from llama_adapter.data.limits import Limits
 from llama_adapter.errors import ConfigError, MissingExtraError
 from llama_adapter.formats.load import check_parts_fit, find_adapter, read_adapter
-from llama_adapter.formats.native import check_base
+from llama_adapter.formats.native import check_base, names_another_base
 from llama_adapter.formats.stored import Hints
 from llama_adapter.settings import shown
 from llama_adapter.training.checkpoint import RunFolder
@@ -97,6 +97,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Start | None]:
             "train anew without --init-from."
         )
     model = config.model or start.config.base_model_name_or_path
+    if warning := names_another_base(start.config, model):
+        log.warning("%s: %s", config.init_from, warning)
     settled = replace(config, **{**found, "model": model})
     idle = idle_settings({**vars(settled), "init_from": None})
     if idle:
@@ -172,9 +174,9 @@ def check_written_alike(start: Start | None, raw: bool) -> None:
     template = None if start is None else start.config.template
     if template is not None and (template == "raw") != raw:
         has = "prompt-completion records, without a template" if template == "raw" else f"the template {template}"
+        what = "have a 'prompt', which takes none: call it 'instruction'" if raw else "take a template"
         raise ConfigError(
-            f"The adapter was trained on {has}, and these data are {'prompt-completion' if raw else 'other'} records: "
-            "give records of that kind, or train anew without --init-from."
+            f"The adapter was trained on {has}, and these records {what}, or train anew without --init-from."
         )
 
 
