@@ -29,21 +29,23 @@ SUITES = {
         ["adapters", *CPU, "--turns=20", "--budget=60", "--new-tokens=32"],
     ],
     "gpu": [
-        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=225", "--fp8", "--compile"],
+        ["train", *GPU, "--turns=30", "--warmup=1", "--budget=170", "--fp8", "--compile"],
         [
             "decode",
             *GPU,
             "--turns=10",
             "--warmup=1",
-            "--budget=115",
+            "--budget=95",
             "--new-tokens=64",
             "--batches",
             "1",
             "32",
             "--compile",
         ],
-        ["adapters", *GPU, "--turns=10", "--warmup=1", "--budget=60", "--new-tokens=32"],
-        ["profile", *GPU, "--turns=5", "--warmup=1", "--budget=40"],
+        ["adapters", *GPU, "--turns=10", "--warmup=1", "--budget=40", "--new-tokens=32"],
+        ["profile", *GPU, "--turns=5", "--warmup=1", "--budget=25"],
+        ["sharding", *GPU, "--turns=10", "--warmup=1", "--budget=15"],
+        ["many", *GPU, "--turns=10", "--warmup=1", "--budget=45", "--batch=128"],
     ],
 }
 

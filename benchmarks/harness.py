@@ -247,6 +247,23 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def device_of(name: str) -> torch.device:
+    """What `--device` means here.
+
+    Raises:
+        BenchmarkError: a CUDA device is asked for where there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise BenchmarkError(NO_CUDA)
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `--dtype` means on that device."""
+    return DTYPES[("bf16" if device.type == "cuda" else "fp32") if name == "auto" else name]
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a script's options come to."""
@@ -264,15 +281,10 @@ class Setting:
         Raises:
             BenchmarkError: a CUDA device is asked for where there is none.
         """
-        budget = Budget(options.budget)
-        has_cuda = torch.cuda.is_available()
-        if options.device == "cuda" and not has_cuda:
-            raise BenchmarkError(NO_CUDA)
-        device = torch.device("cuda" if has_cuda and options.device != "cpu" else "cpu")
+        budget, device = Budget(options.budget), device_of(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
-        name = ("bf16" if device.type == "cuda" else "fp32") if options.dtype == "auto" else options.dtype
-        return Setting(options, SHAPES[options.shape], device, DTYPES[name], budget)
+        return Setting(options, SHAPES[options.shape], device, dtype_of(options.dtype, device), budget)
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that `--only` lets through."""

@@ -1,8 +1,11 @@
 """Many experts in one run: `python -m benchmarks.many`, on the bundled base and its instructions.
 
-Two questions. What does a step cost when its rows are of many experts (examples a second in all, against one expert
-with the same batch, the same examples and micro-batches)? And what does one run of N experts on small data take against
-N runs of `llama-adapter train` one after the other, start-up and loading of the base included?
+Three questions. What does a step cost when its rows are of many experts (examples a second in all, against one expert
+with the same batch, the same examples and micro-batches)? What, against a step of each expert alone, one after the
+other? And what does one run of N experts on small data take against N runs of `llama-adapter train` one after the
+other, start-up and loading of the base included?
+
+    python -m benchmarks.many --shape 7b    # the first two, on random weights and examples of real lengths
 """
 
 import argparse
@@ -13,30 +16,36 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
-from benchmarks import harness, lengths
+from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Budget, Contender
+from benchmarks.lengths import draw
+from benchmarks.shapes import SHAPES, build, share
+from benchmarks.train import TOLERANCE
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.core.model import add_adapter
 from llama_adapter.data import Encoded
-from llama_adapter.inference.session import default_device
 from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.learner import Learner
 from llama_adapter.training.loop import Run
+from llama_adapter.training.means import Share
 from llama_adapter.training.optimizer import build_optimizer
 from llama_adapter.training.prepare import Prepared, prepare
 
 RECORDS = Path(__file__).parents[1] / "src" / "llama_adapter" / "bundled" / "instructions.json"
 CPU_TIMES = slice(4)
 """Of `os.times`: this process's and its ended children's, user and system."""
-ONE, MANY, IN_TURN = "1 expert", "one run", "one after the other"
+BUNDLED = "bundled"
+ONE, SINGLY, MANY, IN_TURN = "1 expert", "single steps", "one run", "one after the other"
 LONG = 10**6
 """Steps of a run that no benchmark comes to the end of: the rate stays that of a warm-up."""
 
@@ -73,9 +82,22 @@ def settings(options: argparse.Namespace, **more: Any) -> TrainConfig:
     return TrainConfig(**{**values, **more})
 
 
-def run_of(count: int, options: argparse.Namespace, data: Prepared, device: torch.device) -> Run:
-    """A run of so many experts on a base of its own."""
-    model, learners = load_base("bundled", device, "fp32"), []
+def base_and_data(options: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, Prepared]:
+    """The bundled base or a random one of a shape, and the bundled instructions or random ones of Alpaca's lengths."""
+    if options.shape == BUNDLED:
+        base = load_base(BUNDLED, device, "fp32")
+    else:
+        base = build(SHAPES[options.shape], device, harness.dtype_of(options.dtype, device))
+    if options.lengths == BUNDLED:
+        return base, prepare(settings(options), load_tokenizer(BUNDLED))
+    examples = draw(options.turns * options.batch, min(base.config.vocab_size, len(load_tokenizer(BUNDLED))))
+    longest = max(len(example.input_ids) for example in examples)
+    return base, Prepared(examples, [], False, [], "", datetime.now(), longest=longest)
+
+
+def run_of(count: int, options: argparse.Namespace, data: Prepared, base: PreTrainedModel) -> Run:
+    """A run of so many experts, on a model of its own that shares the base's weights."""
+    model, learners = share(base), []
     for number in range(count):
         config = settings(options, seed=number, batch_size=options.batch // count, max_steps=LONG, output_dir="unused")
         torch.manual_seed(number)
@@ -83,38 +105,87 @@ def run_of(count: int, options: argparse.Namespace, data: Prepared, device: torc
         for layer in adapter.layers.values():
             torch.nn.init.normal_(layer.gate, std=0.1)
         learners.append(Learner(config, RunFolder("unused"), data, model, adapter, build_optimizer(adapter, config)))
-    return Run(learners, Accelerator(cpu=device.type == "cpu"), model)
+    return Run(learners, Accelerator(cpu=base.device.type == "cpu"), model)
+
+
+def single_runs(run: Run) -> list[Run]:
+    """A run of each of its experts alone."""
+    return [Run([expert], run.accelerator, run.model) for expert in run.experts]
+
+
+def shares_of(run: Run, examples: Sequence[Encoded]) -> list[Share]:
+    """Every expert with its part of the examples."""
+    return [(expert, examples[place :: len(run.experts)]) for place, expert in enumerate(run.experts)]
 
 
 def step(run: Run, examples: Sequence[Encoded]) -> None:
     """One optimiser step of every expert, each on its part of the examples."""
-    count = len(run.experts)
-    run._step([(expert, examples[place::count]) for place, expert in enumerate(run.experts)], False)
+    run._step(shares_of(run, examples), False)
+
+
+def step_singly(run: Run, singles: Sequence[Run], examples: Sequence[Encoded]) -> None:
+    """The same, one expert after the other."""
+    for single, own in zip(singles, shares_of(run, examples), strict=True):
+        single._step([own], False)
+
+
+def check_parity(run: Run, singles: Sequence[Run], examples: Sequence[Encoded]) -> float:
+    """How far the experts' gradients in one step are from those of a step each, as a share of their size, at most.
+
+    Raises:
+        BenchmarkError: further than rounding takes them.
+    """
+    shares = shares_of(run, examples)
+    together, apart = [], []
+    run._gradients(shares, False)
+    for expert, _ in shares:
+        together.append(torch.cat([gradient.flatten() for gradient in expert.gradients()]))
+    for single, own in zip(singles, shares, strict=True):
+        single._gradients([own], False)
+        apart.append(torch.cat([gradient.flatten() for gradient in own[0].gradients()]))
+    furthest = max(float((one - two).norm() / two.norm()) for one, two in zip(together, apart, strict=True))
+    allowed = TOLERANCE[run.model.dtype][1]
+    if not furthest <= allowed:
+        raise BenchmarkError(
+            f"A step of {len(shares)} experts does not compute what a step of each does: gradients differ by "
+            f"{furthest:.2g} of their size, where {allowed:g} is allowed; nothing was timed."
+        )
+    return furthest
 
 
 def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Examples a second in all, by the number of experts."""
-    data = prepare(settings(options), load_tokenizer("bundled"))
-    if options.lengths == "alpaca":
-        batches = lengths.global_batches(options.turns, options.batch, len(load_tokenizer("bundled")))
-    else:
-        endless = itertools.cycle(data.train)
-        batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
-    clock, contenders = Clock(), []
+    """Examples a second in all, by the number of experts; of several also one after the other."""
+    budget = Budget(options.budget)
+    base, data = base_and_data(options, device)
+    endless = itertools.cycle(data.train)
+    batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
+    clock, contenders, parity = Clock(), [], {}
     for count in (1, *options.experts):
+        run = run_of(count, options, data, base)
         name = ONE if count == 1 else f"{count} experts"
-        run = run_of(count, options, data, device)
         contenders.append(clock.contender(name, lambda turn, run=run: step(run, batches[turn % len(batches)])))
-    timings = harness.interleave(contenders, options.turns, options.warmup, device, Budget(options.budget))
-    rows = []
-    for contender, count in zip(contenders, (1, *options.experts), strict=True):
-        timing = timings[contender.name]
-        rate = harness.spread([options.batch / seconds for seconds in timing.seconds])
-        against = harness.ratios(timings[ONE], timing)
-        cpu, each = clock.ratios(ONE, contender.name, options.warmup), options.batch // count
-        found = {"name": contender.name, "each": each, "examples_s": rate}
-        rows.append({**found, "against_one": against, "cpu_against_one": cpu})
-    return rows
+        if count > 1:
+            singles = single_runs(run)
+            parity[name] = check_parity(run, singles, batches[0])
+            contenders.append(clock.contender(
+                f"{count} {SINGLY}",
+                lambda turn, run=run, singles=singles: step_singly(run, singles, batches[turn % len(batches)]),
+            ))  # fmt: skip
+    timings = harness.interleave(contenders, options.turns, options.warmup, device, budget)
+    names = [contender.name for contender in contenders]
+    return [{**row_of(name, timings, clock, options), "gradients_apart": parity.get(name)} for name in names]
+
+
+def row_of(name: str, timings: dict[str, harness.Timing], clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
+    """A contender's figures."""
+    count, alone = name.split()[0], f"{name.split()[0]} {SINGLY}"
+    single = harness.ratios(timings[alone], timings[name]) if alone in timings else None
+    return {
+        "name": name, "each": options.batch // int(count), "peak_bytes": timings[name].peak_bytes,
+        "examples_s": harness.spread([options.batch / seconds for seconds in timings[name].seconds]),
+        "against_one": harness.ratios(timings[ONE], timings[name]),
+        "cpu_against_one": clock.ratios(ONE, name, options.warmup), "against_single_steps": single,
+    }  # fmt: skip
 
 
 def write_recipes(folder: Path, count: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -172,8 +243,10 @@ def whole_runs(count: int, options: argparse.Namespace, device: torch.device) ->
 
 def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """Both tables."""
+    about = harness.machine(harness.device_of(options.device))
     where = (
-        f"bundled base, {options.layers} adapted layers, fp32, {harness.cpu_name()}, {torch.get_num_threads()} threads"
+        f"{options.shape} base, {options.layers} adapted layers, "
+        f"{about.get('gpu') or f'{harness.cpu_name()}, {torch.get_num_threads()} threads'}"
     )
     tables = []
     if rows:
@@ -183,12 +256,14 @@ def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options
         )
         body = [
             [row["name"], str(row["each"]), harness.with_range(row["examples_s"]),
-             harness.with_range(row["against_one"], "{:.2f}"), harness.with_range(row["cpu_against_one"], "{:.2f}")]
+             harness.with_range(row["against_one"], "{:.2f}"), harness.with_range(row["cpu_against_one"], "{:.2f}"),
+             harness.with_range(row["against_single_steps"], "{:.2f}")]
             for row in rows
         ]  # fmt: skip
-        tables.append(
-            harness.table(title, ["in a run", "batch of each", "examples/s in all", "against one", "in CPU time"], body)
-        )
+        head = ["in a step", "batch of each", "examples/s in all", "against one", "in CPU time", "against single steps"]
+        tables.append(harness.table(title, head, body))
+        if apart := [row["gradients_apart"] for row in rows if row["gradients_apart"] is not None]:
+            tables.append(f"Gradients of one step and of single ones agree to {max(apart):.1g}.\n")
     if runs:
         title = f"Whole runs of {options.records} records, {options.epochs:g} epochs, batches of 8; {where}"
         body = [
@@ -205,6 +280,16 @@ def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--shape", choices=[BUNDLED, *SHAPES], default=BUNDLED, help="of the base; others are random")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *harness.DTYPES],
+        default="auto",
+        help="of random bases; auto: bf16 on cuda, else fp32",
+    )
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 32], help="of the runs whose steps are timed")
     parser.add_argument(
         "--lengths", choices=["bundled", "alpaca"], default="bundled",
@@ -212,8 +297,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=256, help="examples of a step, over all experts")
     parser.add_argument("--micro-batch", type=int, default=32, help="examples of a forward")
-    parser.add_argument("--layers", type=int, default=8, help="adapted layers of the base's 8")
-    parser.add_argument("--whole", type=int, nargs="*", default=[8], help="experts of the whole runs that are timed")
+    parser.add_argument("--layers", type=int, help="adapted layers (default: the bundled base's 8, or the shape's)")
+    parser.add_argument(
+        "--whole",
+        type=int,
+        nargs="*",
+        help="experts of the whole runs that are timed (default: 8; none with a --shape)",
+    )
     parser.add_argument("--records", type=int, default=72, help="of each expert's data in whole runs")
     parser.add_argument("--epochs", type=float, default=5.0, help="of whole runs")
     parser.add_argument("--turns", type=int, default=10, help="measured steps of every contender")
@@ -222,6 +312,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for the steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
+    bundled = options.shape == BUNDLED
+    if options.whole and not bundled:
+        raise BenchmarkError("Whole runs are of the bundled base: leave --shape or --whole out.")
+    if options.whole is None:
+        options.whole = [8] if bundled else []
+    options.lengths = options.lengths if bundled else "alpaca"
+    options.layers = options.layers or (8 if bundled else SHAPES[options.shape].adapter_layers)
     uneven = [count for count in options.experts if options.batch % count]
     if uneven:
         raise BenchmarkError(f"--batch {options.batch} cannot be shared by {uneven[0]} experts: take a multiple.")
@@ -230,7 +327,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, report."""
-    options, device = parse(arguments), default_device()
+    options = parse(arguments)
+    device = harness.device_of(options.device)
     rows = steps(options, device) if options.experts else []
     runs = [whole_runs(count, options, device) for count in options.whole]
     described = {key: value for key, value in vars(options).items() if key != "json"}

@@ -53,9 +53,11 @@ SHAPES = {
     "smoke": Shape(32, 64, 3, 4, 97, 2, 4),
     "tiny": Shape(256, 688, 8, 4, 4096, 6),
     "small": Shape(768, 2048, 12, 12, 32000, 10),
+    "250m": Shape(1024, 2816, 20, 16, 3072, 18),
     "7b": Shape(4096, 11008, 32, 32, 32000, 30),
 }
-"""`smoke` is for tests; `7b` is LLaMA-7B's shape with the paper's adapter."""
+"""`smoke` is for tests; `250m` is 1 GB in fp32, with the bundled tokenizer's vocabulary, so that embedding and head are
+as small a share of it as LLaMA-7B's; `7b` is LLaMA-7B's shape with the paper's adapter."""
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -74,12 +76,17 @@ def share(base: PreTrainedModel) -> PreTrainedModel:
 def with_ours(base: PreTrainedModel, shape: Shape, like: Adapter | None = None) -> tuple[PreTrainedModel, Adapter]:
     """A copy with our adapter, gates open: in each layer atanh of one of `GATES` on every head, or equal to `like`."""
     model = share(base)
+    return model, with_gates_open(model, shape, like)
+
+
+def with_gates_open(model: PreTrainedModel, shape: Shape, like: Adapter | None = None) -> Adapter:
+    """Our adapter, added to the model itself; see `with_ours`."""
     adapter = add_adapter(model, AdapterConfig(adapter_len=shape.adapter_len, adapter_layers=shape.adapter_layers))
     if like is None:
         open_gates(adapter, model.dtype)
     else:
         adapter.load_state_dict(like.state_dict())
-    return model, adapter
+    return adapter
 
 
 @torch.no_grad()

@@ -117,15 +117,18 @@ def check_parity(rows: Sequence[Method], examples: Sequence[Encoded], setting: S
             harness.failure_of(Contender(row.name, lambda _: None, row.optional), error)
             continue
         their_prompts, their_gates = flat(row.gradients())
-        found[row.name] = {
-            "loss": abs(other - loss) / abs(loss),
-            "prompts": float((their_prompts - prompts).norm() / prompts.norm()),
-            "gates": float((their_gates - gates).norm() / gates.norm()),
-        }
+        found[row.name] = apart((other, their_prompts, their_gates), (loss, prompts, gates))
         if not row.exact:
             found[row.name]["prompts_cosine"] = float(cosine_similarity(their_prompts, prompts, 0))
     refuse_differences(exact_only(found), setting.dtype)
     return found
+
+
+def apart(found: tuple[float, Tensor, Tensor], reference: tuple[float, Tensor, Tensor]) -> dict[str, float]:
+    """How far loss, prompts' and gates' gradients are from the reference's, as a share of its size."""
+    (loss, *gradients), (other, *others) = found, reference
+    shares = [float((one - two).norm() / two.norm()) for one, two in zip(gradients, others, strict=True)]
+    return {"loss": abs(loss - other) / abs(other), "prompts": shares[0], "gates": shares[1]}
 
 
 def exact_only(parity: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -138,8 +141,8 @@ def flat(gradients: Gradients) -> tuple[Tensor, Tensor]:
     return torch.cat([prompt.flatten() for prompt, _ in gradients]), torch.cat([gate for _, gate in gradients])
 
 
-def refuse_differences(found: dict[str, dict[str, float]], dtype: torch.dtype) -> None:
-    """Stop where rows do not compute the same thing.
+def refuse_differences(found: dict[str, dict[str, float]], dtype: torch.dtype, reference: str = OURS_PADDED) -> None:
+    """Stop where rows do not compute what the reference does.
 
     Raises:
         BenchmarkError: names the first that differs, by how much, and what was allowed.
@@ -149,7 +152,7 @@ def refuse_differences(found: dict[str, dict[str, float]], dtype: torch.dtype) -
         for what, difference in differences.items():
             if not difference <= allowed[what]:  # so that nan is refused too
                 raise BenchmarkError(
-                    f"'{name}' does not compute what '{OURS_PADDED}' does: its {what} differ by {difference:.2g} of "
+                    f"'{name}' does not compute what '{reference}' does: its {what} differ by {difference:.2g} of "
                     f"their size, where {allowed[what]:g} is allowed in {str(dtype).removeprefix('torch.')}; "
                     "nothing was timed."
                 )

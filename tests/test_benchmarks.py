@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as suites  # noqa: E402
-from benchmarks import adapters, decode, harness, precision, profile, shapes, train  # noqa: E402
+from benchmarks import adapters, decode, harness, many, precision, profile, shapes, sharding, train  # noqa: E402
 from benchmarks.batching import end_to_end, in_order, padded_to_longest, regroup, unshared_rows  # noqa: E402
 from benchmarks.harness import BenchmarkError, Budget, Contender, Setting  # noqa: E402
 from benchmarks.lengths import PREFIX, Lengths, draw, global_batches, real_tokens  # noqa: E402
@@ -127,7 +127,7 @@ class TestHarness:
         assert json.loads(file.read_text(encoding="utf-8")) == {"a": {"x": [0.333333]}, "b": {}}
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-    @pytest.mark.parametrize("script", [train, decode, adapters, profile])
+    @pytest.mark.parametrize("script", [train, decode, adapters, profile, sharding, many])
     def test_without_a_gpu_the_gpu_is_refused_in_one_sentence(self, script, capsys):
         with pytest.raises(SystemExit) as stopped:
             harness.run(lambda: script.main(["--device", "cuda"]))
@@ -370,7 +370,8 @@ class TestMicroBatches:
 
 class TestSuites:
     def test_every_suite_s_options_are_known(self, tmp_path):
-        scripts = {"train": train, "decode": decode, "adapters": adapters, "profile": profile}
+        scripts = {script.__name__.removeprefix("benchmarks."): script for script in
+                   (train, decode, adapters, profile, sharding, many)}  # fmt: skip
         for suite in suites.SUITES:
             for command in suites.commands(suite, tmp_path):
                 options = scripts[command[2].removeprefix("benchmarks.")].parse(command[3:])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_processes_without_examples_of_their_own_keep_step(monkeypatch):
     assert list(sharding.in_step("", Accelerator(), lambda: iter("s"))) == [("s", 0.0)] * 3
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     assert list(sharding.in_step("ab", Accelerator(), lambda: iter("s"))) == [("a", 1.0), ("b", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("device", "flag", "calls"), [("cpu", "true", [(-3, 2**20)]), ("cpu", "false", []), ("cuda", "true", [])]
+)
+def test_freed_layers_go_back_to_the_system_on_a_cpu_alone(device, flag, calls, monkeypatch):
+    from llama_adapter.training import sharding
+
+    found = []
+    libraries = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=lambda *values: found.append(values)))
+    monkeypatch.setattr(sharding, "ctypes", libraries)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", flag)
+    sharding.give_freed_memory_back(torch.device(device))
+    assert found == calls
+    monkeypatch.setattr(sharding, "ctypes", SimpleNamespace(CDLL=lambda name: object()))
+    sharding.give_freed_memory_back(torch.device(device))  # a C library without it
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -179,6 +180,24 @@ def test_changed_files_are_seen_before_a_run_goes_on(base, rows, tmp_path):
     rows.write_bytes(lines(records(1, 41)))
     with pytest.raises(TrainingError, match="data has changed"):
         train(replace(settings, resume=True, max_steps=2))
+
+
+@pytest.mark.parametrize("megabytes", [1, 100])
+def test_a_change_within_a_file_of_the_same_size_is_seen(tmp_path, megabytes):
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    os.truncate(file, megabytes * 2**20)  # zeros that take no place
+    part, seen = StreamPart(str(file)), set()
+    for place in (None, 0, megabytes * 2**19, megabytes * 2**20 - 1):
+        if place is not None:
+            with file.open("r+b") as opened:
+                opened.seek(place)
+                opened.write(b"x")
+        seen.add(part.fingerprint(blocks=17))
+        os.utime(file, (1, 1))
+        seen.add(part.fingerprint(blocks=17))
+    assert len(seen) == 4
+    assert part.fingerprint(1) == part.fingerprint(2), "the first and the last block are always read"
 
 
 def test_a_plan_counts_what_it_has_looked_at(base, folder):

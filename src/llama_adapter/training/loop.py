@@ -44,7 +44,14 @@ from llama_adapter.training.owner import restarted
 from llama_adapter.training.packed_attention import tell_layers
 from llama_adapter.training.packing import PackedRow, packed_rows
 from llama_adapter.training.processes import start_accelerator
-from llama_adapter.training.sharding import check_strategy, distribution, in_step, over_processes, place_of
+from llama_adapter.training.sharding import (
+    check_strategy,
+    distribution,
+    give_freed_memory_back,
+    in_step,
+    over_processes,
+    place_of,
+)
 from llama_adapter.training.start import check_extras, check_start, settle
 from llama_adapter.training.stop import stop_signals
 
@@ -109,6 +116,7 @@ def _train_together(
         with telling(draft.name, recipes):
             perceptions[draft.name] = draft.perceive(accelerator)
 
+    give_freed_memory_back(accelerator.device)
     parts = distribution(shared, accelerator)
     model = load_base(shared.value("model"), accelerator.device, shared.precision, shared.quantization, parts)
     check_backward(model)

@@ -43,7 +43,7 @@ class Prepared:
         raw: whether all records are prompt-completion text, which takes no template.
         skipped: one sentence per record that was left out.
         digest: SHA-256 of all token ids, labels and names of files; a resumed run must have the same. Of streamed data
-            it is that of the files' sizes, beginnings and ends.
+            it is that of the files' sizes and of blocks spread over them.
         now: what a chat template that writes the date was told; a resumed run tells it the same.
         notes: what the records hold and nobody reads, with counts.
         longest: no example has more tokens.

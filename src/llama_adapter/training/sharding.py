@@ -8,6 +8,7 @@ Tensor parallelism, asked for by the recipe's `tensor_parallel`: every process h
 together are one: they run the same forwards, and each has the whole gradient (see `core/tensor_parallel.py`).
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from llama_adapter.errors import TrainingError
 from llama_adapter.training.config import TrainConfig
 
 Forward = TypeVar("Forward")
+MMAP_THRESHOLD, GIVEN_BACK = -3, 2**20
+"""glibc's name for the size, and that size in bytes, from which on a block goes back to the system when it is freed."""
 
 
 def is_sharded() -> bool:
@@ -135,6 +138,18 @@ def distribution(config: TrainConfig, accelerator: Accelerator) -> Any:
     if config.tensor_parallel:
         return DistributedConfig(tp_size=accelerator.num_processes, tp_plan="auto")
     return DistributedConfig(fsdp_size=accelerator.num_processes)
+
+
+def give_freed_memory_back(device: torch.device) -> None:
+    """On a CPU, let a sharded base's process shrink when a layer's weights are freed, where its malloc is glibc's.
+
+    That keeps blocks of up to 32 MB for later once the first was freed, in pieces which the next layer does not fit
+    into: without this, processes grow to more than the whole base, however many share it.
+    """
+    if is_sharded() and device.type == "cpu" and os.name == "posix":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # others than glibc have none, or one that does nothing
+        if mallopt is not None:
+            mallopt(MMAP_THRESHOLD, GIVEN_BACK)
 
 
 def place_of(config: TrainConfig, accelerator: Accelerator) -> tuple[int, int]:
