@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from clothes import ONE, SUBJECT, TWO, Question, Wordings, answer, ask
+from clothes import ONE, SUBJECT, TWO, Question, Wordings, answer, ask, every_question
 from numpy.typing import NDArray
 from top_layers import TopLayers
 from torch import Tensor
@@ -32,7 +32,8 @@ class Trial:
     """A run: which set it learns, what reads the picture, how long, and its seed.
 
     `reads` are features of `Features.of`; `settings` are those of `ConditionConfig`; of two things only `sides` are
-    asked; `in_full` is that of `clothes.answer`; with `from_text` prompts start from a question's hidden states.
+    asked; `in_full` is that of `clothes.answer`; with `from_text` prompts start from the hidden states of the
+    first question.
     """
 
     label: str
@@ -110,7 +111,7 @@ def run(trial: Trial, top: TopLayers, train: Features, test: Features, names: Se
     reader = HalfOfThePrompts(adapter.condition) if halved else adapter.condition
     assert reader is not None
     if trial.from_text:
-        top.start_prompts(adapter)
+        top.start_prompts(adapter, every_question(trial.kinds, names, WORDINGS[trial.scenes], trial.in_full)[0])
     try:
         loss = learn(trial, top, adapter, reader, features, train.labels, names)
         figures = measure(trial, top, reader, test, names)

@@ -82,9 +82,9 @@ class TopLayers:
         return self._kept[question][2].tolist()
 
     @torch.no_grad()
-    def start_prompts(self, adapter: Any) -> None:
-        """Set each prompt [K, hidden] to what its layer's attention reads at places spread over the first text."""
-        hidden = next(iter(self._kept.values()))[0]
+    def start_prompts(self, adapter: Any, question: Question) -> None:
+        """Set each prompt [K, hidden] to what its layer's attention reads at places spread over a text."""
+        hidden = self._kept[question][0]
         places = torch.linspace(0, len(hidden) - 1, adapter.config.adapter_len).round().long()
         handles = [
             layer.input_layernorm.register_forward_hook(partial(_take, adapter.layers[number].prompt, places))
