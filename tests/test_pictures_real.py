@@ -71,9 +71,11 @@ def test_no_wording_is_learnt_and_asked(scenes):
     assert not first & second
     names = ("a", "b", "c")
     labels = [[0, 1]] * 40 if scenes == "two" else [0, 1] * 20
-    known = set(clothes.every_question(names, real_trial.WORDINGS[scenes]))
-    for kind in ("sides",) if scenes == "two" else ("naming", "yes_no"):
-        assert set(clothes.ask(kind, labels, names, held_out, 0)) <= known
+    kinds = ("sides",) if scenes == "two" else ("naming", "yes_no")
+    for in_full in (False, True):
+        known = set(clothes.every_question(kinds, names, real_trial.WORDINGS[scenes], in_full))
+        for kind in kinds:
+            assert set(clothes.ask(kind, labels, names, held_out, 0, in_full)) <= known
 
 
 def test_answers_are_what_the_picture_shows():
@@ -85,6 +87,15 @@ def test_answers_are_what_the_picture_shows():
     assert {question for question, answer in asked if answer == "yes"} == {"Is it a tie?"}
     assert {question for question, answer in asked if answer == "no"} == {"Is it a hat?", "Is it a bow?"}
     assert 15 < sum(answer == "yes" for _, answer in asked) < 45
+
+
+def test_answers_in_full_name_what_is_seen_first():
+    wordings = clothes.Wordings(("The {}?",), ("Is it a {}?",))
+    names = ("hat", "tie", "bow")
+    asked = clothes.ask("sides", [[0, 2]] * 20, names, wordings, 0, in_full=True)
+    assert set(asked) == {("The left?", "left: hat"), ("The right?", "right: bow")}
+    asked = clothes.ask("yes_no", [1] * 60, names, wordings, 0, in_full=True)
+    assert set(asked) == {("Is it a tie?", "tie: yes"), ("Is it a hat?", "tie: no"), ("Is it a bow?", "tie: no")}
 
 
 # model
@@ -119,19 +130,53 @@ def test_top_layers_are_the_whole_model():
 def test_a_trial_learns_what_its_features_say():
     tokenizer = tiny_tokenizer()
     names = ("cat", "dog")
-    questions = clothes.every_question(names, real_trial.WORDINGS["one"])
+    questions = clothes.every_question(("naming", "yes_no"), names, real_trial.WORDINGS["one"])
     top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2, "{}:")
     top.read(questions)
     labels = np.arange(40) % 2
     tokens = torch.randn(40, 49, 6) * 0.1 + torch.from_numpy(labels)[:, None, None]
     features = real_trial.Features(tokens.half(), tokens.mean(1, keepdim=True).repeat(1, 7, 1), labels)
-    for kind, reads in (("image", "last"), ("patches", "tokens"), ("image", "scales")):
-        trial = real_trial.Trial("t", "one", 0, kind, reads, steps=3, layers=2)
+    for kind, reads, more in (
+        ("image", "last", {}),
+        ("patches", "tokens", {"from_text": True}),
+        ("image", "scales", {}),
+    ):
+        trial = real_trial.Trial("t", "one", 0, kind, reads, steps=3, layers=2, **more)
         found = real_trial.run(trial, top, features, features, names)
         assert 0 <= found["naming"] <= 1
         assert found["loss"] > 0
     linear = real_trial.probe(features, features, "last", names, real_trial.WORDINGS["one"][1])
     assert (linear["naming"], linear["yes_no"]) == (1.0, 1.0)
+
+
+class Said:
+    """Answers of one token a word, and one for the end."""
+
+    def answer(self, question):
+        return [*(word.strip(":") for word in question[1].split()), "."]
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("tie: no.", True),
+        ("hat: no.", True),
+        ("tie: yes.", False),
+        ("bow: yes.", False),
+        ("cow: no.", False),
+        ("tie: no no", False),
+    ],
+)
+def test_yes_or_no_in_full_counts_whatever_is_named(monkeypatch, written, right):
+    """Of a tie, "Is it a bow?": the word counts, which may be right of a wrong name, and nothing else may be there."""
+    names, question = ("hat", "tie", "bow"), ("Is it a bow?", "tie: no")
+    said = written.replace(":", "").replace(".", " .").split()
+
+    def likeliest(top, questions, conditions):
+        return [said for _ in questions]
+
+    monkeypatch.setattr(real_trial, "_likeliest", likeliest)
+    assert real_trial.answered(Said(), [question], torch.nn.Identity(), torch.zeros(1, 1), names) == [right]
 
 
 def test_half_of_the_prompts_get_the_vector():
@@ -211,7 +256,7 @@ def test_the_page_says_what_was_measured():
     assert "| v | 81.0% (80.0% to 82.0%) | 10.0% (10.0% to 10.0%) | 90.0%" in page
     assert "| 9 | 2 |" in page
     assert "- Naming clothes: 81.0% at best (v), 4.0 points below the linear probe" in page
-    assert "- one vector (Fashion-MNIST): seed 0, 1, 2\n" in page
+    assert "- one vector, in full (Fashion-MNIST): seed 0, 1, 2\n" in page
     assert real_page.section([]) == ""
 
 

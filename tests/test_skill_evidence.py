@@ -172,8 +172,9 @@ def test_the_page_keeps_the_other_part_and_says_what_the_figures_say(tmp_path):
 
 CHANGES = {
     "adapter_len": 4, "adapter_layers": 2, "gate_start": 1.0, "prompt_scale": 2.0, "start": "text", "gate_lr": 3.0,
-    "gate_decay": False, "sink": "zero", "norms": True, "scale": ("o_proj",), "bias": ("q_proj", "v_proj"),
-    "parts_lr": 0.5, "lora": 1, "lora_lr": 0.1, "targets": ("k_proj",),
+    "gate_decay": False, "gate_per_layer": True, "muon": True,
+    "sink": "zero", "norms": True, "scale": ("o_proj",), "bias": ("q_proj", "v_proj"), "parts_lr": 0.5,
+    "lora": 1, "lora_lr": 0.1, "targets": ("k_proj",),
 }  # fmt: skip
 
 

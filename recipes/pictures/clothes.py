@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -187,27 +188,49 @@ def rgb(picture: NDArray[np.uint8]) -> Image.Image:
 
 
 def ask(
-    kind: str, labels: Sequence[int] | Sequence[Sequence[int]], names: Sequence[str], wordings: Wordings, seed: int
+    kind: str,
+    labels: Sequence[int] | Sequence[Sequence[int]],
+    names: Sequence[str],
+    wordings: Wordings,
+    seed: int,
+    in_full: bool = False,
 ) -> list[Question]:
     """A question a picture: of 'naming', of 'yes_no' (half of them yes), or of 'sides', what one of two things is."""
     rng, found = random.Random(seed), []
     for label in labels:
         if kind == "sides":
             side = rng.randrange(2)
-            found.append((rng.choice(wordings.naming).format(SIDES[side]), names[label[side]]))
+            asked, name = rng.choice(wordings.naming).format(SIDES[side]), names[label[side]]
         elif kind == "naming":
-            found.append((rng.choice(wordings.naming), names[label]))
+            asked, name = rng.choice(wordings.naming), names[label]
         else:
             yes = rng.random() < 0.5
             other = rng.choice([number for number in range(len(names)) if number != label])
-            found.append((rng.choice(wordings.yes_no).format(names[label if yes else other]), "yes" if yes else "no"))
+            asked, name = rng.choice(wordings.yes_no).format(names[label if yes else other]), names[label]
+        found.append((asked, answer(kind, asked, name, in_full)))
     return found
 
 
-def every_question(names: Sequence[str], wordings: Sequence[Wordings]) -> list[Question]:
-    """All that `ask` can give."""
-    naming = [(text.format(side), name) for way in wordings for text in way.naming for side in SIDES for name in names]
-    yes_no = [
-        (text.format(name), said) for way in wordings for text in way.yes_no for name in names for said in ("yes", "no")
-    ]
-    return list(dict.fromkeys(naming + yes_no))
+def answer(kind: str, asked: str, name: str, in_full: bool = False) -> str:
+    """What is right of a picture that shows `name` (on the side that is asked about).
+
+    In full something is said before the word that was asked for: "coat: no" of a coat, "left: coat" of two things.
+    """
+    if kind == "sides":
+        return f"{next(side for side in SIDES if side in asked)}: {name}" if in_full else name
+    if kind == "naming":
+        return name
+    return f"{name}: " * in_full + ("yes" if f" {name}" in asked else "no")
+
+
+def every_question(
+    kinds: Sequence[str], names: Sequence[str], wordings: Sequence[Wordings], in_full: bool = False
+) -> list[Question]:
+    """All that `ask` can give of these kinds."""
+    found = []
+    for kind, way in product(kinds, wordings):
+        inserted = {"sides": SIDES, "yes_no": names}.get(kind, ("",))
+        for text, word, name in product(way.yes_no if kind == "yes_no" else way.naming, inserted, names):
+            asked = text.format(word)
+            found.append((asked, answer(kind, asked, name, in_full)))
+    return list(dict.fromkeys(found))

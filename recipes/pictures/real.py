@@ -122,8 +122,7 @@ def measure(args: argparse.Namespace) -> None:
         if made != (trial.layers, trial.template):
             made = trial.layers, trial.template
             top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), *made)
-        asked = every_question(names, WORDINGS[trial.scenes])
-        top.read([question for question in asked if "yes_no" in trial.kinds or question[1] not in ("yes", "no")])
+        top.read(every_question(trial.kinds, names, WORDINGS[trial.scenes], trial.in_full))
         found = run(trial, top, of["train"], of["test"], names)
         keep({"label": trial.label, "settings": trial.key(), **sizes(of), **found})
 

@@ -21,17 +21,18 @@ def trials(seeds: int = SEEDS) -> list[Trial]:
     ]
     for seed in range(seeds):
         plan += [
-            Trial("one vector", "one", seed, steps=400),
-            Trial("patches", "two", seed, "patches", "tokens"),
-            Trial("one vector", "two", seed),
-            Trial("one vector", "topics", seed),
+            Trial("one vector, in full", "one", seed, in_full=True),
+            Trial("patches, in full", "two", seed, "patches", "tokens", in_full=True),
+            Trial("one vector, in full", "topics", seed, in_full=True),
         ]
     return [
         *plan,
-        Trial("one vector, to every second prompt", "one", 0, settings=HALF),
-        Trial("one vector of six scales", "one", 0, reads="scales"),
-        Trial("visual prompt", "one", 0, "visual_prompt", "tokens", settings=VISUAL),
-        Trial("visual prompt", "two", 0, "visual_prompt", "tokens", settings=VISUAL),
-        Trial("one vector of both halves", "two", 0, reads="halves"),
-        Trial("one vector of both halves, to every second prompt", "two", 0, reads="halves", settings=HALF),
-    ]
+        Trial("yes or no alone, to every second prompt", "one", 0, asks=("yes_no",), settings=HALF),
+        Trial("one vector of both halves, in full", "two", 0, reads="halves", in_full=True),
+        Trial("one vector of six scales, in full", "one", 0, reads="scales", in_full=True),
+        Trial("visual prompt, in full", "one", 0, "visual_prompt", "tokens", settings=VISUAL, in_full=True),
+        Trial("visual prompt, in full", "two", 0, "visual_prompt", "tokens", settings=VISUAL, in_full=True),
+        Trial("one vector, to every second prompt, in full", "one", 0, settings=HALF, in_full=True),
+        Trial("one vector of both halves, to every second prompt, in full", "two", 0, reads="halves", settings=HALF,
+              in_full=True),
+    ]  # fmt: skip

@@ -7,10 +7,11 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from clothes import ONE, SUBJECT, TWO, Question, Wordings, ask
+from clothes import ONE, SUBJECT, TWO, Question, Wordings, answer, ask, every_question
 from numpy.typing import NDArray
 from top_layers import TopLayers
 from torch import Tensor
@@ -31,7 +32,8 @@ class Trial:
     """A run: which set it learns, what reads the picture, how long, and its seed.
 
     `reads` are features of `Features.of`; `settings` are those of `ConditionConfig`; of two things only `sides` are
-    asked.
+    asked; `in_full` is that of `clothes.answer`; with `from_text` prompts start from the hidden states of the
+    first question.
     """
 
     label: str
@@ -44,6 +46,8 @@ class Trial:
     template: str = "Question: {}\nAnswer:"
     asks: tuple[str, ...] = ("naming", "yes_no")
     settings: tuple[tuple[str, Any], ...] = ()
+    in_full: bool = False
+    from_text: bool = False
 
     @property
     def kinds(self) -> list[str]:
@@ -51,8 +55,9 @@ class Trial:
         return ["sides"] if self.scenes == "two" else list(self.asks)
 
     def key(self) -> dict[str, Any]:
-        """Everything that decides the figures."""
-        return {
+        """Everything that decides the figures; what came later is left out where it is off."""
+        later = {name: True for name in ("in_full", "from_text") if getattr(self, name)}
+        return later | {
             "scenes": self.scenes, "seed": self.seed, "kind": self.kind, "reads": self.reads, "steps": self.steps,
             "settings": dict(self.settings), "layers": self.layers, "template": self.template, "prompts": PROMPTS,
             "asks": self.kinds, "batch": BATCH, "lr": LR, "condition_lr": CONDITION_LR,
@@ -105,6 +110,8 @@ def run(trial: Trial, top: TopLayers, train: Features, test: Features, names: Se
     )
     reader = HalfOfThePrompts(adapter.condition) if halved else adapter.condition
     assert reader is not None
+    if trial.from_text:
+        top.start_prompts(adapter, every_question(trial.kinds, names, WORDINGS[trial.scenes], trial.in_full)[0])
     try:
         loss = learn(trial, top, adapter, reader, features, train.labels, names)
         figures = measure(trial, top, reader, test, names)
@@ -153,7 +160,7 @@ def mixed(trial: Trial, labels: Sequence[Any], names: Sequence[str], rng: random
     """Questions in wordings that are trained, of each kind as many."""
     wordings, found = WORDINGS[trial.scenes][0], []
     for label in labels:
-        found += ask(rng.choice(trial.kinds), [label], names, wordings, rng.randrange(2**32))
+        found += ask(rng.choice(trial.kinds), [label], names, wordings, rng.randrange(2**32), trial.in_full)
     return found
 
 
@@ -163,34 +170,69 @@ def measure(trial: Trial, top: TopLayers, reader: Any, test: Features, names: Se
     labels, features = test.labels.tolist(), test.of(trial.reads)
     figures: dict[str, Any] = {}
     for kind in trial.kinds:
-        questions = ask(kind, labels, names, held_out, 0)
-        right = answered(top, questions, reader, features)
+        questions = ask(kind, labels, names, held_out, 0, trial.in_full)
+        by_name = names if kind == "yes_no" and trial.in_full else ()
+        right = answered(top, questions, reader, features, by_name)
         figures[kind] = share(right)
         if kind != "yes_no":
             figures["by_wording"] = by_wording(questions, right)
-        figures[f"{kind}, without"] = share(answered(top, questions, None, features))
-    questions = ask(trial.kinds[0], labels[:200], names, trained, 1)
-    figures[f"{trial.kinds[0]}, trained wordings"] = share(answered(top, questions, reader, features[:200]))
-    return figures
+        figures[f"{kind}, without"] = share(answered(top, questions, None, features, by_name))
+    questions = ask(trial.kinds[0], labels[:200], names, trained, 1, trial.in_full)
+    by_name = names if trial.kinds[0] == "yes_no" and trial.in_full else ()
+    right = answered(top, questions, reader, features[:200], by_name)
+    return figures | {f"{trial.kinds[0]}, trained wordings": share(right)}
 
 
 @torch.no_grad()
-def answered(top: TopLayers, questions: Sequence[Question], reader: Any, features: Tensor) -> list[bool]:
-    """Whether the likeliest token is right at each place of an answer, so whether greedy decoding writes it."""
+def answered(
+    top: TopLayers, questions: Sequence[Question], reader: Any, features: Tensor, by_name: Sequence[str] = ()
+) -> list[bool]:
+    """Whether greedy decoding writes the right answer, to the letter.
+
+    With the names, of yes or no in full: whether the word after the name is right, whatever thing is named.
+    """
+    find = partial(_word_right, top, by_name) if by_name else partial(_right, top)
     if reader is None:  # without a picture equal texts have equal answers
         distinct = list(dict.fromkeys(questions))
-        known = dict(zip(distinct, _right(top, distinct, [None] * len(distinct)), strict=True))
+        known = dict(zip(distinct, find(distinct, [None] * len(distinct)), strict=True))
         return [known[question] for question in questions]
-    return _right(top, questions, [reader(part) for part in features.split(64)])
+    return find(questions, [reader(part) for part in features.split(64)])
 
 
 def _right(top: TopLayers, questions: Sequence[Question], conditions: Sequence[Tensor | None]) -> list[bool]:
-    found: list[bool] = []
+    pairs = zip(questions, _likeliest(top, questions, conditions), strict=True)
+    return [tokens == top.answer(question) for question, tokens in pairs]
+
+
+def _word_right(
+    top: TopLayers, names: Sequence[str], questions: Sequence[Question], conditions: Sequence[Tensor | None]
+) -> list[bool]:
+    """Greedy decoding in two steps: what is named, and what is said after that name."""
+    begun = [_path(asked, names[0]) for asked, _ in questions]
+    firsts = {top.answer(_path(begun[0][0], name))[0]: name for name in names}
+    assert len(firsts) == len(names), "two names begin alike"
+    named = [firsts.get(tokens[0]) for tokens in _likeliest(top, begun, conditions)]
+    paths = [_path(asked, name or names[0]) for (asked, _), name in zip(begun, named, strict=True)]
+    found = []
+    for question, path, name, said in zip(questions, paths, named, _likeliest(top, paths, conditions), strict=True):
+        written, *end = top.answer(path)[:-2], *top.answer(question)[-2:]
+        same = said[-2:] == end if path[1].split()[-1] == question[1].split()[-1] else said[-2] == end[0]
+        found.append(name is not None and said[:-2] == written and same)
+    return found
+
+
+def _path(asked: str, name: str) -> Question:
+    return asked, answer("yes_no", asked, name, True)
+
+
+def _likeliest(top: TopLayers, questions: Sequence[Question], conditions: Sequence[Tensor | None]) -> list[list[int]]:
+    """At each place of each answer, after what stands before it, the likeliest token."""
+    found: list[list[int]] = []
     for number, start in enumerate(range(0, len(questions), 64)):
         texts = top.texts(questions[start : start + 64])
         with use_adapter(top.model, "default", conditions[number]):
-            wrong = top.logits(texts).argmax(-1) != texts.answer
-        found += (torch.zeros(len(texts.hidden)).index_add(0, texts.row, wrong.float()) == 0).tolist()
+            likeliest = top.logits(texts).argmax(-1)
+        found += [part.tolist() for part in likeliest.split(texts.row.bincount().tolist())]
     return found
 
 

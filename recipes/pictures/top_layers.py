@@ -8,6 +8,7 @@ ordinary model of L layers on given inputs: the same numbers at L / N of the cos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,25 @@ class TopLayers:
             hidden = states[depth][row, : len(asked) + len(answer)].clone()
             self._kept[question] = hidden, len(asked), torch.tensor(answer)
 
+    def answer(self, question: Question) -> list[int]:
+        """The tokens of its answer."""
+        return self._kept[question][2].tolist()
+
+    @torch.no_grad()
+    def start_prompts(self, adapter: Any, question: Question) -> None:
+        """Set each prompt [K, hidden] to what its layer's attention reads at places spread over a text."""
+        hidden = self._kept[question][0]
+        places = torch.linspace(0, len(hidden) - 1, adapter.config.adapter_len).round().long()
+        handles = [
+            layer.input_layernorm.register_forward_hook(partial(_take, adapter.layers[number].prompt, places))
+            for number, layer in enumerate(self._top)
+        ]
+        try:
+            self.model.model(inputs_embeds=hidden[None], use_cache=False, adapter_names=None)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def texts(self, questions: Sequence[Question]) -> Texts:
         """A batch."""
         rows = [self._kept[question] for question in questions]
@@ -90,6 +110,10 @@ class TopLayers:
         """[R, vocabulary], of whatever adapter is in use."""
         states = self.model.model(inputs_embeds=texts.hidden, attention_mask=texts.mask, use_cache=False)
         return self.model.lm_head(states.last_hidden_state.flatten(0, 1)[texts.places])
+
+
+def _take(prompt: Tensor, places: Tensor, module: nn.Module, args: Any, states: Tensor) -> None:
+    prompt.copy_(states[0, places])
 
 
 def encode(tokenizer: Any, template: str, question: Question) -> tuple[list[int], list[int]]:

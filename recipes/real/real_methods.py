@@ -5,8 +5,10 @@ Every method gets the same base, batches, loss and schedule (`skill_trial.py`); 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from llama_adapter.core.zero_init import Prompts, project_prompts
 from llama_adapter.data import Encoded
 from llama_adapter.data.batches import micro_batches
 from llama_adapter.training.packing import packed_rows
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "base"))
+from muon import Muon
 
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHT_DECAY = 0.02
@@ -37,6 +42,7 @@ class Options:
         start: "normal" draws them from N(0, 1), "text" takes them from a training example's hidden states.
         gate_lr: factor on the gates' learning rate.
         gate_decay: whether gates decay.
+        gate_per_layer: all heads of a layer share one gate.
         sink: one more place that a head may look at, of value 0, which makes the gate depend on the query: "zero" has a
             score of 0, "learnt" is the first prompt with its value held at 0; "" for none.
         norms: own norms beside the prompts (LLaMA-Adapter V2).
@@ -47,6 +53,7 @@ class Options:
         lora_lr: factor on its learning rate.
         rank: of LoRA.
         targets: of LoRA.
+        muon: prompts are trained by Muon, the rest by AdamW.
     """
 
     adapter_len: int = 10
@@ -56,6 +63,7 @@ class Options:
     start: str = "normal"
     gate_lr: float = 1.0
     gate_decay: bool = True
+    gate_per_layer: bool = False
     sink: str = ""
     norms: bool = False
     scale: tuple[str, ...] = ()
@@ -65,6 +73,7 @@ class Options:
     lora_lr: float = 0.5
     rank: int = 3
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    muon: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,8 @@ class Prepared:
 
     Attributes:
         model: what is called; PEFT wraps the base.
-        groups: AdamW's groups of parameters, each with the `factor` on the learning rate that it takes.
+        groups: the optimisers' groups of parameters, each with the `factor` on the learning rate that it takes; those
+            of a `tied` one stay equal to one another, those of a `muon` one are trained by Muon, all others by AdamW.
         batches: how a batch becomes micro-batches; packed where that is possible, as `llama-adapter train` does.
         answer: greedy answers to a skill's examples.
     """
@@ -88,9 +98,20 @@ class Prepared:
         """All that is trained."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """AdamW as `llama-adapter train` has it."""
-        return torch.optim.AdamW(self.groups, lr=lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    def optimizers(self, lr: float) -> list[torch.optim.Optimizer]:
+        """AdamW as `llama-adapter train` has it, and Muon for what asks for it."""
+        by_muon = [group for group in self.groups if group.get("muon")]
+        others = [group for group in self.groups if not group.get("muon")]
+        found: list[torch.optim.Optimizer] = []
+        if others:
+            found.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY))
+        return [*found, Muon(by_muon, lr=lr, weight_decay=WEIGHT_DECAY)] if by_muon else found
+
+    def tie(self) -> None:
+        """Give the parameters of a tied group, each a layer's gates, the mean of their gradients."""
+        for group in self.groups:
+            for parameter in group["params"] if group.get("tied") else []:
+                parameter.grad.fill_(parameter.grad.mean())
 
 
 Method = Callable[[PreTrainedModel, Options, Any, Encoded], Prepared]
@@ -120,9 +141,9 @@ def zero_init(model: PreTrainedModel, options: Options, tokenizer: Any, example:
         for wanted in (True, False)
     )
     groups: list[dict[str, Any]] = [
-        {"params": [layer.prompt for layer in layers], "factor": 1.0},
+        {"params": [layer.prompt for layer in layers], "factor": 1.0, "muon": options.muon},
         {
-            "params": [layer.gate for layer in layers], "factor": options.gate_lr,
+            "params": [layer.gate for layer in layers], "factor": options.gate_lr, "tied": options.gate_per_layer,
             **({} if options.gate_decay else {"weight_decay": 0.0}),
         },
         {"params": parts, "factor": options.parts_lr, "weight_decay": 0.0},

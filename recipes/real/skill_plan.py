@@ -13,12 +13,14 @@ SCALES = Options(adapter_len=4, start="text", norms=True, scale=("o_proj", "down
 """Four prompts that start from a text, own norms, and scales where nothing of a norm reaches."""
 AT_ONE_RATE = replace(SCALES, parts_lr=1.0)
 """All of that at one rate."""
+IA3_SCALES = Options(adapter_len=4, start="text", scale=("o_proj", "down_proj"), parts_lr=3.0)
+"""Four prompts from a text, and scales at IA3's rate where IA3 has those of values and of the feed-forward."""
 BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
 
 def trials() -> list[Trial]:
     """The whole plan, the most important first."""
-    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths()]
+    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths(), *epochs(), *levers()]
 
 
 def methods() -> list[Trial]:
@@ -41,7 +43,8 @@ def rivals() -> list[Trial]:
         "ia3": "IA3 (PEFT)", "full": "full fine-tuning", "adaption-prompt": "adaption prompt (PEFT)",
         "prefix": "prefix tuning (PEFT)",
     }  # fmt: skip
-    return [Trial("methods", names[method], method, lr) for method, lr in rates.items()]
+    more = [Trial("methods", names["ia3"], "ia3", rates["ia3"], seed) for seed in SEEDS[1:]]
+    return [Trial("methods", names[method], method, lr) for method, lr in rates.items()] + more
 
 
 def gap() -> list[Trial]:
@@ -59,7 +62,9 @@ def gap() -> list[Trial]:
     with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
     text = Options(adapter_len=3, start="text")
     return [
+        Trial("gap", "K=4 from text, scales at IA3's rate", "zero-init", 0.01, options=IA3_SCALES),
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
+        *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", 0.02, s, options=with_lora) for s in SEEDS[1:]),
         Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
         *(Trial("gap", "K=3 from text", "zero-init", 0.01, seed, options=text) for seed in SEEDS),
         Trial("gap", f"{BEST}, all at one rate, gates at 3 times", "zero-init", 0.005, options=open_quickly),
@@ -103,4 +108,29 @@ def lengths() -> list[Trial]:
     return [
         *(Trial("lengths", f"K={count}", "zero-init", 0.01, options=Options(adapter_len=count)) for count in (4, 40)),
         Trial("lengths", "K=10", "zero-init", 0.01),
+    ]
+
+
+def epochs() -> list[Trial]:
+    """The paper's Table 6: the same number of steps over fewer and fewer data."""
+    return [
+        Trial(
+            "epochs", f"{count} of {45 // count * 12} examples", "zero-init", 0.005, options=AT_ONE_RATE, epochs=count
+        )
+        for count in (1, 3, 9)
+    ]
+
+
+def levers() -> list[Trial]:
+    """One change each to the best recipe of this method."""
+    changed = {
+        "as it is": AT_ONE_RATE,
+        "one gate a layer": replace(AT_ONE_RATE, gate_per_layer=True),
+        "a learnt sink, so a gate that depends on the query": replace(AT_ONE_RATE, adapter_len=5, sink="learnt"),
+        "prompts by Muon": replace(AT_ONE_RATE, muon=True),
+        "gates do not decay": replace(AT_ONE_RATE, gate_decay=False),
+    }
+    return [
+        *(Trial("levers", label, "zero-init", 0.005, options=options) for label, options in changed.items()),
+        Trial("levers", "no cosine", "zero-init", 0.005, options=AT_ONE_RATE, schedule="constant"),
     ]

@@ -126,7 +126,7 @@ def tables(results: list[Result], plan: list[Trial]) -> str:
     for group, title in TITLES.items():
         found = rows(results, plan, group)
         if len(found) > 1:
-            sections += [f"### {title}", _table(found, target)]
+            sections += [f"### {title}", _over_fitting(found) if group == "epochs" else _table(found, target)]
     if methods:
         sections += ["### By skill", _by_skill(methods)]
     return "\n\n".join(filter(None, sections))
@@ -137,6 +137,8 @@ TITLES = {
     "gates": "Zero-init against random gates (the paper's Table 5)",
     "layers": "Layers (the paper's Table 4)",
     "lengths": "Prompt length",
+    "epochs": "Over-fitting (the paper's Table 6)",
+    "levers": "One change to the best recipe",
 }
 
 
@@ -156,6 +158,18 @@ def _table(found: list[Row], targets: dict[int, float]) -> str:
             ]
         )  # fmt: skip
     return markdown(head, lines)
+
+
+def _over_fitting(found: list[Row]) -> str:
+    head = ["data", "training loss", "validation loss", "new entities", "new wordings", "prose perplexity"]
+    lines = [
+        [
+            row.label, row.shown(lambda r: statistics.mean(r["train_loss"][-5:]), "{:.3f}"), row.shown(loss, "{:.3f}"),
+            row.shown(entities), row.shown(wordings), row.shown(prose, "{:.1f}"),
+        ]
+        for row in found
+    ]  # fmt: skip
+    return markdown(head, lines) + "\n\nTraining loss is the mean of the last five steps."
 
 
 def _reached(times: list[float | None]) -> str:

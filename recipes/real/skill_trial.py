@@ -60,6 +60,8 @@ class Trial:
         per_skill: examples of each skill in a step.
         skills: which are learnt, all by one adapter.
         options: of the method.
+        epochs: how often each training example is seen; `steps` stay as they are, so that data become fewer.
+        schedule: "cosine" or "constant", both after a warm-up.
     """
 
     group: str
@@ -71,11 +73,16 @@ class Trial:
     per_skill: int = 2
     skills: tuple[str, ...] = tuple(SKILLS)
     options: Options = field(default_factory=Options)
+    epochs: int = 1
+    schedule: str = "cosine"
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the figures; trials of several groups may share them."""
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         del settings["group"], settings["label"]
+        for name, default in (("epochs", 1), ("schedule", "cosine")):  # as the figures before these two were kept
+            if settings[name] == default:
+                del settings[name]
         usual = json.loads(json.dumps(dataclasses.asdict(Options())))
         changed = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
         return settings | changed
@@ -134,23 +141,25 @@ def run(trial: Trial, device: str = "cpu", precision: str = "auto") -> dict[str,
 def fit(
     prepared: Prepared, trial: Trial, train: dict[str, list[Encoded]], val: list[Encoded]
 ) -> tuple[list[float], list[tuple[int, float]]]:
-    """One optimiser over a method's parameters; returns the loss of every step and some validations."""
+    """Train all that a method trains; returns the loss of every step and some validations."""
     device = prepared.model.device
-    optimizer = prepared.optimizer(trial.lr) if trial.steps else None
+    optimizers = prepared.optimizers(trial.lr)
     curve: list[float] = []
     validations = [(0, mean_loss(prepared, val))]
     for step in range(trial.steps):
-        first = step * trial.per_skill
+        first = step % (trial.steps // trial.epochs) * trial.per_skill
         batch = [e for examples in train.values() for e in examples[first : first + trial.per_skill]]
         tokens, loss = response_tokens(batch), 0.0
         for part in prepared.batches(batch, len(batch)):
             share = response_loss(prepared.model, part, device) / tokens
             share.backward()
             loss += share.item()
-        for group in optimizer.param_groups:
-            group["lr"] = rate(trial, step) * group["factor"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        prepared.tie()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(trial, step) * group["factor"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         curve.append(loss)
         if (step + 1) % CURVE == 0 or step + 1 == trial.steps:
             validations.append((step + 1, mean_loss(prepared, val)))
@@ -158,10 +167,12 @@ def fit(
 
 
 def rate(trial: Trial, step: int) -> float:
-    """Linear warm-up over a tenth of the run, then half a cosine."""
+    """Linear warm-up over a tenth of the run, then half a cosine or the peak to the end."""
     warmup = max(1.0, WARMUP * trial.steps)
     if step + 1 < warmup:
         return trial.lr * (step + 1) / warmup
+    if trial.schedule == "constant":
+        return trial.lr
     return trial.lr * 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (trial.steps + 1 - warmup)))
 
 
