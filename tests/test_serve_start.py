@@ -53,7 +53,7 @@ def said(capsys, *words):
         ("-m gone", "gone"),
         ("-m wide -a experts/expert-0", "hidden_size"),
         ("-m base --adapter-dir gone", "--adapter-dir gone is no folder"),
-        ("-m base --backend turbo", "invalid choice: 'turbo'"),
+        ("-m base --backend turbo", "unknown --backend 'turbo'"),
         ("-m base --port 70000", "port"),
         ("-m base --port -1", "port"),
         ("-m base --max-rows 0", "max_rows"),

@@ -235,7 +235,7 @@ class TestCommand:
         for name, path, says in (
             ("poet", experts / "norms", "has norms"),
             ("poet", experts / "wider", "was made for"),
-            ("poet", experts / "gone", "is no folder"),
+            ("poet", experts / "gone", "there is nothing of that name"),
             ("a b", experts / "plain", "malformed"),
             (str(base), experts / "plain", "malformed"),
         ):
