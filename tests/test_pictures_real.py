@@ -22,6 +22,7 @@ sys.path.insert(0, str(FOLDER))
 import clothes  # noqa: E402
 import efficientnet  # noqa: E402
 import evidence  # noqa: E402
+import known  # noqa: E402
 import real  # noqa: E402
 import real_page  # noqa: E402
 import real_plan  # noqa: E402
@@ -177,6 +178,20 @@ def test_yes_or_no_in_full_counts_whatever_is_named(monkeypatch, written, right)
 
     monkeypatch.setattr(real_trial, "_likeliest", likeliest)
     assert real_trial.answered(Said(), [question], torch.nn.Identity(), torch.zeros(1, 1), names) == [right]
+
+
+def test_the_text_is_probed_before_the_word_that_is_asked_for():
+    tokenizer, names = tiny_tokenizer(), ("cat", "dog")
+    top = top_layers.TopLayers(tiny_llama(vocab_size=len(tokenizer)), tokenizer, 2, "{}:")
+    way = clothes.Wordings(("the left {}?",), ("sun {}?", "moon {}?"))
+    states, labels = known.of_wordings(top, "yes_no", names, way, in_full=True)
+    assert labels.tolist() == [1] * 4 + [0] * 4
+    question = ("sun cat?", "cat: yes")
+    _, ids = top_layers.encode(tokenizer, "{}:", question)
+    assert torch.equal(states[0], top._kept[question][0][-3])
+    assert len(ids) >= 3
+    assert known.of_wordings(top, "yes_no", names, way, in_full=False)[1].tolist() == [0, 0, 1, 1] * 2
+    assert known.known(top, "yes_no", names, (way, way), in_full=False) == {"right": 1.0}
 
 
 def test_half_of_the_prompts_get_the_vector():

@@ -23,8 +23,9 @@ import torch
 from clothes import DEBIAN, PictureSet, every_question, fashion_sets, topic_sets
 from evidence import REAL as RESULTS
 from evidence import write_pages
+from known import known
 from real_plan import SEEDS, trials
-from real_trial import WORDINGS, Features, probe, run
+from real_trial import WORDINGS, Features, Trial, probe, run
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from top_layers import TopLayers
@@ -123,8 +124,20 @@ def measure(args: argparse.Namespace) -> None:
             made = trial.layers, trial.template
             top = TopLayers(load_base(base, CPU, "fp32"), load_tokenizer(base), *made)
         top.read(every_question(trial.kinds, names, WORDINGS[trial.scenes], trial.in_full))
+        measure_known(trial, top, names)
         found = run(trial, top, of["train"], of["test"], names)
         keep({"label": trial.label, "settings": trial.key(), **sizes(of), **found})
+
+
+def measure_known(trial: Trial, top: TopLayers, names: tuple[str, ...]) -> None:
+    """What the text alone says at the places where yes, no or a side's thing are written, where it is missing."""
+    for kind, in_full in (("yes_no", False), ("yes_no", True), ("sides", False)):
+        settings = {
+            "text": trial.scenes, "kind": kind, "in_full": in_full, "layers": trial.layers, "template": trial.template,
+        }  # fmt: skip
+        if kind in trial.kinds and settings not in [line["settings"] for line in results()]:
+            found = known(top, kind, names, WORDINGS[trial.scenes], in_full)
+            keep({"label": "linear probe of the text", "settings": settings, **found})
 
 
 def measure_probes(scenes: str, features: dict[str, Features], names: tuple[str, ...]) -> None:

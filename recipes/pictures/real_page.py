@@ -17,7 +17,9 @@ SmolLM2-135M-Instruct looks through EfficientNet-Lite0 (ImageNet) at real pictur
 Fashion-MNIST, and ScienceQA's pictures by their school subject. Base and encoder stay frozen; an adapter of the top
 layers with ten prompts is trained on {batch} questions a step, half "What is this?" in eight wordings, half "Is this a
 coat?" in six; `naming alone` is trained on the first kind only, `yes or no alone` on the second. Asked are pictures
-and wordings that no run has seen. An answer counts that greedy decoding writes to the letter, its end included. The
+and wordings that no run has seen. An answer counts that greedy decoding writes to the letter, its end included. Rows
+`in full` are trained to say what they see before the word that was asked for: "coat: no" to "Is this a dress?", "left:
+coat" to "What is on the left?". Of yes or no in full the word counts, whatever is named before it. The
 linear probe is a classifier trained on the same features; it says yes where the thing that is asked about is what it
 takes the picture for, and has the best of three penalties on the test set itself. `without` asks the same adapter
 without a picture; guessing gives 10 % of names and 50 % of yes and no. A row of one seed has no range.
@@ -34,9 +36,23 @@ Two pieces of clothing side by side, and "What is on the left?". The paper adds 
 it shifts every score of a query by the same, so what is added to the text is the same whatever is asked, and which of
 two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that could say it: the same
 bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
-query can then find the part by the prompt's key and read the thing from its value. Whether it does, the table says.
+query can then find the part by the prompt's key and read the thing from its value. Whether it does, the table says:
+the word alone does not come from the right side with either; after "left:" or "right:", which an answer in full says
+first, the query is about that side and little else.
 
 """
+TEXT = """\
+What the bare base knows at those places, without a picture: a linear probe of what the top {layers} layers get, learnt
+from the trained wordings and asked about the held-out ones. Which thing is asked about is there, and what the picture
+shows is in the vector; the word alone takes a comparison of the two, and the adapter only adds them. In full the
+comparison is one of two words of a text, which the base makes by itself.
+
+"""
+KNOWN = {
+    ("yes_no", False): "which thing is asked about, where yes or no alone is written",
+    ("yes_no", True): "whether the thing just named is the one asked about, where yes or no in full is written",
+    ("sides", False): "which side is asked about, where the thing alone is written",
+}
 NAMES = {"one": "Fashion-MNIST", "topics": "ScienceQA, the subject"}
 ALL_NAMES = {**NAMES, "two": "two things"}
 ASKED = (
@@ -59,8 +75,9 @@ def section(results: Sequence[Result]) -> str:
         return ""
     page = INTRO.format(**trials[0]["settings"]) + reached(results)
     for scenes, name in NAMES.items():
-        page += one_thing(name, by_label(trials, scenes), probes(results, scenes))
+        page += one_thing(name, by_label(trials, scenes), probes(results, scenes)) + text_knows(results, scenes)
     page += two_things(by_label(trials, "two"), probes(results, "two"))
+    page += "\n" + text_knows(results, "two")
     return page + not_run(trials)
 
 
@@ -127,6 +144,16 @@ def one_thing(name: str, found: dict[str, list[Result]], linear: Sequence[Result
         + table(head, rows)
         + "\n"
     )
+
+
+def text_knows(results: Sequence[Result], scenes: str) -> str:
+    """The table of probes of the text alone; the words of `TEXT` are about questions of yes or no."""
+    found = [line for line in results if line["settings"].get("text") == scenes]
+    if not found:
+        return ""
+    rows = [[KNOWN[line["settings"]["kind"], line["settings"]["in_full"]], percent(line["right"])] for line in found]
+    words = TEXT.format(**found[0]["settings"]) if scenes == "one" else ""
+    return words + table(["known from the text", "held-out wordings"], rows) + "\n"
 
 
 def two_things(found: dict[str, list[Result]], linear: Sequence[Result]) -> str:

@@ -28,6 +28,8 @@ def trials(seeds: int = SEEDS) -> list[Trial]:
     return [
         *plan,
         Trial("yes or no alone, to every second prompt", "one", 0, asks=("yes_no",), settings=HALF),
+        Trial("patches", "two", 0, "patches", "tokens"),
+        Trial("patches, prompts from a text, in full", "two", 0, "patches", "tokens", in_full=True, from_text=True),
         Trial("one vector of both halves, in full", "two", 0, reads="halves", in_full=True),
         Trial("one vector of six scales, in full", "one", 0, reads="scales", in_full=True),
         Trial("visual prompt, in full", "one", 0, "visual_prompt", "tokens", settings=VISUAL, in_full=True),

@@ -81,6 +81,10 @@ class TopLayers:
         """The tokens of its answer."""
         return self._kept[question][2].tolist()
 
+    def before(self, question: Question, left: int) -> Tensor:
+        """What the top layers get [hidden] where the last `left` tokens of the answer are still to come."""
+        return self._kept[question][0][-left - 1]
+
     @torch.no_grad()
     def start_prompts(self, adapter: Any, question: Question) -> None:
         """Set each prompt [K, hidden] to what its layer's attention reads at places spread over a text."""
