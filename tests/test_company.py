@@ -73,10 +73,15 @@ def test_prompts_that_an_adapter_never_saw_the_like_of_are_counted(command, adap
 def test_records_with_a_template_for_an_adapter_without_one_are_counted(base, tmp_path, caplog):
     raw = write_adapter(base, tmp_path / "raw", template="raw")
     asked = records(tmp_path / "asked.jsonl", ASKED[:2])
-    main(["evaluate", "instructions", "--data", str(asked), "-a", str(raw), "--max-new-tokens", "1"])
-    assert any(
-        "2 of 2 records take a template, and the adapter 'raw' was trained without one" in s for s in said(caplog)
-    )
+    (tmp_path / "lines.txt").write_text("Repeat 1\n")
+    for command in (["evaluate", "instructions", "--data"], ["generate", "--file"]):
+        caplog.clear()
+        main([*command, str(asked), "-a", str(raw), "--max-new-tokens", "1"])
+        (sentence,) = [sentence for sentence in said(caplog) if "records" in sentence]
+        assert "2 of 2 records take a template, and the adapter 'raw' was trained without one" in sentence
+    caplog.clear()
+    main(["generate", "--file", str(tmp_path / "lines.txt"), "-a", str(raw), "--max-new-tokens", "1"])
+    assert not [sentence for sentence in said(caplog) if "records" in sentence]
 
 
 # another base
@@ -124,13 +129,13 @@ def test_a_run_of_few_steps_is_said_to_be_short(base, tmp_path, caplog):
     data = write_data(tmp_path / "data.json", 29)
     short = recipe(base, data, tmp_path, batch_size=64, epochs=5.0)
     prepare(short, load_tokenizer(str(base)))
-    (sentence,) = [sentence for sentence in said(caplog) if "quickstart" in sentence]
+    (sentence,) = [sentence for sentence in said(caplog) if "are few" in sentence]
     train = int(sentence.split("(")[1].split()[0])
     assert sentence.startswith(f"5 steps ({train} examples, 64 a step, 5 epochs)")
     caplog.clear()
     prepare(recipe(base, data, tmp_path, batch_size=2, epochs=5.0), load_tokenizer(str(base)))
     prepare(recipe(base, data, tmp_path, batch_size=64, max_steps=3), load_tokenizer(str(base)))
-    assert not [sentence for sentence in said(caplog) if "quickstart" in sentence]
+    assert not [sentence for sentence in said(caplog) if "are few" in sentence]
 
 
 @pytest.mark.parametrize(("more", "warns"), [({}, True), ({"lr": 0.12}, False), ({"lr": 0.001}, False)])

@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, below):
     model = tiny_llama()
     adapted(model)
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(AdapterError, match=r"file.* cannot be written \(.+\): .*choose another folder"):
+    with pytest.raises(AdapterError, match=r"file.* cannot be written \(.+\): .*choose another place"):
         save_adapter(model, tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -386,7 +386,7 @@ def test_a_name_that_is_no_folder_comes_from_the_hub(saved, monkeypatch, tmp_pat
 def test_what_does_not_look_like_a_repository_is_a_folder(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(AdapterError, match="is not an adapter: it "):
+    with pytest.raises(AdapterError, match=r"is not an adapter: (it|there) "):
         load_adapter(tiny_llama(), source)
 
 

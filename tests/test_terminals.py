@@ -281,7 +281,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
         done = program("--version", stdout=full)
         err = done.communicate(timeout=60)[1]
     assert (done.returncode, err) == (
-        2, "Error: The output: No space left on device. Free space, or choose another place.\n",
+        2, "Error: The output: No space left on device: free space or choose another place.\n",
     )  # fmt: skip
 
 

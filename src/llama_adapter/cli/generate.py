@@ -68,6 +68,7 @@ def _prompts(
     args: argparse.Namespace, images: tuple[str, ...], planned: "SessionPlan", name: str | None
 ) -> "list[Prompt]":
     """What is asked, checked to be askable before the base's weights are read."""
+    from llama_adapter.data import is_data_file
     from llama_adapter.inference.writing import Prompt, asked_otherwise, read_prompts, usable
 
     writer, text = planned.writer, args.prompt
@@ -84,6 +85,6 @@ def _prompts(
         prompts = [Prompt.of(text, args.input, images)]
     prompts = usable(prompts, lambda prompt: writer.prompt(prompt, name), skipped)
     options.report_skipped(skipped or ())
-    if not raw and (warning := asked_otherwise(prompts, writer, name)):
+    if (not raw or is_data_file(args.file or "")) and (warning := asked_otherwise(prompts, writer, name)):
         log.warning("%s: %s", args.file, warning)
     return prompts

@@ -52,8 +52,8 @@ def parse_record(record: object) -> Example:
             raise
     if compared:
         raise DataError(
-            f"it is of a preference file ({', '.join(compared)}), which trains by comparing answers: pass --method "
-            "dpo; to learn the better answer alone, write it where the format has its answer"
+            f"it is of a preference file ({', '.join(compared)}), which 'llama-adapter train --method dpo' trains "
+            "on; to learn the better answer alone, write it where the format has its answer"
         )
     accepted = "; ".join(" + ".join(keys) for keys, _, _ in FORMATS)
     found = ", ".join(shown(key).strip("'") for key in list(record)[:20]) or "none"

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FEW_STEPS = 50
 """A run of fewer steps is said to be short."""
-SMALL_BATCH = 8
-"""Nobody is told to take a smaller one."""
 SMALL_BASE_LR = 0.12
 """The rate of the bundled base's recipe."""
 
@@ -194,14 +192,13 @@ def _check(
             "all examples are longer than %d tokens and lose their end, so that none shows where an answer ends: raise "
             "--max-length", max_length,
         )  # fmt: skip
-    small = config.max_steps is not None or config.batch_size <= SMALL_BATCH
-    if not small and (steps := config.total_steps(data.steps_per_epoch(config))) < FEW_STEPS:
+    if config.max_steps is None and (steps := config.total_steps(data.steps_per_epoch(config))) < FEW_STEPS:
         log.warning(
-            "%d steps (%d examples, %d a step, %g epochs) are few for gates that start at zero: 'llama-adapter "
-            "quickstart' chooses sizes for your data, or lower --batch-size and raise --epochs",
+            "%d steps (%d examples, %d a step, %g epochs) are few for gates that start at zero: lower --batch-size, "
+            "raise --epochs, or give more records; see 'llama-adapter quickstart --help'",
             steps, len(data.train), config.batch_size, config.epochs,
         )  # fmt: skip
-    if config.value("model") == BUNDLED and config.lr is None:
+    if config.value("model") == BUNDLED and config.lr is None and config.method == "sft":
         log.warning(
             "the bundled base of 3M parameters learns little at a rate of %.3g, which is for large ones: pass --lr %g",
             config.peak_lr, SMALL_BASE_LR,
