@@ -82,13 +82,9 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """
     folder = Path(os.path.expanduser(folder))
     path = folder / CONFIG_FILE
-    hint = (
-        f"it has no {CONFIG_FILE}"
-        if os.path.isdir(folder)
-        else "it is no folder"
-        if folder.exists()
-        else "there is nothing of that name"
-    )
+    hint = "it is no folder" if os.path.exists(folder) else "there is nothing of that name"
+    if os.path.isdir(folder):
+        hint = f"it has no {CONFIG_FILE}"
     if os.path.isfile(folder / "config.json"):
         hint += ", but a whole model's config.json: save_pretrained says nothing of adapters, save_adapter keeps them"
     size = _size(path, f"{folder} is not an adapter: {hint}. Give the folder that training wrote.")

@@ -27,7 +27,7 @@ RAW = (
     "{%- if messages | length != 1 %}{{- raise_exception('This adapter takes text as it is: one message.') }}"
     "{%- endif %}{{- BEGIN }}{{- messages[0].content }}"
 )
-TEMPLATES = {"alpaca": ALPACA, "raw": RAW}
+JINJA = {"alpaca": ALPACA, "raw": RAW}
 
 
 def chat_template(model: str, configs: Mapping[str, AdapterConfig]) -> str | None:
@@ -60,7 +60,7 @@ def as_jinja(kind: str, tokenizer: PreTrainedTokenizerBase) -> str:
     end, chat = end_token(tokenizer), [{"role": "user", "content": "Hi"}]
     plain = tokenizer("a", add_special_tokens=False).input_ids
     begin = tokenizer.decode(tokenizer("a").input_ids[: -len(plain)])
-    template = TEMPLATES[kind]
+    template = JINJA[kind]
     for name, value in (("BEGIN", begin), ("PREAMBLE", PREAMBLE), ("END", end)):
         template = template.replace(name, json.dumps(value))
     text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
