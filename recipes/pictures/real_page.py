@@ -36,8 +36,8 @@ Two pieces of clothing side by side, and "What is on the left?". The paper adds 
 it shifts every score of a query by the same, so what is added to the text is the same whatever is asked, and which of
 two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that could say it: the same
 bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
-query can then find the part by the prompt's key and read the thing from its value. By itself that was not enough where it
-was tried (the thing alone as the answer); nor is an answer in full with one vector, whatever it holds. With
+query can then find the part by the prompt's key and read the thing from its value. By itself that
+was not enough (the thing alone as the answer); nor is an answer in full with one vector, whatever it holds. With
 both it tells them apart: after "left:" or "right:" the query is about that side, and finds its parts.
 
 """
