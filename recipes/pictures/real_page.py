@@ -36,16 +36,16 @@ Two pieces of clothing side by side, and "What is on the left?". The paper adds 
 it shifts every score of a query by the same, so what is added to the text is the same whatever is asked, and which of
 two things is meant is not in it. `patches` (`--condition patches`) is the smallest change that could say it: the same
 bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
-query can then find the part by the prompt's key and read the thing from its value. Whether it does, the table says:
-the word alone does not come from the right side with either; after "left:" or "right:", which an answer in full says
-first, the query is about that side and little else.
+query can then find the part by the prompt's key and read the thing from its value. By itself that
+was not enough (the thing alone as the answer); nor is an answer in full with one vector, whatever it holds. With
+both it tells them apart: after "left:" or "right:" the query is about that side, and finds its parts.
 
 """
 TEXT = """\
-What the bare base knows at those places, without a picture: a linear probe of what the top {layers} layers get, learnt
-from the trained wordings and asked about the held-out ones. Which thing is asked about is there, and what the picture
-shows is in the vector; the word alone takes a comparison of the two, and the adapter only adds them. In full the
-comparison is one of two words of a text, which the base makes by itself.
+What the text alone says where such an answer is written: a linear probe of what the bare base gives the top {layers}
+layers there, learnt from the trained wordings and asked about the held-out ones. Which thing is asked about is mostly
+there, and what the picture shows is in the vector; the word alone takes a comparison of the two, and the adapter only
+adds them. In full the comparison is one of two words of a text, which the base makes by itself.
 
 """
 KNOWN = {
