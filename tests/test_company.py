@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,12 +51,41 @@ def adapter(base, tmp_path_factory):
         (RAW, (), None),
     ],
 )
-def test_records_of_both_kinds_are_counted(base, tmp_path, caplog, train, val, words):
+@pytest.mark.parametrize("streamed", [{}, {"streaming": True, "max_steps": 1}], ids=["read", "streamed"])
+def test_records_of_both_kinds_are_counted(base, tmp_path, caplog, train, val, words, streamed):
     held_out = (str(records(tmp_path / "val.jsonl", val)),) if val else ()
-    prepare(recipe(base, records(tmp_path / "d.jsonl", train), tmp_path, val_data=held_out), load_tokenizer(str(base)))
+    config = recipe(base, records(tmp_path / "d.jsonl", train), tmp_path, val_data=held_out, **streamed)
+    prepare(config, load_tokenizer(str(base)))
     found = [sentence for sentence in said(caplog) if "unlike" in sentence]
     assert found == [sentence for sentence in found if words is not None and words in sentence]
     assert len(found) == (words is not None)
+
+
+@pytest.mark.parametrize("streamed", [{}, {"streaming": True, "max_steps": 1}], ids=["read", "streamed"])
+@pytest.mark.parametrize(
+    ("data", "val", "changes", "words"),
+    [
+        (["a.jsonl", "./a.jsonl"], [], {}, "a.jsonl is named twice: what is held out"),
+        (["*.jsonl", "link.jsonl"], [], {}, "a.jsonl is named twice: what is held out"),
+        (["a.jsonl", "a.jsonl"], [], {"val_size": 0}, None),
+        (["a.jsonl", "a.jsonl"], ["b.jsonl"], {}, None),
+        (["a.jsonl", "b.jsonl"], [], {}, None),
+        (["a.jsonl"], ["."], {}, "validation: {}/a.jsonl is trained on too"),
+    ],
+)
+def test_what_is_trained_on_and_held_out_is_named(
+    base, tmp_path, monkeypatch, caplog, data, val, changes, words, streamed
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        records(tmp_path / name, ASKED)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    config = recipe(base, tmp_path, tmp_path, **changes, **streamed)
+    config = replace(config, data=tuple(data), val_data=tuple(val))
+    prepare(config, load_tokenizer(str(base)))
+    found = [sentence for sentence in said(caplog) if "trained on too" in sentence]
+    assert len(found) == (words is not None)
+    assert all(words.format(tmp_path) in sentence for sentence in found)
 
 
 @pytest.mark.parametrize("command", [["generate", "--file"], ["evaluate", "instructions", "--data"]])

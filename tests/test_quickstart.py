@@ -118,6 +118,13 @@ def test_a_file_that_is_there_is_not_written_over(base, data, capsys):
     assert data.read_bytes() == before
 
 
+def test_no_folder_is_named_that_is_there(base, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (first := tmp_path / look_at(str(data), str(base)).recipe["output_dir"]).mkdir(parents=True)
+    (tmp_path / f"{look_at(str(data), str(base)).recipe['output_dir']}").symlink_to("nowhere")
+    assert look_at(str(data), str(base)).recipe["output_dir"] == f"runs/{first.name}-3"
+
+
 def test_no_reason_breaks_out_of_its_comment(base, data, tmp_path):
     result = look_at(str(data), str(base))
     result.reasons["lr"] = "one line\nlr: 5"

@@ -72,6 +72,16 @@ def data_files(source: str) -> list[str]:
     return found
 
 
+def sources_of(sources: Iterable[str]) -> list[str]:
+    """All files of these sources, each by one name however it is reached; what is no file as it is.
+
+    Raises:
+        DataError: as `data_files`.
+    """
+    files = [name for source in sources for name in data_files(source)]
+    return [os.path.realpath(path) if os.path.exists(path := os.path.expanduser(name)) else name for name in files]
+
+
 def read_file(source: str, bad: list[str] | None = None) -> Records:
     """Every record of one file, or of standard input; blank lines are none.
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -12,6 +13,7 @@ from llama_adapter.data.batches import response_tokens, steps_per_epoch
 from llama_adapter.data.encode import Encoded, encode_records, texts_of
 from llama_adapter.data.examples import Example, Media
 from llama_adapter.data.formats import parse_record
+from llama_adapter.data.kinds import sources_of
 from llama_adapter.data.limits import Limits
 from llama_adapter.data.pairs import SHAPES, parse_pair
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
@@ -116,11 +118,10 @@ def prepare(
         log_findings(skipped, result.notes)
         return result
     loaded, train = _encoded(config, config.data, max_length, tokenizer, now, skipped)
-    notes = [*loaded.notes, *_unlike(loaded.examples, loaded.examples, "the others")]
+    notes = [*loaded.notes, *_unlike(loaded.examples, loaded.examples, "the others"), *_trained_on(config)]
     if config.val_data:
         held_out, val = _encoded(config, config.val_data, max_length, tokenizer, now, skipped)
-        unlike = _unlike(held_out.examples, loaded.examples, "what is trained on")
-        notes += [f"validation: {note}" for note in (*held_out.notes, *unlike)]
+        notes += _validation_notes(held_out, loaded.examples)
     else:
         train, val = _split(train, config.val_size, config.seed)
     result = Prepared(
@@ -149,11 +150,12 @@ def _streamed(
     """Data that are read as they are needed, of which the first are looked at."""
     encoder = RecordEncoder(tokenizer, config.value("template"), max_length, now, limits, _parser(config))
     streamed, first = open_stream(config, encoder)
-    notes, val = notes_of(first.examples), first.val
+    notes, val = [*notes_of(first.examples), *_unlike(first.examples, first.examples, "the others")], first.val
+    notes += _trained_on(config)
     skipped += first.skipped
     if config.val_data:
         held_out, records = _encoded(config, config.val_data, max_length, tokenizer, now, skipped)
-        notes += [f"validation: {note}" for note in held_out.notes]
+        notes += _validation_notes(held_out, first.examples)
         val = [text for texts in records for text in texts]
     elif val:
         log.info("validation: the first %d examples, which are not trained on", len(val))
@@ -215,6 +217,21 @@ def _unlike(examples: Sequence[Example], trained: Sequence[Example], others: str
         return []
     what = "take a template" if raw else "are a prompt and its completion, which take no template"
     return [f"{count:,} of {len(examples):,} records {what}, unlike {others}"]
+
+
+def _validation_notes(held_out: Loaded, trained: Sequence[Example]) -> list[str]:
+    unlike = _unlike(held_out.examples, trained, "what is trained on")
+    return [f"validation: {note}" for note in (*held_out.notes, *unlike)]
+
+
+def _trained_on(config: TrainConfig) -> list[str]:
+    """A sentence for each source that validation shares with what is trained on: its loss shows no over-fitting."""
+    trained = Counter(sources_of(config.data))
+    if config.val_data:
+        both = sorted(trained.keys() & set(sources_of(config.val_data)))
+        return [f"validation: {name} is trained on too, and its loss will show no over-fitting" for name in both]
+    twice = sorted(name for name, count in trained.items() if count > 1 and config.val_size != 0)
+    return [f"{name} is named twice: what is held out of it for validation is trained on too" for name in twice]
 
 
 def _max_length(config: TrainConfig, limits: Limits | None) -> int:

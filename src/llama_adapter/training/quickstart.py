@@ -6,7 +6,7 @@ template    the base's chat template where it has one, else alpaca; prompt-compl
 max_length  the longest example up to 1024 tokens, else the length that 99 % stay below, in steps of 64
 batch_size  the paper's 64, halved until an epoch has at least 30 steps, down to 8
 epochs      the paper's 5, more where 300 steps need them, up to 20
-output_dir  runs/ and the name of the data
+output_dir  runs/ and the name of the data, with a number behind it where that is there
 lr          the paper's peak of 2.25e-3, as AdamW's steps are of the rate's size at any batch; the bundled base: 0.12
 """
 
@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def look_at(data: str, model: str = BUNDLED) -> Quickstart:
     examples, context = loaded.examples, max_positions(base)
     template, why_template, encoded = _write(examples, tokenizer)
     lengths = sorted(len(example.input_ids) for example in encoded)
-    recipe: dict[str, Any] = {"model": model, "data": [data], "output_dir": f"runs/{name_of(data)}"}
+    recipe: dict[str, Any] = {"model": model, "data": [data], "output_dir": free_folder(f"runs/{name_of(data)}")}
     reasons = {}
     if template is not None:
         recipe["template"], reasons["template"] = template, why_template
@@ -133,6 +134,12 @@ def _write(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") ->
 def name_of(data: str) -> str:
     """A run's name, after its data: 'poems' of data/poems.jsonl and of owner/poems:train."""
     return re.sub(r"[^\w-]+", "-", re.split(r"[.:]", Path(data).name)[0]).strip("-") or "adapter"
+
+
+def free_folder(folder: str) -> str:
+    """The folder, or the first of folder-2, folder-3, ... where that is there."""
+    names = chain([folder], (f"{folder}-{number}" for number in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def choose_length(lengths: Sequence[int], context: int | None) -> tuple[int, str]:
