@@ -8,7 +8,6 @@ import textwrap
 from typing import Any, NoReturn
 
 from llama_adapter.cli.output import on_one_line
-from llama_adapter.settings import unknown_name
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -51,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence on stderr, exit code 2."""
         if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
+            from llama_adapter.settings import unknown_name  # reads much that help does without
+
             what = wrong[1] if wrong[1].startswith("-") else wrong[1].lower()
             message = unknown_name(what, wrong[2], re.findall(r"[\w.-]+", wrong[3]))
         message = message if len(message) < 500 else f"{message[:250]} ... {message[-100:]}"
