@@ -150,7 +150,7 @@ records = st.one_of(
 )
 
 
-@times(1500)
+@times(3000)
 @given(
     st.lists(records, min_size=1, max_size=4),
     st.sampled_from(["r.json", "r.jsonl", "r.ndjson.gz", "-"]),
@@ -170,7 +170,7 @@ FIELDS = sorted(get_type_hints(TrainConfig))
 sound = {"model": "base", "data": ["d.json"], "val_size": 0}
 
 
-@times(1000)
+@times(1500)
 @given(
     st.dictionaries(st.sampled_from(FIELDS) | texts, json_values, max_size=3).map(lambda odd: {**sound, **odd})
     | st.dictionaries(st.sampled_from(FIELDS), scalars, min_size=1, max_size=2).map(lambda odd: {**sound, **odd})
@@ -207,7 +207,7 @@ values = (
 )
 
 
-@times(1000)
+@times(1500)
 @given(st.sampled_from(DOORS), st.data())
 def test_flags(place, command, data):
     words = []
@@ -263,7 +263,7 @@ def damaged(content: bytes, steps) -> bytes:
     return content
 
 
-@times(1000)
+@times(1500)
 @given(st.sampled_from(sorted(KINDS)), damages, st.sampled_from([(), ("--skip-bad-records",)]), st.booleans())
 def test_files(place, name, steps, flags, piped):
     content = damaged(KINDS[name], steps)

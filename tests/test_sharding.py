@@ -141,7 +141,7 @@ def test_other_settings_are_as_without_shards(root, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [(4, 2)])
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(root, first, second):
     out = f"{first}-then-{second}"
     shard(root, first, out, ("llama", "mixtral"), stop=4)

@@ -38,7 +38,7 @@ def content(step):
             ["--kills", "3", "--full", "0", "--steps", "8", "--processes", "2"], marks=pytest.mark.slow, id="two"
         ),
         pytest.param(
-            ["--kills", "4", "--full", "5", "--steps", "8", "--streaming"], marks=pytest.mark.slow, id="stream"
+            ["--kills", "6", "--full", "8", "--steps", "12", "--streaming"], marks=pytest.mark.slow, id="stream"
         ),
     ],
 )
