@@ -39,6 +39,7 @@ from llama_adapter.training.learner import Learner
 from llama_adapter.training.loop import Run
 from llama_adapter.training.means import Share
 from llama_adapter.training.optimizer import build_optimizer
+from llama_adapter.training.packing import PackedRow
 from llama_adapter.training.prepare import Prepared, prepare
 
 RECORDS = Path(__file__).parents[1] / "src" / "llama_adapter" / "bundled" / "instructions.json"
@@ -129,6 +130,12 @@ def step_singly(run: Run, singles: Sequence[Run], examples: Sequence[Encoded]) -
         single._step([own], False)
 
 
+def computed_tokens(run: Run, examples: Sequence[Encoded]) -> int:
+    """Tokens of its forwards in one step, copies of what examples begin with among them."""
+    batches = run._batches(shares_of(run, examples), run.shared.micro_batch_size)
+    return sum(sum(b.spans) if isinstance(b, PackedRow) else b.input_ids.numel() for b, _ in batches)
+
+
 def check_parity(run: Run, singles: Sequence[Run], examples: Sequence[Encoded]) -> float:
     """How far the experts' gradients in one step are from those of a step each, as a share of their size, at most.
 
@@ -159,13 +166,19 @@ def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, A
     base, data = base_and_data(options, device)
     endless = itertools.cycle(data.train)
     batches = [list(itertools.islice(endless, options.batch)) for _ in range(options.turns)]
-    clock, contenders, parity = Clock(), [], {}
+    clock, contenders, parity, tokens = Clock(), [], dict[str, float](), dict[str, int]()
     for count in (1, *options.experts):
         run = run_of(count, options, data, base)
         name = ONE if count == 1 else f"{count} experts"
+        tokens[name] = sum(computed_tokens(run, batch) for batch in batches)
         contenders.append(clock.contender(name, lambda turn, run=run: step(run, batches[turn % len(batches)])))
         if count > 1:
             singles = single_runs(run)
+            tokens[f"{count} {SINGLY}"] = sum(
+                computed_tokens(single, own)
+                for batch in batches
+                for single, (_, own) in zip(singles, shares_of(run, batch), strict=True)
+            )
             parity[name] = check_parity(run, singles, batches[0])
             contenders.append(clock.contender(
                 f"{count} {SINGLY}",
@@ -173,7 +186,11 @@ def steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, A
             ))  # fmt: skip
     timings = harness.interleave(contenders, options.turns, options.warmup, device, budget)
     names = [contender.name for contender in contenders]
-    return [{**row_of(name, timings, clock, options), "gradients_apart": parity.get(name)} for name in names]
+    return [
+        {**row_of(name, timings, clock, options), "gradients_apart": parity.get(name),
+         "tokens_of_one": round(tokens[name] / tokens[ONE], 3)}
+        for name in names
+    ]  # fmt: skip
 
 
 def row_of(name: str, timings: dict[str, harness.Timing], clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
@@ -257,10 +274,11 @@ def show(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options
         body = [
             [row["name"], str(row["each"]), harness.with_range(row["examples_s"]),
              harness.with_range(row["against_one"], "{:.2f}"), harness.with_range(row["cpu_against_one"], "{:.2f}"),
-             harness.with_range(row["against_single_steps"], "{:.2f}")]
+             harness.with_range(row["against_single_steps"], "{:.2f}"), f"{row['tokens_of_one']:.2f}"]
             for row in rows
         ]  # fmt: skip
-        head = ["in a step", "batch of each", "examples/s in all", "against one", "in CPU time", "against single steps"]
+        head = ["in a step", "batch of each", "examples/s in all", "against one", "in CPU time", "against single steps",
+                "tokens computed"]  # fmt: skip
         tables.append(harness.table(title, head, body))
         if apart := [row["gradients_apart"] for row in rows if row["gradients_apart"] is not None]:
             tables.append(f"Gradients of one step and of single ones agree to {max(apart):.1g}.\n")

@@ -75,6 +75,8 @@ class TestMany:
         assert [row["against_single_steps"] and row["against_single_steps"]["n"] for row in rows] == [None, 1, 1]
         assert rows[2]["against_single_steps"]["median"] == 1
         assert 0 < rows[1]["gradients_apart"] < 1e-5
+        assert rows[0]["tokens_of_one"] == 1
+        assert all(row["tokens_of_one"] > 1 for row in rows[1:]), "each has a prefix of its own"
         assert "against single steps" in capsys.readouterr().out
 
     def test_steps_that_compute_something_else_are_not_timed(self, monkeypatch):

@@ -12,7 +12,13 @@ from test_generate import write_adapter
 from llama_adapter import AdapterConfig, load_adapter
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.cli import main
+from llama_adapter.data import Example, Message
+from llama_adapter.errors import AdapterError
+from llama_adapter.evaluation.instructions import Task, evaluate_instructions
 from llama_adapter.formats.native import names_another_base
+from llama_adapter.inference.config import GenerateConfig
+from llama_adapter.inference.session import load_session
+from llama_adapter.inference.writing import Prompt
 from llama_adapter.serving.protocol import first_fault
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.prepare import prepare
@@ -112,6 +118,19 @@ def test_records_with_a_template_for_an_adapter_without_one_are_counted(base, tm
     caplog.clear()
     main(["generate", "--file", str(tmp_path / "lines.txt"), "-a", str(raw), "--max-new-tokens", "1"])
     assert not [sentence for sentence in said(caplog) if "records" in sentence]
+
+
+def test_the_bare_base_is_shown_no_file_and_is_measured_without(base):
+    session = load_session(str(base), {}, CPU)
+    asked = Prompt.of("Repeat 1", media=("red.png",))
+    with pytest.raises(AdapterError, match="The bare base cannot look at files: leave them out"):
+        session.answer([asked], None, GenerateConfig(1, 0.0))
+    plain = Example((Message("user", "Repeat 1"), Message("assistant", "sun")))
+    scores = [
+        evaluate_instructions(session, None, [Task(example, "all")], max_new_tokens=2)
+        for example in (plain, replace(plain, media=("red.png",)))
+    ]
+    assert scores[0] == scores[1]
 
 
 # another base

@@ -8,6 +8,7 @@ import pytest
 from runs import write_data
 
 from llama_adapter.cli import main
+from llama_adapter.settings import BUNDLED_LR
 from llama_adapter.training.config import load_recipe
 from llama_adapter.training.quickstart import choose_length, choose_sizes, look_at, percentile
 
@@ -138,3 +139,15 @@ def test_what_is_not_there_is_one_sentence(capsys, arguments):
         main(["quickstart", *arguments])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("Error: ")
+
+
+def test_the_bundled_base_s_rate_is_its_recipe_s():
+    assert load_recipe("bundled", {}).lr == BUNDLED_LR
+
+
+def test_reasons_hold_for_few_records(base, tmp_path):
+    asked = [{"instruction": f"Say {i}", "output": "yes"} for i in range(45)]
+    found = look_at(records(tmp_path / "few.jsonl", asked), str(base))
+    steps = found.found["steps"]
+    assert found.reasons["epochs"].startswith(f"{steps} steps: 20 passes are the most")
+    assert "little" in found.reasons["val_size"]

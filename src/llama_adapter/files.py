@@ -140,8 +140,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 def way_out(error: OSError) -> str:
     """What to do where something cannot be written: only a full disk asks for space."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "free space or choose another place" if full else "choose another place, or change who may write there"
+    if is_full(error):
+        return "free space or choose another place"
+    return "choose another place, or change who may write there"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what one may use of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -39,6 +39,8 @@ def expanded(path: str) -> str:
 
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
+BUNDLED_LR = 0.12
+"""The learning rate of the bundled recipe, for a base of 3M parameters; the paper's is for 7B."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
 Quantization = typing.Literal["4bit", "8bit", "int8"]
 """How a base's linears are rounded while they are loaded: bitsandbytes' NF4 or LLM.int8(), torchao's int8 weights."""

@@ -129,9 +129,6 @@ class Conversation:
         except DataError as error:
             _note(str(error))
             return
-        if self.adapter is None and self.images:
-            _note("The bare base cannot look at files. /image takes the picture away.")
-            return
         prompt = Prompt(asked, media=self.images)
         try:
             answer = self.session.answer([prompt], self.adapter, self.config, on_text=_print)[0]

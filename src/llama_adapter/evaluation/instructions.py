@@ -1,7 +1,7 @@
 """Exact match and response loss on an instruction set, per task family, for the bare base and adapters side by side."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def evaluate_instructions(
     Args:
         session: the loaded base with its adapters.
         adapter: which of them answers.
-        tasks: what is asked.
+        tasks: what is asked; the bare base is asked without files, at which it cannot look.
         max_new_tokens: longest answer.
         batch_size: prompts answered at once.
         progress: called with the number of tasks done since the last call.
@@ -120,6 +120,8 @@ def evaluate_instructions(
     Returns:
         A score per family in order of first appearance, then one over all; and every answer in the order of `tasks`.
     """
+    if adapter is None:  # it looks at nothing
+        tasks = [replace(task, example=replace(task.example, media=())) for task in tasks]
     greedy = GenerateConfig(max_new_tokens=max_new_tokens, temperature=0)
     answers: list[str] = []
     for start in range(0, len(tasks), batch_size):

@@ -101,7 +101,7 @@ class Session:
 
         Raises:
             DataError: a prompt cannot be asked (see `Writer.prompt`), or a file cannot be read.
-            AdapterError: pictures for an adapter that has no condition, an unknown name, or another number of names.
+            AdapterError: pictures for who cannot look at them, an unknown name, or another number of names.
             ConfigError: `on_text` with several prompts.
         """
         if on_text is not None and len(prompts) != 1:
@@ -191,16 +191,16 @@ class Session:
 
         Raises:
             DataError: a file cannot be read.
-            AdapterError: files for an adapter that has no condition.
+            AdapterError: files for the bare base, or for an adapter that has no condition.
         """
         perception = self.perceptions.get(adapter or "")
         if perception is not None:
             module: Any = get_adapter(self.model, adapter).condition
             return perception.condition(module, media)
-        if adapter is not None and any(media):
+        if any(media):
+            who = "bare base" if adapter is None else f"adapter '{adapter}' was trained on text alone and"
             raise AdapterError(
-                f"The adapter '{adapter}' was trained on text alone and cannot look at files: leave them out, or "
-                "take an adapter that was trained with --condition."
+                f"The {who} cannot look at files: leave them out, or take an adapter that was trained with --condition."
             )
         return None
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_adapter.errors import AdapterError, ConfigError, DataError
+from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
@@ -171,11 +171,6 @@ class Answerer:
         return Prompt(tuple(message for message, _ in read), media=tuple(files))
 
     def _rows(self, prompts: list[Prompt], key: str | None, config: GenerateConfig, choices: int) -> list[Row]:
-        if key is None and any(prompt.media for prompt in prompts):
-            raise AdapterError(
-                "The bare base cannot look at files: leave them out, or ask an adapter that was trained with "
-                "--condition."
-            )
         asked = [prompt for prompt in prompts for _ in range(choices)]
         return self.session.rows(asked, [key] * len(asked), config)
 

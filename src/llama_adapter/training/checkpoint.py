@@ -15,7 +15,6 @@ tensorboard/                    event files
 """
 
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -38,7 +37,7 @@ from torch import nn
 from llama_adapter.base import first_sentence
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import NotWrittenError, TrainingError
-from llama_adapter.files import append, is_leftover, write_atomically, writing
+from llama_adapter.files import append, is_full, is_leftover, write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from llama_adapter.training.config import TrainConfig, read_recipe
@@ -370,7 +369,7 @@ def resumable(again: str) -> Iterator[None]:
     except NotWrittenError as error:
         raise NotWrittenError(f"{error} Go on with: {again}") from None
     except OSError as error:  # a tracker's
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         raise NotWrittenError(
             f"{error.filename or 'A file of a tracker'} cannot be written ({error.strerror}): free space. "

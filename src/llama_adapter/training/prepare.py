@@ -18,7 +18,7 @@ from llama_adapter.data.limits import Limits
 from llama_adapter.data.pairs import SHAPES, parse_pair
 from llama_adapter.data.sources import Loaded, check_some_left, load_examples, log_findings, notes_of, reject
 from llama_adapter.errors import ConfigError
-from llama_adapter.settings import BUNDLED
+from llama_adapter.settings import BUNDLED, BUNDLED_LR
 from llama_adapter.training.config import STANDS_FOR, TrainConfig
 from llama_adapter.training.feed import Feed, MemoryFeed, RecordEncoder, StreamFeed
 from llama_adapter.training.streaming import digest_of, open_stream
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FEW_STEPS = 50
 """A run of fewer steps is said to be short."""
-SMALL_BASE_LR = 0.12
-"""The rate of the bundled base's recipe."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _check(
     if config.value("model") == BUNDLED and config.lr is None and config.method == "sft":
         log.warning(
             "the bundled base of 3M parameters learns little at a rate of %.3g, which is for large ones: pass --lr %g",
-            config.peak_lr, SMALL_BASE_LR,
+            config.peak_lr, BUNDLED_LR,
         )  # fmt: skip
     if data.raw and config.template is not None:
         log.warning("prompt-completion records take no template: %s has no effect", config.template)

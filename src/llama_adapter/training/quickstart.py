@@ -32,7 +32,7 @@ from llama_adapter.data.batches import steps_per_epoch
 from llama_adapter.data.sources import load_examples
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.files import write_atomically, writing
-from llama_adapter.settings import BUNDLED
+from llama_adapter.settings import BUNDLED, BUNDLED_LR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,8 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
     sizes: dict[str, Any] = {}
     if count > 1:
         sizes["val_size"] = 200 if count >= 10_000 else max(1, round(0.05 * count)) if count < 1000 else 50
-        reasons["val_size"] = "enough to see over-fitting"
+        few = "so few show little: look at the answers"
+        reasons["val_size"] = few if sizes["val_size"] < 20 else "enough to see over-fitting"
     else:
         sizes["val_size"], reasons["val_size"] = 0, "there is one record"
     train = count - sizes["val_size"]
@@ -166,18 +167,13 @@ def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, A
         batch //= 2
     sizes["batch_size"] = batch
     steps = steps_per_epoch(train, batch)
-    reasons["batch_size"] = (
-        "the paper's"
-        if batch == 64
-        else f"{steps} steps an epoch"
-        if steps >= 30
-        else f"the smallest that we take; steps an epoch: {steps}"
-    )
+    small = f"{steps} steps an epoch" if steps >= 30 else f"the smallest that we take; steps an epoch: {steps}"
+    reasons["batch_size"] = "the paper's" if batch == 64 else small
     sizes["micro_batch_size"], reasons["micro_batch_size"] = 8, "change it to fit the memory; the result stays the same"
     sizes["epochs"] = min(20, max(5, math.ceil(300 / steps)))
-    why = "some 300 steps are a start" if sizes["epochs"] < 20 else "more would learn so few records by heart"
+    why = "some 300 are a start" if sizes["epochs"] < 20 else "20 passes are the most proposed; look at the answers"
     reasons["epochs"] = "the paper's" if sizes["epochs"] == 5 else f"{sizes['epochs'] * steps} steps: {why}"
-    sizes["lr"] = 0.12 if model == BUNDLED else 2.25e-3
+    sizes["lr"] = BUNDLED_LR if model == BUNDLED else 2.25e-3
     reasons["lr"] = "the bundled recipe's" if model == BUNDLED else "the paper's peak"
     return sizes
 

@@ -144,7 +144,8 @@ def give_freed_memory_back(device: torch.device) -> None:
     """On a CPU, let a sharded base's process shrink when a layer's weights are freed, where its malloc is glibc's.
 
     That keeps blocks of up to 32 MB for later once the first was freed, in pieces which the next layer does not fit
-    into: without this, processes grow to more than the whole base, however many share it.
+    into: without this, processes grow to more than the whole base, however many share it. It stays so until the process
+    ends, as glibc does not tell what was set before; a process of a sharded run does nothing else.
     """
     if is_sharded() and device.type == "cpu" and os.name == "posix":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # others than glibc have none, or one that does nothing
