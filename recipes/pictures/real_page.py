@@ -38,7 +38,8 @@ two things is meant is not in it. `patches` (`--condition patches`) is the small
 bottleneck, of as many numbers, for each of K parts of the picture, and part k is added to prompt k of every layer. A
 query can then find the part by the prompt's key and read the thing from its value. By itself that
 was not enough (the thing alone as the answer); nor is an answer in full with one vector, whatever it holds. With
-both it tells them apart: after "left:" or "right:" the query is about that side, and finds its parts.
+both it tells them apart; our reading, which is not measured, is that after "left:" or "right:" the query is about that
+side, and finds its parts.
 
 """
 TEXT = """\
