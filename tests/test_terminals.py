@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -124,14 +125,14 @@ def test_help_is_as_wide_as_the_terminal(command, columns, monkeypatch, capsys):
 @pytest.mark.slow
 def test_help_is_quick():
     def seconds(*words):
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *words], capture_output=True, check=True)
-            best = min(best, time.perf_counter() - began)
-        return best
+        """Of the processor's time: what runs beside it takes none of that."""
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
 
-    assert seconds("-m", "llama_adapter", "train", "--help") < 1.5 * seconds("-c", "import typer, rich")
+    taken = [(seconds("-m", "llama_adapter", "train", "--help"), seconds("-c", "import typer, rich")) for _ in range(5)]
+    ours, theirs = (min(column) for column in zip(*taken, strict=True))
+    assert ours < 1.5 * theirs
 
 
 # paths

@@ -19,7 +19,6 @@ from llama_adapter import __version__
 from llama_adapter.cli.output import colours, on_one_line, prepare_streams
 from llama_adapter.cli.parser import Parser
 from llama_adapter.errors import ConfigError, LlamaAdapterError
-from llama_adapter.files import way_out
 
 COMMANDS = (
     "demo",
@@ -101,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         if error.filename is None:
             _drop_output()
+        from llama_adapter.files import way_out  # reads what help does without
+
         _fail(f"{error.filename or 'The output'}: {error.strerror}: {way_out(error)}.", 2)
 
 
