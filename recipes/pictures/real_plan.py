@@ -27,6 +27,11 @@ def trials(seeds: int = SEEDS) -> list[Trial]:
         ]
     return [
         *plan,
+        *(
+            Trial("one vector, three times the steps, in full", "one", seed, steps=480, in_full=True)
+            for seed in range(seeds)
+        ),
+        Trial("one vector, prompts from a text, in full", "one", 0, in_full=True, from_text=True),
         Trial("yes or no alone, to every second prompt", "one", 0, asks=("yes_no",), settings=HALF),
         Trial("patches", "two", 0, "patches", "tokens"),
         Trial("patches, prompts from a text, in full", "two", 0, "patches", "tokens", in_full=True, from_text=True),
