@@ -62,7 +62,7 @@ def gap() -> list[Trial]:
     with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
     text = Options(adapter_len=3, start="text")
     return [
-        Trial("gap", "K=4 from text, scales at IA3's rate", "zero-init", 0.01, options=IA3_SCALES),
+        *(Trial("gap", "K=4 from text, scales at IA3's rate", "zero-init", 0.01, s, options=IA3_SCALES) for s in SEEDS),
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", 0.02, s, options=with_lora) for s in SEEDS[1:]),
         Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
