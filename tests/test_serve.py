@@ -23,6 +23,7 @@ from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine
 from llama_adapter.inference.session import Prompt
+from llama_adapter.serving.app import is_local
 from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
 
@@ -345,6 +346,20 @@ def test_keys(base):
         assert server.http.post("/v1/load_lora_adapter", json={}, headers=ADMIN).status_code == 404
 
 
+@pytest.mark.parametrize("keys", [{}, {"api_keys": ("one",), "admin_key": "admin"}])
+def test_no_other_spelling_of_a_path_opens_administration(base, folder, keys):
+    with serving(base, {}, adapter_dir=str(folder), **keys) as server:
+        for path, body in (
+            ("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "expert-0"}),
+            ("/v1/unload_lora_adapter", {"lora_name": "poet"}),
+        ):
+            spellings = [f"{path}%{byte:02x}" for byte in (*range(48), 0x7F, 0x85, 0xA0)]
+            for spelling in (*spellings, f"/{path}", f"/.{path}", f"{path};", path.upper(), path.replace("_", "%5F")):
+                reply = server.http.post(spelling, json=body, headers={"Authorization": "Bearer one"})
+                assert reply.status_code in (307, 401, 404), spelling
+        assert [name for name, _ in server.app.state.server.experts.names() if name == "poet"] == []
+
+
 @pytest.mark.parametrize("path", ["..", ".", "", "/etc", "../../x", "expert-0/..", "a\0b", "link"])
 def test_adapters_come_from_inside_the_directory(base, tmp_path, path):
     inside, outside = tmp_path / "in", tmp_path / "out"
@@ -372,6 +387,15 @@ def test_other_hosts_names_are_not_answered(server):
         for origin in ("https://evil.example", "null", "http://localhost:3000")
     ]
     assert asked == [403, 403, 200]
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("LocalHost", True), ("127.0.0.2", True), ("127.1", True), ("::1", True), ("0:0:0:0:0:0:0:1", True),
+     ("::ffff:127.0.0.1", True), ("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("a" * 70, False)],
+)  # fmt: skip
+def test_this_machines_own_address_is_known_however_it_is_written(host, local):
+    assert is_local(host) == local
 
 
 def test_metrics_count_by_adapter(server):
@@ -422,6 +446,12 @@ def test_half_a_letter_waits_for_the_other_half():
     torn = Written(Letters())
     torn.add(Choice(200))
     assert torn.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_string_that_waits_with_half_a_letter_ends_the_answer_at_its_end():
+    written = Written(lambda tokens: "".join("a.\N{REPLACEMENT CHARACTER}" for _ in tokens), stops=(".",))
+    assert not written.add(Choice(0))
+    assert (written.finish(), written.reason) == ("a", "stop")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
 
 log = logging.getLogger(__name__)
+LAST_BYTES = 2
+"""Seconds in which clients are to take what they were sent last, when the server shuts down."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -68,14 +70,32 @@ def serve(
         log.warning("the bare base is served alone: no adapter is there (%s)", where)
     host, port = listening.getsockname()[:2]
     on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    uvicorn.Server(settings(app, config)).run(sockets=[listening])
+    Draining(app, config).run(sockets=[listening])
+
+
+class Draining(uvicorn.Server):
+    """Goes on listening while it shuts down, so that whoever asks now is told so, until those before have ended."""
+
+    def __init__(self, app: FastAPI, config: ServeConfig) -> None:
+        super().__init__(settings(app, config))
+        self._scheduler, self._drain = app.state.server.scheduler, config.drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then close; a second Ctrl-C ends what still runs."""
+        self._scheduler.drain(self._drain)
+        while self._scheduler.alive:
+            if self.force_exit:
+                self._scheduler.drain(0)
+            await asyncio.sleep(0.02)
+        self.force_exit = False  # nothing runs any more that could be cut
+        await super().shutdown(sockets)
 
 
 def settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """How uvicorn serves an application of `create_app`."""
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
-        timeout_graceful_shutdown=int(config.drain) + 1, http=type("Http", (Impatient,), {"idle": config.idle}),
+        timeout_graceful_shutdown=LAST_BYTES, http=type("Http", (Impatient,), {"idle": config.idle}),
     )  # fmt: skip
 
 
