@@ -19,10 +19,11 @@ from servers import ADMIN, serving, write_experts
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
+from llama_adapter.data.formats import parse_question
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine
-from llama_adapter.inference.session import Prompt
+from llama_adapter.inference.session import Prompt, load_session
 from llama_adapter.serving.app import is_local
 from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
@@ -780,3 +781,33 @@ def test_a_missing_vllm_is_one_sentence(base, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(
         "--backend vllm needs 'vllm', which is not installed: pip install 'llama-adapter[vllm]'.\n"
     )
+
+
+# what a chat is read as
+
+
+@pytest.mark.parametrize("given", [None, "raw"])
+def test_an_adapter_that_comes_later_is_asked_as_one_from_the_start(base, folder, given):
+    session = load_session(str(base), {"first": str(folder / "expert-0")}, torch.device("cpu"), template=given)
+    session.add("later", str(folder / "expert-0"))
+    assert session.templates["later"] == session.templates["first"] == (given or "alpaca")
+    asked = [session.answer([Prompt.of("Name the sun")], name, GenerateConfig(8, 0.0)) for name in ("first", "later")]
+    assert asked[0][0].prompt_tokens == asked[1][0].prompt_tokens
+    assert asked[0][0].text == asked[1][0].text
+
+
+def test_a_conversation_is_read_as_records_are(server):
+    """The same messages in a file of training data or prompts make the same text."""
+    for messages in (
+        [{"role": "system", "content": ""}, *HELLO],
+        [{"role": "developer", "content": " \n"}, *HELLO],
+        [{"role": "system", "content": [{"type": "text", "text": ""}]}, *HELLO],
+        [{"role": "user", "content": [{"type": "text", "text": "Name"}, {"type": "text", "text": " the sun"}]}],
+        [{"role": "system", "content": "Be"}, *HELLO, {"role": "assistant", "content": "no"}, *HELLO],
+    ):
+        prompt = Prompt.before(parse_question({"messages": messages}))
+        expected = server.session.answer([prompt], "expert-0", GenerateConfig(12, 0.0))[0]
+        options = {"model": "expert-0", "max_tokens": 12, "temperature": 0}
+        found = server.client.chat.completions.create(messages=messages, **options)
+        assert found.usage.prompt_tokens == expected.prompt_tokens
+        assert found.choices[0].message.content == expected.text

@@ -73,11 +73,17 @@ class Writer:
         tokenizer: the base's.
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         limits: what the base takes.
+        given: the template that the user has chosen for all of them, or None.
     """
 
     tokenizer: Tokenizer
     templates: Mapping[str | None, WrittenAs]
     limits: Limits
+    given: WrittenAs | None = None
+
+    def wanted(self, trained: WrittenAs | None) -> WrittenAs:
+        """How an adapter is asked that was trained so, or that does not say how."""
+        return self.given or trained or ("chat" if self.tokenizer.chat_template else "alpaca")
 
     def template(self, adapter: str | None) -> WrittenAs:
         """How an adapter, or None, the bare base, is asked.

@@ -168,7 +168,9 @@ class Answerer:
         files = [file for _, found in read for file in found]
         if len(files) > self.config.max_files:
             raise DataError(f"The request has {len(files)} files; at most {self.config.max_files} are read.")
-        return Prompt(tuple(message for message, _ in read), media=tuple(files))
+        # As in records, a system message of nothing is none: it takes no template's own one away
+        asked = (message for message, _ in read if message.role != "system" or message.content.strip())
+        return Prompt(tuple(asked), media=tuple(files))
 
     def _rows(self, prompts: list[Prompt], key: str | None, config: GenerateConfig, choices: int) -> list[Row]:
         asked = [prompt for prompt in prompts for _ in range(choices)]
