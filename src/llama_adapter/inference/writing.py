@@ -110,8 +110,9 @@ class Writer:
             check_encodable(prompt.input, "the input")
             if raw:
                 _check_raw(prompt.messages, prompt.input)
+            most = self.limits.positions and self.limits.positions - 1
             ids = list(prompt.ids) or encode_prompt(
-                prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools
+                prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools, most
             )
             self.limits.room(len(ids))
             self.limits.check_ids([ids], self.tokenizer)
