@@ -20,6 +20,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from llama_adapter.data.formats import parse_question
+from llama_adapter.errors import AdapterError
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine
@@ -811,3 +812,40 @@ def test_a_conversation_is_read_as_records_are(server):
         found = server.client.chat.completions.create(messages=messages, **options)
         assert found.usage.prompt_tokens == expected.prompt_tokens
         assert found.choices[0].message.content == expected.text
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [("su", None), ("ssu", "A system message may only come first, and once"), ("usu", "may only come first"),
+     ("au", "starts with an assistant's message"), ("uaau", "Two assistant messages follow each other")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_conversation_is_said(server, roles, says):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": "sun"} for role in roles]
+    body = {"model": "expert-0", "messages": messages, "max_tokens": 1}
+    reply = server.http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, says in reply.text if says else None) == ((400, True) if says else (200, None))
+
+
+def test_who_asks_for_an_adapter_does_not_hear_that_another_folder_was_broken(base, folder, monkeypatch):
+    with serving(base, {}, adapter_dir=str(folder), admin_key="admin") as server:
+        experts, begun, go_on = server.app.state.server.experts, threading.Event(), threading.Event()
+        read = experts._load
+
+        def slow(name, place, on_demand):
+            if place == "broken":
+                begun.set()
+                assert go_on.wait(20)
+                raise AdapterError("broken")
+            return read(name, place, on_demand)
+
+        monkeypatch.setattr(experts, "_load", slow)
+        with ThreadPoolExecutor(2) as pool:
+            loading = pool.submit(experts.load, "expert-2", "broken", replace=True)
+            assert begun.wait(20)
+            body = {"model": "expert-2", "messages": HELLO, "max_tokens": 1}
+            asking = pool.submit(server.http.post, "/v1/chat/completions", json=body)
+            time.sleep(0.2)
+            go_on.set()
+            assert asking.result().status_code == 200
+            assert isinstance(loading.exception(), AdapterError)
