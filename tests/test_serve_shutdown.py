@@ -11,6 +11,8 @@ import httpx
 import pytest
 from servers import serving, write_experts
 
+from llama_adapter.serving import run
+
 LONG = {"model": "expert-0", "prompt": "sun", "max_tokens": 600, "temperature": 0}
 
 
@@ -103,3 +105,16 @@ def test_what_is_not_done_in_time_ends_with_a_clean_error(base, folder):
         thread.join()
     assert sorted(status for status, _ in found) == [200, 503, 503]
     assert all("shutting down" in text for _, text in found)
+
+
+def test_a_step_that_never_ends_does_not_keep_the_server(base, monkeypatch):
+    monkeypatch.setattr(run, "LAST_STEP", 0.2)
+    go_on = threading.Event()
+    try:
+        with serving(base, {}, drain=0.1) as server:
+            server.scheduler.between_steps(lambda: go_on.wait(60))
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert server.scheduler.alive
+    finally:
+        go_on.set()

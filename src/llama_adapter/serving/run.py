@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
 
 log = logging.getLogger(__name__)
+LAST_STEP = 10.0
+"""Seconds in which a step of decoding, or the reading of an adapter, is to end when the server shuts down."""
 LAST_BYTES = 2
 """Seconds in which clients are to take what they were sent last, when the server shuts down."""
 
@@ -83,11 +86,13 @@ class Draining(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then close; a second Ctrl-C ends what still runs."""
         self._scheduler.drain(self._drain)
-        while self._scheduler.alive:
+        until = time.monotonic() + self._drain + LAST_STEP
+        while self._scheduler.alive and time.monotonic() < until:
             if self.force_exit:
                 self._scheduler.drain(0)
+                until = min(until, time.monotonic() + LAST_STEP)
             await asyncio.sleep(0.02)
-        self.force_exit = False  # nothing runs any more that could be cut
+        self.force_exit = self._scheduler.alive  # where nothing runs any more there is nothing to cut
         await super().shutdown(sockets)
 
 
