@@ -34,7 +34,7 @@ from llama_adapter.progress import progress_bar, say
 from llama_adapter.training.checkpoint import RunFolder, resumable
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
-from llama_adapter.training.draft import check_alike, read_drafts, telling
+from llama_adapter.training.draft import check_alike, naming, read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, why_not_packed
@@ -224,7 +224,8 @@ class Run:
         shares: list[Share] = []
         for expert in learning:
             try:
-                shares.append((expert, expert.batch()))
+                with naming(expert.name, self.experts):
+                    shares.append((expert, expert.batch()))
             except DataError as error:
                 self._fail(expert, error)
         return shares
@@ -375,7 +376,8 @@ class Run:
             TrainingError: of several experts some did not reach their end; the others are finished.
         """
         for expert in self.experts:
-            log.info("%strained on %s", "" if len(self.experts) == 1 else f"{expert.name}: ", expert.feed.summary())
+            with naming(expert.name, self.experts):
+                log.info("trained on %s", expert.feed.summary())
         failures: dict[str, LlamaAdapterError] = {}
         for expert in self.experts:
             try:
