@@ -135,7 +135,7 @@ def test_one_joins_late_one_ends_early_and_a_stop_in_between_changes_nothing(
 
 def test_each_can_be_resumed_alone(base, alone, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"Go on with: the same call, with resume=True in the recipes$"):
         train_many(Runs(unlike(base, tmp_path)))
     for name in ("plain", "long"):
         train(replace(unlike(base, tmp_path)[name], resume=True, micro_batch_size=3))

@@ -76,7 +76,8 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
 
     Args:
         recipes: alike in what `draft.ALIKE` names.
-        again: the command that goes on with a run that was stopped (default: `train` with its only recipe).
+        again: the command that goes on with a run that was stopped (default: `train` with its only recipe; of several,
+            this function).
 
     Raises:
         LlamaAdapterError: as `train`; of several runs it begins with the name of the one that is meant. A loss that is
@@ -173,7 +174,8 @@ class Run:
         self, experts: Sequence[Learner], accelerator: Accelerator, model: PreTrainedModel, again: str | None = None
     ) -> None:
         self.experts, self.accelerator, self.model = list(experts), accelerator, model
-        self.again = again or f"llama-adapter train {shlex.quote(str(experts[0].folder.recipe))} --resume"
+        alone = f"llama-adapter train {shlex.quote(str(experts[0].folder.recipe))} --resume"
+        self.again = again or (alone if len(experts) == 1 else "the same call, with resume=True in the recipes")
         self.shared = experts[0].config
         self.results: dict[str, TrainResult] = {}
         self.packed = self._may_pack()

@@ -79,4 +79,6 @@ def _check_no_data(path: str) -> None:
     from llama_adapter.data.kinds import is_data_file
 
     if is_data_file(path):
-        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
+        raise ConfigError(
+            f"{path} holds data, not a recipe: pass it as --data {path}, or name it in a recipe's file under 'data'."
+        )
