@@ -424,6 +424,29 @@ def test_a_file_that_changes_while_it_is_read_is_refused_before_its_next_window(
     assert len(found) <= at + 2
 
 
+def test_a_run_whose_file_was_cut_goes_on_to_the_same_bits_once_it_is_back(base, rows, tmp_path, monkeypatch):
+    settings = replace(config(rows, max_steps=12), model=str(base))
+    train(replace(settings, output_dir=str(tmp_path / "whole")))
+    content, step = rows.read_bytes(), Run._step
+
+    def cutting(run, *args):
+        if run.experts[0].progress.step == 3:
+            cut(rows)
+        return step(run, *args)
+
+    stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(Run, "_step", cutting)
+    with pytest.raises(DataError, match="put the old file back and go on with --resume"):
+        train(stopped)
+    monkeypatch.setattr(Run, "_step", step)
+    with pytest.raises(TrainingError, match="data has changed"):
+        train(replace(stopped, resume=True))
+    rows.write_bytes(content)
+    train(replace(stopped, resume=True))
+    for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
 def test_a_packed_file_and_a_table_are_watched_too(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(records(0, 40))) + gzip.compress(lines(records(40, 80))))
     parquet.write_table(pyarrow.Table.from_pylist(records(0, 80)), tmp_path / "b.parquet", row_group_size=15)
