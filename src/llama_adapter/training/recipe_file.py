@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import BUNDLED
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What the file of one recipe says.
+
+    Raises:
+        ConfigError: as `read_yaml`; or it lists several.
+    """
+    values = read_yaml(path)
+    if "runs" in values:
+        raise ConfigError(
+            f"{path} lists several recipes under 'runs': train them together with llama-adapter train-many "
+            f"{shlex.quote(path)}, or give one of them a file of its own."
+        )
+    return values
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -63,4 +79,6 @@ def _check_no_data(path: str) -> None:
     from llama_adapter.data.kinds import is_data_file
 
     if is_data_file(path):
-        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
+        raise ConfigError(
+            f"{path} holds data, not a recipe: pass it as --data {path}, or name it in a recipe's file under 'data'."
+        )
