@@ -49,6 +49,8 @@ ELSEWHERE = {
     "out": "output_dir", "cutoff_len": "max_length", "eval_steps": "eval_every", "save_steps": "save_every",
     "report_to": "trackers", "torch_dtype": "precision", "dtype": "precision", "num_layers": "adapter_layers",
     "K": "adapter_len", "L": "adapter_layers", "num_virtual_tokens": "adapter_len", "prompt_len": "adapter_len",
+    "r": "lora_rank", "target_modules": "lora_targets", "gradient_accumulation_steps": "batch_size",
+    "dataset_path": "data", "bf16": "precision", "fp16": "precision", "warmup_ratio": "warmup_epochs",
 }  # fmt: skip
 """What other trainers, and papers, call a setting that has no like name here, or where the likest is another."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
@@ -75,6 +77,10 @@ _WORDS = {
     "less_than": "below {lt}",
     "literal_error": "one of {expected}",
     "value_error": "{error}",
+    "tuple_type": "a list",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
 }
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
