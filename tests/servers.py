@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 import openai
 import torch
-import uvicorn
 from runs import write_base
 from tiny import open_gates
 
@@ -19,7 +18,7 @@ from llama_adapter.base import load_base
 from llama_adapter.inference.session import Session, load_session
 from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
-from llama_adapter.serving.run import bind, settings
+from llama_adapter.serving.run import Draining, bind
 
 ADMIN = {"Authorization": "Bearer admin"}
 
@@ -69,7 +68,7 @@ def serving(base: Path, adapters: dict[str, str], **changes) -> Iterator[Running
     config = replace(ServeConfig(port=0, drain=5.0), **changes)
     listening = bind(config)
     app = create_app(session, config, "base", adapters)
-    server = uvicorn.Server(settings(app, config))
+    server = Draining(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

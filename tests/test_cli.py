@@ -452,7 +452,9 @@ def test_validate_prints_what_a_run_would_be(call, base, data):
     assert re.search(r"^adapter parameters +648$", out, re.MULTILINE)  # 2 x (10 x 32 + 4)
     assert "\033" not in out + err
     report = json.loads(call("validate", *arguments, "--json").out)
-    wanted = {"family": "llama", "val_examples": 4, "steps_per_epoch": 3, "steps": 15, "adapter_bytes": 2592}
+    wanted = {
+        "family": "llama", "data": str(data), "val_examples": 4, "steps_per_epoch": 3, "steps": 15, "adapter_bytes": 2592,
+    }  # fmt: skip
     assert {key: report[key] for key in wanted} == wanted
     assert (report["skipped_records"], report["truncated_examples"]) == (0, 0)
 

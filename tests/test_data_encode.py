@@ -275,3 +275,21 @@ def test_rejected_conversation_of_unknown_origin():
 
 def test_no_examples():
     assert encode_all([], "alpaca", byte_level(), 10) == []
+
+
+def test_a_prompt_that_is_far_too_long_is_not_read_to_its_end(monkeypatch):
+    read, tokenizer = [], byte_level()
+    whole = tokenizer.__class__.__call__
+
+    def counted(self, texts, **options):
+        read.append(sum(map(len, texts)))
+        return whole(self, texts, **options)
+
+    monkeypatch.setattr(tokenizer.__class__, "__call__", counted)
+    with pytest.raises(DataError, match=r"more than \d+ tokens; the base takes at most 100: shorten it"):
+        encode_prompt(conversation("x" * 1_000_000), "alpaca", tokenizer, most=100)
+    assert sum(read) < 10_000
+    sparse = conversation("w" * 50_000)  # one word is one token here, however long it is
+    assert encode_prompt(sparse, "alpaca", word_level(), most=100) == encode_prompt(sparse, "alpaca", word_level())
+    fits = conversation("x y " * 20)
+    assert encode_prompt(fits, "alpaca", tokenizer, most=400) == encode_prompt(fits, "alpaca", tokenizer)

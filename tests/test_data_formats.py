@@ -83,6 +83,10 @@ def test_contents_are_kept_verbatim():
             "instruction + output; prompt + completion",
         ),
         ({}, "its keys (none) fit no known format"),
+        (
+            {"Instruction": "a", " Output": "b"},
+            "its keys (Instruction,  Output) are known in small letters and without blanks alone: rename them so",
+        ),
         ({"instruction": 3, "output": "x"}, "'instruction' must be a string, not a number"),
         ({"instruction": "x", "output": ["y"]}, "'output' must be a string, not a list"),
         ({"instruction": "x", "output": "y", "input": True}, "'input' must be a string, not a boolean"),

@@ -135,7 +135,7 @@ def test_one_joins_late_one_ends_early_and_a_stop_in_between_changes_nothing(
 
 def test_each_can_be_resumed_alone(base, alone, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"Go on with: the same call, with resume=True in the recipes$"):
         train_many(Runs(unlike(base, tmp_path)))
     for name in ("plain", "long"):
         train(replace(unlike(base, tmp_path)[name], resume=True, micro_batch_size=3))
@@ -340,18 +340,24 @@ def bad_files(folder, base):
         "model is 'bundled' in b and": {"runs": [entry(a), entry(b, model="bundled")]},
         "precision is 'bf16' in b and 'auto' in a: it must be alike": {"runs": [entry(a), entry(b, precision="bf16")]},
         "micro_batch_size is 2 in b and 8 in a": {"runs": [entry(a), entry(b, micro_batch_size=2)]},
-        "run 2: unknown key 'lrr'; did you mean 'lr'?": {"runs": [entry(a), entry(b, lrr=1.0)]},
-        "run 1: unknown key 'dta'; did you mean 'data'?": {"dta": "x"},
+        "run 2 (b): unknown key 'lrr'; did you mean 'lr'?": {"runs": [entry(a), entry(b, lrr=1.0)]},
+        "run 2 (b): unknown key 'learning_rate'; did you mean 'lr'?": {"runs": [entry(a), entry(b, learning_rate=1)]},
+        "run 2: unknown key 'outptu_dir'; did you mean 'output_dir'?": {"runs": [entry(a), {"outptu_dir": str(b)}]},
+        "run 2 (b): unknown key 'nmae'; did you mean 'name'?": {"runs": [entry(a), entry(b, nmae="x")]},
+        "runs.yaml, beside 'runs': unknown key 'dta'; did you mean 'data'?": {"dta": "x"},
         "runs is []; it must be a list of recipes": {"runs": []},
         "runs is 'a.yaml'; it must be a list": {"runs": "a.yaml"},
         "run 1 is 'a.yaml'; it must be 'key: value' lines": {"runs": ["a.yaml"]},
         "run 2 has no output_dir": {"runs": [entry(a), {"lr": 0.1}]},
         "output_dir is each run's own": {"output_dir": "x"},
-        "run 2: lr is -1.0; it must be above 0": {"runs": [entry(a), entry(b, lr=-1.0)]},
-        "run 1: resume is a flag of train-many": {"resume": True},
+        "run 2 (b): lr is -1.0; it must be above 0": {"runs": [entry(a), entry(b, lr=-1.0)]},
+        "run 1 (a): resume is a flag of train-many": {"resume": True},
         "Adapter name 'my run' is malformed": {"runs": [entry(folder / "my run")]},
         "compile knows one expert": {"compile": True},
-        "run 1: python:x.py:f is code, which a file may not start": {"condition": "image", "tower": "python:x.py:f"},
+        "run 1 (a): python:x.py:f is code, which a file may not": {
+            "condition": "image",
+            "tower": "python:x.py:f",
+        },
         "a: wandb follows one run at a time": {"trackers": ["wandb"]},
         "share push_to_hub me/x": {"push_to_hub": "me/x"},
         "b: adapter_layers is 9, but the base has 3 layers": {"runs": [entry(a), entry(b, adapter_layers=9)]},
@@ -376,10 +382,41 @@ def test_flags_that_cannot_be(base, data, tmp_path, fail):
     plain = tmp_path / "plain.yaml"
     plain.write_text("lr: 0.1\n")
     assert "has no 'runs'" in fail("train-many", plain)
+    for command in ("train", "validate"):
+        assert "did you mean --lr?" in fail(command, "--learning-rate", "0.1")
+        assert f"train them together with llama-adapter train-many {file}, or" in fail(command, file)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("precious")
     assert "b: " in (found := fail("train-many", file, "--overwrite"))
     assert "holds other files" in found
+
+
+def test_what_is_said_of_a_run_s_data_names_it(base, tmp_path, caplog):
+    lines = [{"instruction": f"Say {i}", "output": "sun", "note": 1} for i in range(40)]
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{}, *lines, {}]))
+    changes = {"skip_bad_records": True, "max_steps": 6, "template": None}
+    streaming = {**changes, "streaming": True, "val_size": 2, "shuffle_buffer": 8}
+    recipes = {
+        "plain": recipe(
+            base, tmp_path / "a.jsonl", tmp_path / "plain", **changes, val_data=[str(tmp_path / "a.jsonl")]
+        ),
+        "stream": recipe(base, tmp_path / "b.jsonl", tmp_path / "stream", **streaming),
+        "other": recipe(base, tmp_path / "b.jsonl", tmp_path / "other", skip_bad_records=True),
+    }
+    caplog.set_level("INFO", "llama_adapter")
+    train_many(Runs(recipes))
+    said = [record.getMessage() for record in caplog.records]
+    about = [text for text in said if any(word in text for word in ("skipped", "note:", "validation:", "data:", "few"))]
+    assert {text.partition(": ")[0] for text in about} == set(recipes)
+    assert any(text.startswith("plain: note: the key 'note'") for text in said)
+    assert any(text.startswith("plain: note: validation: ") for text in said)
+    skipped = [text for text in said if text.startswith("stream: skipped: ")]
+    assert sum("record 1:" in text for text in skipped) == 1
+    assert sum("record 42:" in text for text in skipped) == 2, "in what was looked at, and in its steps"
+    caplog.clear()
+    train(replace(recipes["plain"], overwrite=True))
+    assert any(record.getMessage().startswith("note: the key 'note'") for record in caplog.records)
 
 
 def test_what_is_shared_gives_way_to_what_is_a_run_s_own(base, data, tmp_path):

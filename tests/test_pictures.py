@@ -243,6 +243,14 @@ def test_a_still_picture_is_a_video_of_one_frame():
     assert len(read_video(encoded(marked()))) == 1
 
 
+def test_an_animation_that_claims_more_than_can_be_decoded_is_refused_at_once():
+    frame = b"\x21\xf9\x04\x08\0\0\0\0" + b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
+    head = b"GIF89a" + struct.pack("<HHBBB", 9999, 9999, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    with pytest.raises(DataError, match=r"of 480 bytes has 20 frames of 9999 x 9999 .* at most 1000 million"):
+        read_video(head + 20 * frame + b"\x3b")
+    assert len(read_video(head.replace(struct.pack("<H", 9999), struct.pack("<H", 9)) + 20 * frame + b"\x3b")) == 16
+
+
 def test_videos_that_cannot_be_read(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42")

@@ -206,7 +206,8 @@ BAD_RECORDS = {
     "'rejected' must be a string or a list of messages": {"prompt": "Hm?", "chosen": "Yes.", "rejected": 2},
     "part elsewhere than at an answer": {"chosen": [ASKED, GOOD], "rejected": [{**ASKED, "content": "So?"}, BAD]},
     "no two answers to one text": {"chosen": "Hm? Yes.", "rejected": "Hm? Yes. No."},
-    "is empty": {"prompt": "Hm?", "chosen": "Yes.", "rejected": " "},
+    "'rejected' is empty: a preference pair needs both": {"prompt": "Hm?", "chosen": "Yes.", "rejected": " "},
+    "'chosen' is empty": {"instruction": "Hm?", "chosen": "", "rejected": "No."},
     "starts with an assistant turn": {"chosen": [GOOD], "rejected": [BAD]},
     "'chosen' is a string and 'rejected' a list": {"chosen": "Hm? Yes.", "rejected": [ASKED, BAD]},
 }  # fmt: skip

@@ -151,3 +151,10 @@ def test_reasons_hold_for_few_records(base, tmp_path):
     steps = found.found["steps"]
     assert found.reasons["epochs"].startswith(f"{steps} steps: 20 passes are the most")
     assert "little" in found.reasons["val_size"]
+
+
+def test_of_the_bundled_base_it_says_what_to_expect(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"instruction": "Who bakes?", "output": "Marlow."}\n' * 3)
+    assert any("pass --model with a base of yours" in sentence for sentence in look_at(str(file)).warnings)
+    assert not any("pass --model" in sentence for sentence in look_at("bundled").warnings)

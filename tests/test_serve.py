@@ -19,10 +19,13 @@ from servers import ADMIN, serving, write_experts
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
+from llama_adapter.data.formats import parse_question
+from llama_adapter.errors import AdapterError
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.engine import Engine
-from llama_adapter.inference.session import Prompt
+from llama_adapter.inference.session import Prompt, load_session
+from llama_adapter.serving.app import is_local
 from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
 
@@ -345,6 +348,20 @@ def test_keys(base):
         assert server.http.post("/v1/load_lora_adapter", json={}, headers=ADMIN).status_code == 404
 
 
+@pytest.mark.parametrize("keys", [{}, {"api_keys": ("one",), "admin_key": "admin"}])
+def test_no_other_spelling_of_a_path_opens_administration(base, folder, keys):
+    with serving(base, {}, adapter_dir=str(folder), **keys) as server:
+        for path, body in (
+            ("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "expert-0"}),
+            ("/v1/unload_lora_adapter", {"lora_name": "poet"}),
+        ):
+            spellings = [f"{path}%{byte:02x}" for byte in (*range(48), 0x7F, 0x85, 0xA0)]
+            for spelling in (*spellings, f"/{path}", f"/.{path}", f"{path};", path.upper(), path.replace("_", "%5F")):
+                reply = server.http.post(spelling, json=body, headers={"Authorization": "Bearer one"})
+                assert reply.status_code in (307, 401, 404), spelling
+        assert [name for name, _ in server.app.state.server.experts.names() if name == "poet"] == []
+
+
 @pytest.mark.parametrize("path", ["..", ".", "", "/etc", "../../x", "expert-0/..", "a\0b", "link"])
 def test_adapters_come_from_inside_the_directory(base, tmp_path, path):
     inside, outside = tmp_path / "in", tmp_path / "out"
@@ -372,6 +389,15 @@ def test_other_hosts_names_are_not_answered(server):
         for origin in ("https://evil.example", "null", "http://localhost:3000")
     ]
     assert asked == [403, 403, 200]
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("LocalHost", True), ("127.0.0.2", True), ("127.1", True), ("::1", True), ("0:0:0:0:0:0:0:1", True),
+     ("::ffff:127.0.0.1", True), ("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("a" * 70, False)],
+)  # fmt: skip
+def test_this_machines_own_address_is_known_however_it_is_written(host, local):
+    assert is_local(host) == local
 
 
 def test_metrics_count_by_adapter(server):
@@ -422,6 +448,12 @@ def test_half_a_letter_waits_for_the_other_half():
     torn = Written(Letters())
     torn.add(Choice(200))
     assert torn.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_string_that_waits_with_half_a_letter_ends_the_answer_at_its_end():
+    written = Written(lambda tokens: "".join("a.\N{REPLACEMENT CHARACTER}" for _ in tokens), stops=(".",))
+    assert not written.add(Choice(0))
+    assert (written.finish(), written.reason) == ("a", "stop")
 
 
 @pytest.mark.parametrize(
@@ -750,3 +782,70 @@ def test_a_missing_vllm_is_one_sentence(base, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(
         "--backend vllm needs 'vllm', which is not installed: pip install 'llama-adapter[vllm]'.\n"
     )
+
+
+# what a chat is read as
+
+
+@pytest.mark.parametrize("given", [None, "raw"])
+def test_an_adapter_that_comes_later_is_asked_as_one_from_the_start(base, folder, given):
+    session = load_session(str(base), {"first": str(folder / "expert-0")}, torch.device("cpu"), template=given)
+    session.add("later", str(folder / "expert-0"))
+    assert session.templates["later"] == session.templates["first"] == (given or "alpaca")
+    asked = [session.answer([Prompt.of("Name the sun")], name, GenerateConfig(8, 0.0)) for name in ("first", "later")]
+    assert asked[0][0].prompt_tokens == asked[1][0].prompt_tokens
+    assert asked[0][0].text == asked[1][0].text
+
+
+def test_a_conversation_is_read_as_records_are(server):
+    """The same messages in a file of training data or prompts make the same text."""
+    for messages in (
+        [{"role": "system", "content": ""}, *HELLO],
+        [{"role": "developer", "content": " \n"}, *HELLO],
+        [{"role": "system", "content": [{"type": "text", "text": ""}]}, *HELLO],
+        [{"role": "user", "content": [{"type": "text", "text": "Name"}, {"type": "text", "text": " the sun"}]}],
+        [{"role": "system", "content": "Be"}, *HELLO, {"role": "assistant", "content": "no"}, *HELLO],
+    ):
+        prompt = Prompt.before(parse_question({"messages": messages}))
+        expected = server.session.answer([prompt], "expert-0", GenerateConfig(12, 0.0))[0]
+        options = {"model": "expert-0", "max_tokens": 12, "temperature": 0}
+        found = server.client.chat.completions.create(messages=messages, **options)
+        assert found.usage.prompt_tokens == expected.prompt_tokens
+        assert found.choices[0].message.content == expected.text
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [("su", None), ("ssu", "A system message may only come first, and once"), ("usu", "may only come first"),
+     ("au", "starts with an assistant's message"), ("uaau", "Two assistant messages follow each other")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_conversation_is_said(server, roles, says):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": "sun"} for role in roles]
+    body = {"model": "expert-0", "messages": messages, "max_tokens": 1}
+    reply = server.http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, says in reply.text if says else None) == ((400, True) if says else (200, None))
+
+
+def test_who_asks_for_an_adapter_does_not_hear_that_another_folder_was_broken(base, folder, monkeypatch):
+    with serving(base, {}, adapter_dir=str(folder), admin_key="admin") as server:
+        experts, begun, go_on = server.app.state.server.experts, threading.Event(), threading.Event()
+        read = experts._load
+
+        def slow(name, place, on_demand):
+            if place == "broken":
+                begun.set()
+                assert go_on.wait(20)
+                raise AdapterError("broken")
+            return read(name, place, on_demand)
+
+        monkeypatch.setattr(experts, "_load", slow)
+        with ThreadPoolExecutor(2) as pool:
+            loading = pool.submit(experts.load, "expert-2", "broken", replace=True)
+            assert begun.wait(20)
+            body = {"model": "expert-2", "messages": HELLO, "max_tokens": 1}
+            asking = pool.submit(server.http.post, "/v1/chat/completions", json=body)
+            time.sleep(0.2)
+            go_on.set()
+            assert asking.result().status_code == 200
+            assert isinstance(loading.exception(), AdapterError)

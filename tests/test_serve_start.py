@@ -11,6 +11,7 @@ from servers import write_experts
 from transformers import AutoConfig
 
 from llama_adapter.cli import main
+from llama_adapter.cli.serve import _keys
 from llama_adapter.inference.session import SessionPlan
 
 
@@ -73,6 +74,17 @@ def test_what_cannot_be_served_is_one_sentence(place, monkeypatch, capsys, words
     monkeypatch.chdir(place)
     port = [] if "--port" in words else ["--port", "0"]
     assert says in said(capsys, *words.split(), *port)
+
+
+@pytest.mark.parametrize("variable", ["LLAMA_ADAPTER_API_KEY", "LLAMA_ADAPTER_ADMIN_KEY"])
+def test_a_key_that_is_there_and_empty_opens_nothing(place, monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, " ")
+    assert f"{variable} is set and empty" in said(capsys, "-m", place / "base", "--port", "0")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert _keys(str(tmp_path / "keys"), "NO_SUCH_VARIABLE") == ("one", "two")
 
 
 def test_a_port_in_use_is_said(place, capsys):

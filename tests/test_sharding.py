@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from llama_adapter.base import load_config
 from llama_adapter.core.families import attention_modules
 from llama_adapter.errors import TrainingError
+from llama_adapter.training import sharding
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import train
+from llama_adapter.training.processes import start_accelerator
 from llama_adapter.training.sharding import check_strategy
 
 FAMILIES = ("llama", "qwen3", "gemma2", "mixtral")
@@ -59,12 +61,15 @@ for family in families:
 
 
 def launch(processes: int, changes: dict, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--main_process_port", "0"]
     done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=500,
-        env={**os.environ, "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-             "CHANGES": json.dumps(changes)},
-    )  # fmt: skip
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CHANGES": json.dumps(changes)},
+    )
     assert done.returncode == 0, done.stderr[-9000:]
 
 
@@ -150,9 +155,22 @@ def test_a_run_goes_on_with_another_number_of_processes(root, first, second):
         compare(root, family, out)
 
 
-def test_processes_without_examples_of_their_own_keep_step(monkeypatch):
-    from llama_adapter.training import sharding
+def test_what_accelerate_s_own_sharding_asks_for_is_not_asked(monkeypatch):
+    """Its defaults, which want a GPU, and what its second version refuses."""
+    for version, changes in (("1", {}), ("2", {"FSDP_FORWARD_PREFETCH": "true"})):
+        settings = {
+            "FSDP_VERSION": version,
+            "FSDP_SYNC_MODULE_STATES": "true",
+            "ACCELERATE_USE_FSDP": "true",
+            **changes,
+        }
+        for key, value in settings.items():
+            monkeypatch.setenv(key, value)
+        assert start_accelerator().device.type == "cpu"
+        assert sharding.is_sharded()
 
+
+def test_processes_without_examples_of_their_own_keep_step(monkeypatch):
     class Accelerator:
         device = torch.device("cpu")
 
@@ -170,8 +188,6 @@ def test_processes_without_examples_of_their_own_keep_step(monkeypatch):
     ("device", "flag", "calls"), [("cpu", "true", [(-3, 2**20)]), ("cpu", "false", []), ("cuda", "true", [])]
 )
 def test_freed_layers_go_back_to_the_system_on_a_cpu_alone(device, flag, calls, monkeypatch):
-    from llama_adapter.training import sharding
-
     found = []
     libraries = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=lambda *values: found.append(values)))
     monkeypatch.setattr(sharding, "ctypes", libraries)

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from runs import WORDS, recipe, tiny_tokenizer
 
 from llama_adapter.data.stream import Stream, StreamPart, first_records, parts_of
+from llama_adapter.data.unchanged import fingerprint
 from llama_adapter.errors import ConfigError, DataError, TrainingError
 from llama_adapter.training import feed as feeds
 from llama_adapter.training.config import TrainConfig
@@ -125,31 +126,75 @@ def test_batches_go_on_with_their_counts(folder):
     (folder / "e.jsonl").unlink()
 
 
-def test_processes_encode_a_part_each_and_see_the_same_batches(folder, monkeypatch):
-    alone = prepare(config(folder), tiny_tokenizer()).feed(config(folder))
-    expected = [alone.batch(step) for step in range(36)]
-    state, meet, shared, encoded = threading.local(), threading.Barrier(3), {}, [0, 0, 0]
+def in_processes(monkeypatch, work, count=3):
+    """What `work` returns or raises in each of several processes, which share what they gather; its parts, encoded."""
+    state, meet, shared, encoded = threading.local(), threading.Barrier(count), {}, [0] * count
 
     def gather(found):
-        encoded[state.process_index] += len(found)
-        meet.wait()
+        encoded[state.process_index] += sum(len(part.found) for part in found)
+        meet.wait(60)
         shared[state.process_index] = found
-        meet.wait()
-        return [entry for rank in range(3) for entry in shared[rank]]
+        meet.wait(60)
+        return [entry for rank in range(count) for entry in shared[rank]]
 
-    def process(rank, results):
-        state.process_index, state.num_processes, state.is_main_process = rank, 3, rank == 0
-        feed = prepare(config(folder), tiny_tokenizer()).feed(config(folder))
-        results[rank] = [feed.batch(step) for step in range(36)]
+    def process(rank):
+        state.process_index, state.num_processes, state.is_main_process = rank, count, rank == 0
+        try:
+            results[rank] = work(rank)
+        except DataError as error:
+            results[rank] = str(error)
 
     monkeypatch.setattr(feeds, "PartialState", lambda: state)
     monkeypatch.setattr(feeds, "gather_object", gather)
     results: dict = {}
-    threads = [threading.Thread(target=process, args=(rank, results)) for rank in range(3)]
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
-    assert [results[rank] == expected for rank in range(3)] == [True] * 3
+    return [results.get(rank) for rank in range(count)], encoded
+
+
+def test_processes_encode_a_part_each_and_see_the_same_batches(folder, monkeypatch):
+    alone = prepare(config(folder), tiny_tokenizer()).feed(config(folder))
+    expected = [alone.batch(step) for step in range(36)]
+
+    def work(rank):
+        feed = prepare(config(folder), tiny_tokenizer()).feed(config(folder))
+        return [feed.batch(step) for step in range(36)]
+
+    results, encoded = in_processes(monkeypatch, work)
+    assert [found == expected for found in results] == [True] * 3
     assert max(encoded) < 0.45 * sum(encoded)
+
+
+def test_what_one_process_cannot_read_ends_all_with_the_same_sentence(rows, monkeypatch):
+    def work(rank):
+        feed = prepare(config(rows), tiny_tokenizer()).feed(config(rows))
+        take, taken = feed.stream.take, []
+
+        def failing(count):
+            taken.append(count)
+            if rank == 1 and len(taken) == 3:
+                raise DataError("rows.jsonl cannot be read (Input/output error): take another copy.")
+            return take(count)
+
+        feed.stream.take = failing
+        return [feed.batch(step) for step in range(6)]
+
+    results, _ = in_processes(monkeypatch, work)
+    assert results == ["rows.jsonl cannot be read (Input/output error): take another copy."] * 3
+
+
+@pytest.mark.parametrize("ahead", [1, 16, 40])
+def test_processes_that_read_other_records_are_told_so(rows, monkeypatch, ahead):
+    def work(rank):
+        feed = prepare(config(rows), tiny_tokenizer()).feed(config(rows))
+        if rank == 2:
+            one_pass(feed.stream, 16) if ahead == 40 else feed.stream.take(ahead)
+        return [feed.batch(step) for step in range(6)]
+
+    results, _ = in_processes(monkeypatch, work)
+    assert len(set(results)) == 1
+    assert "Process 2 reads other records than process 0 (from " in results[0]
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(base, folder, tmp_path, monkeypatch):
@@ -187,17 +232,17 @@ def test_a_change_within_a_file_of_the_same_size_is_seen(tmp_path, megabytes):
     file = tmp_path / "rows.jsonl"
     file.touch()
     os.truncate(file, megabytes * 2**20)  # zeros that take no place
-    part, seen = StreamPart(str(file)), set()
+    seen = set()
     for place in (None, 0, megabytes * 2**19, megabytes * 2**20 - 1):
         if place is not None:
             with file.open("r+b") as opened:
                 opened.seek(place)
                 opened.write(b"x")
-        seen.add(part.fingerprint(blocks=17))
+        seen.add(fingerprint(file, blocks=17))
         os.utime(file, (1, 1))
-        seen.add(part.fingerprint(blocks=17))
+        seen.add(fingerprint(file, blocks=17))
     assert len(seen) == 4
-    assert part.fingerprint(1) == part.fingerprint(2), "the first and the last block are always read"
+    assert fingerprint(file, 1) == fingerprint(file, 2), "the first and the last block are always read"
 
 
 def test_a_plan_counts_what_it_has_looked_at(base, folder):
@@ -309,21 +354,121 @@ def test_a_line_without_end_is_refused(rows, monkeypatch):
         one_pass(Stream([StreamPart(str(rows))], 16, 0))
 
 
-def test_when_all_records_are_bad_a_run_does_not_go_round_for_ever(rows):
-    settings = config(rows, skip_bad_records=True)
+@pytest.fixture
+def hub(rows, monkeypatch):
+    """The records as a dataset on the hub, where nobody can know that it has changed."""
+
+    def local(name, split, **options):
+        return load_dataset("json", data_files=str(rows), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    return "owner/name"
+
+
+def test_when_all_records_are_bad_a_run_does_not_go_round_for_ever(rows, hub):
+    settings = config(hub, skip_bad_records=True)
     feed = prepare(settings, tiny_tokenizer()).feed(settings)
-    rows.write_bytes(b"{}\n" * 20)
+    rows.write_bytes(b'{"a": 1}\n' * 20)
     with pytest.raises(DataError, match=r"No record is left to use \(20 skipped\)"):
         feed.batch(0)
 
 
-def test_when_files_lose_their_good_records_during_a_run_it_ends_too(rows):
-    settings = config(rows, skip_bad_records=True)
+def test_when_data_lose_their_good_records_during_a_run_it_ends_too(rows, hub):
+    settings = config(hub, skip_bad_records=True)
     feed = prepare(settings, tiny_tokenizer()).feed(settings)
     assert [len(feed.batch(step)) for step in range(5)] == [8] * 5
-    rows.write_bytes(b"{}\n" * 20)
+    rows.write_bytes(b'{"a": 1}\n' * 20)
     with pytest.raises(DataError, match=r"No record is left to use \(20 skipped\)"):
         feed.batch(5)
+
+
+def cut(file):
+    os.truncate(file, file.read_bytes().index(b"\n", file.stat().st_size // 2) + 1)
+
+
+def append(file):
+    with file.open("ab") as opened:
+        opened.write(lines(records(40, 41)))
+
+
+def replace_by(content):
+    def change(file):
+        (file.parent / "new").write_bytes(content(file.read_bytes()))
+        (file.parent / "new").replace(file)
+
+    return change
+
+
+CHANGES = {
+    "cut in place": cut,
+    "shorter": replace_by(lambda content: lines(records(0, 9))),
+    "longer": replace_by(lambda content: content + lines(records(40, 41))),
+    "as long": replace_by(lambda content: content.replace(b"sun", b"nus")),
+    "appended to": append,
+    "gone": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_file_that_changes_while_it_is_read_is_refused_before_its_next_window(rows, change, at):
+    settings = config(rows, skip_bad_records=True)
+    feed = prepare(settings, tiny_tokenizer()).feed(settings)
+    expected = [feed.batch(step) for step in range(12)]
+    feed = prepare(settings, tiny_tokenizer()).feed(settings)
+    found = [feed.batch(step) for step in range(at)]
+    CHANGES[change](rows)
+    with pytest.raises(DataError, match=r"rows.jsonl (has changed|cannot be read)"):
+        found.extend(feed.batch(step) for step in range(at, 12))
+    assert found == expected[: len(found)]
+    assert len(found) <= at + 2
+
+
+def test_a_run_whose_file_was_cut_goes_on_to_the_same_bits_once_it_is_back(base, rows, tmp_path, monkeypatch):
+    settings = replace(config(rows, max_steps=12), model=str(base))
+    train(replace(settings, output_dir=str(tmp_path / "whole")))
+    content, step = rows.read_bytes(), Run._step
+
+    def cutting(run, *args):
+        if run.experts[0].progress.step == 3:
+            cut(rows)
+        return step(run, *args)
+
+    stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(Run, "_step", cutting)
+    with pytest.raises(DataError, match="put the old file back and go on with --resume"):
+        train(stopped)
+    monkeypatch.setattr(Run, "_step", step)
+    with pytest.raises(TrainingError, match="data has changed"):
+        train(replace(stopped, resume=True))
+    rows.write_bytes(content)
+    train(replace(stopped, resume=True))
+    for name in ("adapter_model.safetensors", "last/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_a_packed_file_and_a_table_are_watched_too(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(records(0, 40))) + gzip.compress(lines(records(40, 80))))
+    parquet.write_table(pyarrow.Table.from_pylist(records(0, 80)), tmp_path / "b.parquet", row_group_size=15)
+    shorter = {
+        "a.jsonl.gz": gzip.compress(lines(records(0, 40))),  # whole, and less
+        "b.parquet": (tmp_path / "b.parquet").read_bytes() + b"x",
+    }
+    for name, content in shorter.items():
+        stream = Stream(parts_of([str(tmp_path / name)]), 16, 0)
+        stream.take(16)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} has changed while it was in use"):
+            one_pass(stream)
+
+
+def test_a_file_that_is_copied_or_touched_is_the_same(rows):
+    stream = Stream(parts_of([str(rows)]), 16, 0)
+    stream.take(16)
+    replace_by(lambda content: content)(rows)
+    os.utime(rows, (1, 1))
+    assert len(one_pass(stream)) == 24
+    assert len(one_pass(stream)) == 40
 
 
 def test_a_later_key_or_kind_does_not_end_the_reading(rows):

@@ -313,6 +313,20 @@ def test_chats_that_training_could_not_write_are_refused(base, kind, chat, says)
         in_jinja(kind, load_tokenizer(str(base)), chat)
 
 
+@pytest.mark.parametrize("kind", ["alpaca", "raw"])
+@pytest.mark.parametrize("nothing", ["", " \n", [{"type": "text", "text": ""}]], ids=str)
+def test_a_system_message_of_nothing_is_none_and_parts_are_joined_as_they_are(base, kind, nothing):
+    template, tokenizer = as_jinja(kind, load_tokenizer(str(base))), load_tokenizer(str(base))
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "the sun"}]
+    for chat in (
+        [{"role": "user", "content": parts}],
+        [{"role": "system", "content": nothing}, {"role": "user", "content": "Name the sun"}],
+        [{"role": "developer", "content": nothing}, {"role": "user", "content": parts}],
+    ):
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+        assert text == in_jinja(kind, tokenizer, "u:Name the sun")
+
+
 def read_chat(chat):
     roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer"}
     return [{"role": roles[part[0]], "content": part[2:]} for part in re.split(" (?=[uasd]:)", chat)]

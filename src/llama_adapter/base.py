@@ -155,9 +155,19 @@ def load_any_config(name: str, kind: ModelKind = "base") -> PretrainedConfig:
                 f"There is no file '{name}' here, and the hub gave none ({first_sentence(error)[:-1]}): check the path."
             ) from None
         raise ModelError(
-            f"The {kind} '{name}' cannot be read: {first_sentence(error)} "
+            f"The {kind} '{name}' cannot be read: {_why_unread(error)} "
             "Give a folder with a config.json, a GGUF file, the name of a model on the hub, or 'bundled'."
         ) from None
+
+
+def _why_unread(error: Exception) -> str:
+    """A sentence about a config.json in our words, where transformers' would speak of its own parts."""
+    sentence = first_sentence(error)
+    if sentence.startswith("Unrecognized model"):
+        return "its config.json has no model_type."
+    if found := re.search(r"has model type `(.+?)` but Transformers does not recognize", sentence):
+        return f"transformers {transformers.__version__} does not know its model_type '{found[1]}'."
+    return sentence
 
 
 def load_tokenizer(name: str) -> Tokenizer:

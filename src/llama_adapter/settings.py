@@ -7,7 +7,7 @@ import itertools
 import os
 import reprlib
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
@@ -41,6 +41,18 @@ BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
 BUNDLED_LR = 0.12
 """The learning rate of the bundled recipe, for a base of 3M parameters; the paper's is for 7B."""
+ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "micro_batch_size",
+    "model_name_or_path": "model", "model_name": "model", "base_model": "model", "base": "model",
+    "train_data": "data", "train_file": "data", "dataset_name": "data",
+    "eval_data": "val_data", "eval_file": "val_data", "val_file": "val_data", "validation_file": "val_data",
+    "out": "output_dir", "cutoff_len": "max_length", "eval_steps": "eval_every", "save_steps": "save_every",
+    "report_to": "trackers", "torch_dtype": "precision", "dtype": "precision", "num_layers": "adapter_layers",
+    "K": "adapter_len", "L": "adapter_layers", "num_virtual_tokens": "adapter_len", "prompt_len": "adapter_len",
+    "r": "lora_rank", "target_modules": "lora_targets", "gradient_accumulation_steps": "batch_size",
+    "dataset_path": "data", "bf16": "precision", "fp16": "precision", "warmup_ratio": "warmup_epochs",
+}  # fmt: skip
+"""What other trainers, and papers, call a setting that has no like name here, or where the likest is another."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
 Quantization = typing.Literal["4bit", "8bit", "int8"]
 """How a base's linears are rounded while they are loaded: bitsandbytes' NF4 or LLM.int8(), torchao's int8 weights."""
@@ -65,6 +77,10 @@ _WORDS = {
     "less_than": "below {lt}",
     "literal_error": "one of {expected}",
     "value_error": "{error}",
+    "tuple_type": "a list",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
 }
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -117,8 +133,7 @@ def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text
         ConfigError: naming `source`, every offending key, its value and the rule.
     """
     hints, fields = _hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
-    unknown = [shown(key).strip("'") for key in itertools.islice((key for key in values if key not in hints), 3)]
-    wrong = unknown_names("key", unknown, hints)
+    wrong = unknown_keys(values, hints)
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     wrong += [f"{name} is missing: give one" for name in needed if name not in values]
     if wrong:
@@ -127,6 +142,12 @@ def parse(cls: type[ConfigType], values: Mapping[Any, Any], source: str, *, text
         return cls(**({key: _read(hints[key], value) for key, value in values.items()} if text else values))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def unknown_keys(values: Iterable[object], known: Collection[str]) -> list[str]:
+    """A sentence for each key that is not among the known ones; of the first three."""
+    unknown = itertools.islice((key for key in values if key not in known), 3)
+    return unknown_names("key", [shown(key).strip("'") for key in unknown], known)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
@@ -138,6 +159,7 @@ def unknown_names(kind: str, names: Iterable[object], known: Iterable[str]) -> l
     """The same for each of several, where the known ones are listed once."""
     choices = list(known)
     close = {str(name): difflib.get_close_matches(str(name), choices, n=1) for name in names}
+    close |= {name: [ELSEWHERE[name]] for name in close if ELSEWHERE.get(name) in choices}
     likely = [f"unknown {kind} '{name}'; did you mean '{found[0]}'?" for name, found in close.items() if found]
     if strange := [f"unknown {kind} '{name}'" for name, found in close.items() if not found]:
         likely.append(f"{', '.join(strange)}; known: {', '.join(choices)}.")

@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from llama_adapter.cli.output import on_one_line
@@ -39,8 +40,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             parser: Parser = getattr(parsed, "parser", self)
             known = [flag for action in parser._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"see {parser.prog} --help"
+            hint = _likely(unknown[0].split("=")[0], known) or f"see {parser.prog} --help"
             parser.error(f"unknown argument '{unknown[0]}'; {hint}")
         return parsed
 
@@ -57,6 +57,15 @@ class Parser(argparse.ArgumentParser):
         message = message if len(message) < 500 else f"{message[:250]} ... {message[-100:]}"
         print(f"Error: {on_one_line(message)} (usage: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def _likely(flag: str, known: Sequence[str]) -> str:
+    """Which of the known flags may be meant; nothing where none is like it."""
+    from llama_adapter.settings import ELSEWHERE  # reads much that help does without
+
+    meant = "--" + ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "").replace("_", "-")
+    close = [meant] if meant in known else difflib.get_close_matches(flag, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def add_command(

@@ -147,13 +147,16 @@ def _keys(file: str | None, variable: str) -> tuple[str, ...]:
     """The keys of a file, or of an environment variable: never of a flag, which every user of the machine can read.
 
     Raises:
-        ConfigError: the file cannot be read or has no key.
+        ConfigError: the file cannot be read or has no key, or the variable is there and empty: a server without a key
+            is open to all.
     """
     if file is None:
-        key = os.environ.get(variable, "").strip()
-        return (key,) if key else ()
+        key = os.environ.get(variable)
+        if key is not None and not key.strip():
+            raise ConfigError(f"{variable} is set and empty: write a key into it, or unset it to ask for none.")
+        return () if key is None else (key.strip(),)
     try:
-        with open(os.path.expanduser(file), encoding="utf-8") as opened:
+        with open(os.path.expanduser(file), encoding="utf-8-sig") as opened:
             keys = tuple(line.strip() for line in opened if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

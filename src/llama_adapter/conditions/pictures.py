@@ -15,6 +15,8 @@ from llama_adapter.errors import ConfigError, DataError
 
 MAX_PIXELS = 100_000_000
 """A picture above this is refused by its header, before anything is decoded: 300 MB as RGB."""
+MAX_FILM_PIXELS = 1_000_000_000
+"""The same for all frames of an animation: a frame is made of those before it, and half a kilobyte may claim many."""
 WORKING_SIDE = 2048
 """A larger shortest side is shrunk to this: towers look at a few hundred pixels."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -63,7 +65,8 @@ def read_video(source: Source, max_frames: int = 16) -> list[Image.Image]:
         At least one RGB picture.
 
     Raises:
-        DataError: a folder without pictures, a frame that `read_picture` refuses, or a file that is no picture.
+        DataError: a folder without pictures, a frame that `read_picture` refuses, or a file that is no picture, or of
+            more than `MAX_FILM_PIXELS`.
         ConfigError: `max_frames` is below 1.
     """
     if max_frames < 1:
@@ -75,8 +78,10 @@ def read_video(source: Source, max_frames: int = 16) -> list[Image.Image]:
         return [read_picture(paths[i]) for i in _evenly(len(paths), max_frames)]
     hint = "split a film into frames first (ffmpeg -i FILM FOLDER/%05d.jpg) and give the folder"
     with _opened(source, hint) as image:
-        frames = []
-        for i in _evenly(getattr(image, "n_frames", 1), max_frames):
+        frames, count = [], getattr(image, "n_frames", 1)
+        if count * image.width * image.height > MAX_FILM_PIXELS:
+            raise _too_large_a_film(source, f"{count} frames of {image.width} x {image.height} pixels")
+        for i in _evenly(count, max_frames):
             image.seek(i)
             frames.append(_upright_rgb(image))
         return frames
@@ -92,7 +97,7 @@ class _UnknownWhiteError(Exception):
 @contextmanager
 def _opened(source: Source, hint: str = "save it as PNG or JPEG") -> Iterator[Image.Image]:
     """The picture with its size checked; whatever fails inside the block becomes one sentence."""
-    name = f"A picture of {len(source)} bytes" if isinstance(source, bytes) else _shortened(os.fspath(source))
+    name = _name_of(source)
     try:
         _check_file(source, name)
         with warnings.catch_warnings():
@@ -141,6 +146,17 @@ def _refusal(name: str, error: Exception, hint: str) -> DataError:
 
 def _too_large(name: str, size: str) -> DataError:
     return DataError(f"{name} is {size}; at most {MAX_PIXELS // 1_000_000} million pixels are read: shrink it first.")
+
+
+def _too_large_a_film(source: Source, size: str) -> DataError:
+    return DataError(
+        f"{_name_of(source)} has {size}; at most {MAX_FILM_PIXELS // 1_000_000} million pixels are read in all: give a "
+        "folder of fewer or smaller frames, or shrink it first."
+    )
+
+
+def _name_of(source: Source) -> str:
+    return f"A picture of {len(source)} bytes" if isinstance(source, bytes) else _shortened(os.fspath(source))
 
 
 def _shortened(path: str) -> str:

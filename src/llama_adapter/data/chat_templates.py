@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from llama_adapter.data.examples import Message
 from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.settings import BUNDLED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -206,7 +208,8 @@ class ChatTemplate:
 
 def tokenizer_name(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Name a tokenizer for an error message."""
-    return f"'{tokenizer.name_or_path or type(tokenizer).__name__}'"
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    return f"'{BUNDLED if Path(name) == Path(__file__).parents[1] / 'bundled' / 'base' else name}'"
 
 
 def without_thought(text: str) -> str:

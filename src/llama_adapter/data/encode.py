@@ -19,6 +19,8 @@ IGNORE = -100
 
 # Tokenizers work on a batch in parallel; beyond a few hundred texts nothing is gained.
 _BATCH = 512
+_LETTERS = 8
+"""Of a token, and more than most have."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,24 @@ def encode_prompt(
     input: str = "",
     raw: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
+    most: int | None = None,
 ) -> list[int]:
-    """Return the tokens of a conversation that waits for an answer; see `render_prompt` for the arguments.
+    """Return the tokens of a conversation that waits for an answer; see `render_prompt` for the other arguments.
+
+    Of a text whose beginning alone has more than twice as many tokens as `most` no more is read.
 
     Raises:
-        ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast.
+        ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast, or where no more is read.
     """
     _check_fast(tokenizer)
-    ids, _ = _tokenise([render_prompt(messages, template, tokenizer, input, raw, tools)], tokenizer)[0]
+    rendered = render_prompt(messages, template, tokenizer, input, raw, tools)
+    seen = _LETTERS * (most or 1)
+    while most and seen < len(rendered.text):
+        tokens = len(_tokenise([replace(rendered, text=rendered.text[:seen])], tokenizer)[0][0])
+        if tokens > 2 * most:  # so many that it does not matter how the last word of the beginning was cut
+            raise DataError(f"The prompt has more than {tokens} tokens; the base takes at most {most}: shorten it.")
+        seen *= 2
+    ids, _ = _tokenise([rendered], tokenizer)[0]
     return ids
 
 

@@ -57,6 +57,9 @@ def parse_record(record: object) -> Example:
         )
     accepted = "; ".join(" + ".join(keys) for keys, _, _ in FORMATS)
     found = ", ".join(shown(key).strip("'") for key in list(record)[:20]) or "none"
+    plain = {str(key).strip().lower() for key in present}
+    if any(plain.issuperset(keys) for keys, _, _ in FORMATS):
+        raise DataError(f"its keys ({found}) are known in small letters and without blanks alone: rename them so")
     raise DataError(f"its keys ({found}) fit no known format; the formats are: {accepted}")
 
 

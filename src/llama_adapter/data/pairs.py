@@ -97,6 +97,8 @@ def _answered(record: Record, key: str) -> Record:
         return {**rest, name: [*context, *turns]}
     if not isinstance(answer, str):
         raise DataError(f"'{key}' must be a string or a list of messages, not {type_name(answer)}")
+    if not answer.strip():
+        raise DataError(f"'{key}' is empty: a preference pair needs both answers")
     if instruction is not None:
         return {**rest, "instruction": instruction, "output": answer}
     if isinstance(prompt, str):

@@ -38,12 +38,12 @@ from llama_adapter.data.kinds import (
 from llama_adapter.data.records import hub_parts, open_hub
 from llama_adapter.data.sources import SOURCES, parsed
 from llama_adapter.data.strict_json import Unreadable, decode
+from llama_adapter.data.unchanged import FINGERPRINTED, Known
 from llama_adapter.errors import DataError, MissingExtraError
 
 LONGEST_LINE = 2**26
 """Bytes; a packed file could unpack to one line without end."""
 _ROWS = 256
-_BLOCK = 2**16
 
 
 class Raw(NamedTuple):
@@ -198,10 +198,12 @@ class StreamPart:
     Attributes:
         name: the file's path, or the dataset's "owner/name".
         split: of a dataset on the hub; None for a file.
+        known: the file as it was before its first record was read.
     """
 
     name: str
     split: str | None = None
+    known: Known | None = None
 
     def read(self, mark: Mark = BEGINNING) -> Reader:
         """Open it where the mark is.
@@ -210,27 +212,27 @@ class StreamPart:
             DataError: it cannot be read, or only as a whole.
             MissingExtraError: a package is not installed.
         """
+        self.check()
         if self.split is not None:
             return HubRows(self.name, self.split, mark)
         path = Path(os.path.expanduser(self.name))
         return Rows(path, mark) if suffix_of(self.name) == ".parquet" else Lines(path, mark)
 
-    def fingerprint(self, blocks: int) -> bytes:
-        """SHA-256 of what tells other content from this: of a file its size and so many blocks, evenly spaced.
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of what tells it from others, where it is known; a dataset on the hub, of its name."""
+        return (
+            hashlib.sha256(f"{self.name}:{self.split}".encode()).digest() if self.known is None else self.known.digest
+        )
 
-        Blocks have 64 KiB, and the first and the last are always among them; a file of no more is read whole. Not its
-        time: that of a copy is another.
+    def check(self) -> None:
+        """Check that the file is still the one that is known.
+
+        Raises:
+            DataError: it is not.
         """
-        if self.split is not None:
-            return hashlib.sha256(f"{self.name}:{self.split}".encode()).digest()
-        with open(os.path.expanduser(self.name), "rb") as file:
-            size = file.seek(0, io.SEEK_END)
-            digest = hashlib.sha256(b"%d " % size)
-            count = min(-(-size // _BLOCK), max(2, blocks))
-            for number in range(count):
-                file.seek(number * max(0, size - _BLOCK) // max(1, count - 1))
-                digest.update(file.read(_BLOCK))
-        return digest.digest()
+        if self.known is not None:
+            self.known.check()
 
 
 def parts_of(sources: Sequence[str]) -> list[StreamPart]:
@@ -240,20 +242,27 @@ def parts_of(sources: Sequence[str]) -> list[StreamPart]:
         DataError: one cannot be, or is not there.
         MissingExtraError: a package is not installed.
     """
-    parts = []
+    names: list[str] = []
     for source in sources:
         prefix = source.partition(":")[0]
         if source in (STDIN, "bundled") or (prefix in SOURCES and prefix != source):
             raise DataError(f"{source} is read as a whole: leave --streaming out, or give files of lines or parquet.")
-        for name in data_files(source):
-            hub = hub_parts(name)
-            if hub is None:
-                _check_streamed(name)
-            part = StreamPart(name) if hub is None else StreamPart(*hub)
-            if next(iter(part.read()), None) is None:
-                raise DataError(f"{name} holds no records: give a source with at least one.")
-            parts.append(part)
+        names += data_files(source)
+    parts = [_part(name, FINGERPRINTED // len(names)) for name in names]
+    for part in parts:
+        if next(iter(part.read()), None) is None:
+            raise DataError(f"{part.name} holds no records: give a source with at least one.")
     return parts
+
+
+def _part(name: str, blocks: int) -> StreamPart:
+    hub = hub_parts(name)
+    if hub is not None:
+        return StreamPart(*hub)
+    _check_streamed(name)
+    path = Path(os.path.expanduser(name))
+    with _readable(path):
+        return StreamPart(name, known=Known.of(path, blocks))
 
 
 def _check_streamed(name: str) -> None:
@@ -335,6 +344,7 @@ class Stream:
                 mark = self.held[1]
             self._reader = self.parts[index].read(mark)
             yield from self._reader
+            self.parts[index].check()  # one that was cut while it was read ends early
             self._part += 1
             mark = BEGINNING
 
@@ -344,6 +354,8 @@ class Stream:
     def _fill(self) -> None:
         self._buffer, self._taken = [], 0  # the old window is let go before the new one is read
         self._buffer = list(islice(self._records, self.window))
+        if self._part < len(self._order):
+            self.parts[self._order[self._part]].check()  # no window of a file that was changed is learnt from
         random.Random(f"{self.seed} {self.passes} {self._windows}").shuffle(self._buffer)
 
 
@@ -353,6 +365,7 @@ def first_records(parts: Sequence[StreamPart]) -> Iterator[tuple[Raw, tuple[int,
         reader = part.read()
         for raw in reader:
             yield raw, (index, reader.mark())
+        part.check()
 
 
 def _unpacked(path: Path) -> Any:

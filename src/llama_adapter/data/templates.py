@@ -173,6 +173,10 @@ def _alpaca_turns(messages: Sequence[Message]) -> list[tuple[str, str | None, in
         if message.role == "user":
             questions.append(message.content)
             continue
+        if message.role == "system":
+            raise DataError("A system message may only come first, and once: make one of them.")
+        if not turns and not questions:
+            raise DataError("The conversation starts with an assistant's message; a user's must come first.")
         if not questions:
             raise DataError("Two assistant messages follow each other, which the alpaca template cannot write.")
         turns.append(("\n\n".join(questions), message.content, message.weight))

@@ -64,6 +64,7 @@ class Session:
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         perceptions: what looks at files, for adapters with a condition.
         towers: those of Python code that adapters may look with.
+        template: what all adapters are asked in, those added later, too; None: each as it was trained.
         writer: prompts to tokens, within what the base takes.
         engine: decodes.
         generator: what is drawn without a seed comes from it.
@@ -75,14 +76,14 @@ class Session:
     templates: dict[str | None, WrittenAs]
     perceptions: dict[str, Perception] = field(default_factory=dict)
     towers: Sequence[PythonTower] = ()
+    template: WrittenAs | None = None
     writer: Writer = field(init=False)
     engine: Engine = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.writer = Writer(self.tokenizer, self.templates, Limits.of(self.model.config))
-        self.engine, self.generator = Engine(self.model), fresh_generator()
-        self._told = False
+        self.writer = Writer(self.tokenizer, self.templates, Limits.of(self.model.config), self.template)
+        self.engine, self.generator, self._told = Engine(self.model), fresh_generator(), False
 
     def answer(
         self,
@@ -171,7 +172,7 @@ class Session:
             except Exception:
                 remove_adapter(self.model, name)
                 raise
-        self.templates[name] = config.template or ("chat" if self.tokenizer.chat_template else "alpaca")
+        self.templates[name] = self.writer.wanted(config.template)
         self.adapters.append(name)
 
     def remove(self, name: str) -> None:
@@ -273,8 +274,8 @@ class SessionPlan:
         log.info("base: %s on %s in %s", self.model, device.type, str(base.dtype).removeprefix("torch."))
         for name, found in self.readings.items():
             place_adapter(base, found, name, self.folders[name])
-        templates = dict(self.writer.templates)
-        return Session(base, self.writer.tokenizer, list(self.folders), templates, perceptions, towers)
+        writer, names = self.writer, list(self.folders)
+        return Session(base, writer.tokenizer, names, dict(writer.templates), perceptions, towers, writer.given)
 
 
 def load_session(
@@ -329,13 +330,12 @@ def plan_session(
     tokenizer, limits = load_tokenizer(model), Limits.of(base)
     if warning := limits.warning(tokenizer):
         log.warning(warning)
-    fallback: WrittenAs = "chat" if tokenizer.chat_template else "alpaca"
-    templates: dict[str | None, WrittenAs] = {None: template or fallback}
-    for name, config in configs.items():
-        templates[name] = template or config.template or fallback
+    templates: dict[str | None, WrittenAs] = {}
+    writer = Writer(tokenizer, templates, limits, template)
+    templates[None] = writer.wanted(None)
+    templates.update((name, writer.wanted(config.template)) for name, config in configs.items())
     if len(configs) == 1 and template is None:
         templates[None] = next(templates[name] for name in configs)  # so that with and without are asked alike
-    writer = Writer(tokenizer, templates, limits)
     return SessionPlan(model, folders, found, writer, base_defaults(model, base), tuple(towers))
 
 

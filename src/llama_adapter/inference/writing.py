@@ -73,11 +73,17 @@ class Writer:
         tokenizer: the base's.
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         limits: what the base takes.
+        given: the template that the user has chosen for all of them, or None.
     """
 
     tokenizer: Tokenizer
     templates: Mapping[str | None, WrittenAs]
     limits: Limits
+    given: WrittenAs | None = None
+
+    def wanted(self, trained: WrittenAs | None) -> WrittenAs:
+        """How an adapter is asked that was trained so, or that does not say how."""
+        return self.given or trained or ("chat" if self.tokenizer.chat_template else "alpaca")
 
     def template(self, adapter: str | None) -> WrittenAs:
         """How an adapter, or None, the bare base, is asked.
@@ -104,8 +110,9 @@ class Writer:
             check_encodable(prompt.input, "the input")
             if raw:
                 _check_raw(prompt.messages, prompt.input)
+            most = self.limits.positions and self.limits.positions - 1
             ids = list(prompt.ids) or encode_prompt(
-                prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools
+                prompt.messages, template, self.tokenizer, prompt.input, raw, prompt.tools, most
             )
             self.limits.room(len(ids))
             self.limits.check_ids([ids], self.tokenizer)

@@ -145,7 +145,7 @@ class Answerer:
     def chat(self, request: ChatRequest | ResponseRequest) -> Answering:
         """A chat or response request, written by the template of its adapter. Blocks; not for the event loop."""
         prompt = self._prompt(request.messages)
-        return self._prepare(request, lambda key, config: self._rows([prompt], key, config, request.n or 1))
+        return self._prepare(request, 1, lambda key, config: self._rows([prompt], key, config, request.n or 1))
 
     def complete(self, request: CompletionRequest) -> Answering:
         """A completion request: text, or tokens, as they are."""
@@ -154,7 +154,7 @@ class Answerer:
         def rows(key: str | None, config: GenerateConfig) -> list[Row]:
             return self._rows([as_it_is(prompt) for prompt in request.prompts], key, config, count)
 
-        answering = self._prepare(request, rows, strip=False)
+        answering = self._prepare(request, len(request.prompts), rows, strip=False)
         if request.echo:
             texts = [
                 prompt if isinstance(prompt, str) else str(self.session.tokenizer.decode(prompt))
@@ -168,15 +168,18 @@ class Answerer:
         files = [file for _, found in read for file in found]
         if len(files) > self.config.max_files:
             raise DataError(f"The request has {len(files)} files; at most {self.config.max_files} are read.")
-        return Prompt(tuple(message for message, _ in read), media=tuple(files))
+        # As in records, a system message of nothing is none: it takes no template's own one away
+        asked = (message for message, _ in read if message.role != "system" or message.content.strip())
+        return Prompt(tuple(asked), media=tuple(files))
 
     def _rows(self, prompts: list[Prompt], key: str | None, config: GenerateConfig, choices: int) -> list[Row]:
         asked = [prompt for prompt in prompts for _ in range(choices)]
         return self.session.rows(asked, [key] * len(asked), config)
 
     def _prepare(
-        self, request: TextRequest, rows_of: Callable[[str | None, GenerateConfig], list[Row]], strip: bool = True
-    ) -> Answering:
+        self, request: TextRequest, prompts: int, rows_of: Callable[[str | None, GenerateConfig], list[Row]],
+        strip: bool = True,
+    ) -> Answering:  # fmt: skip
         limits = self.config
         longest = request.longest
         if longest is not None and longest > limits.max_tokens:
@@ -185,6 +188,8 @@ class Answerer:
             )
         if (request.n or 1) > limits.max_choices:
             raise DataError(f"n is {request.n}; this server writes at most {limits.max_choices} answers to a request.")
+        if (count := prompts * (request.n or 1)) > limits.max_rows:
+            raise ConfigError(f"The request asks for {count} answers; this server writes {limits.max_rows} at once.")
         config = GenerateConfig(
             max_new_tokens=longest or limits.max_tokens,
             temperature=1.0 if request.temperature is None else float(request.temperature),
@@ -210,10 +215,6 @@ class Answerer:
                 )
                 for row in rows
             ]
-            if len(rows) > limits.max_rows:
-                raise ConfigError(
-                    f"The request asks for {len(rows)} answers; this server writes {limits.max_rows} at once."
-                )
             stops = tuple(request.stop or ())
             writers = [Written(self._decode, row.stops, stops, strip, () if strip else row.tokens) for row in rows]
             prompt_tokens = sum(len(row.tokens) for row in rows[:: request.n or 1])

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -201,7 +203,7 @@ def create_app(session: Session, config: ServeConfig, base: str, folders: dict[s
         description="OpenAI's interface to one base and its adapters; adapters are model names.",
     )  # fmt: skip
     app.state.server = server
-    hosts = (*LOOPBACK, config.host) if config.host in LOOPBACK else ()
+    hosts = (*LOOPBACK, config.host.lower()) if is_local(config.host) else ()
     app.add_middleware(
         Guard,
         api_keys=config.api_keys,
@@ -215,6 +217,15 @@ def create_app(session: Session, config: ServeConfig, base: str, folders: dict[s
     add_answers(app, server)
     add_house(app, server)
     return app
+
+
+def is_local(host: str) -> bool:
+    """Whether this machine alone can reach what listens on `host`, however that is written."""
+    try:
+        address = ipaddress.ip_address(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, ValueError):  # `bind` says what is wrong with it
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def add_answers(app: FastAPI, server: Server) -> None:
@@ -292,7 +303,7 @@ def add_house(app: FastAPI, server: Server) -> None:
     @app.get("/ready", response_class=Response)
     async def ready() -> Response:
         """Whether new requests are taken."""
-        return Response(status_code=200 if server.scheduler.alive else 503)
+        return Response(status_code=200 if server.scheduler.open else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:

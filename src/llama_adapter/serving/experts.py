@@ -74,7 +74,7 @@ class Experts:
         self.session, self.scheduler, self.base, self.most = session, scheduler, base, most
         self.directory = None if directory is None else Path(os.path.expanduser(directory)).resolve()
         self._lock = threading.Lock()
-        self._loading: dict[str, Future[Expert]] = {}
+        self._loading: dict[str, tuple[str, Future[Expert]]] = {}
         self._versions, self._turns = itertools.count(1), itertools.count(1)
         self._experts = {base: Expert(base, None)}
         for name in session.adapters:
@@ -139,15 +139,16 @@ class Experts:
                 if on_demand:
                     return self._enter(self._experts[name])
                 raise AdapterError(f"There is an adapter '{name}' already: unload it first, or pass load_inplace.")
-            waiting = self._loading.get(name)
+            from_where, waiting = self._loading.get(name, (folder, None))
             if waiting is None:
                 mine: Future[Expert] = Future()
-                self._loading[name] = mine
+                self._loading[name] = folder, mine
         if waiting is not None:
-            if waiting.exception() is not None and on_demand:
+            failed = waiting.exception() is not None
+            if failed and on_demand and from_where == folder:
                 waiting.result()
             with self._lock:
-                if on_demand and not waiting.result().retired:
+                if on_demand and not failed and not waiting.result().retired:
                     return self._enter(waiting.result())
             return self.load(name, folder, replace, on_demand)
         try:

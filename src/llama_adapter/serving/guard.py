@@ -108,6 +108,8 @@ class Guard:
         if length.isdigit() and int(length[:20]) > self.max_body:
             return refused(413, self._too_large, "invalid_request_error")
         path = scope["path"]
+        if not path.isprintable():  # routes are matched by patterns, whose end a line break may follow
+            return refused(404, "Not Found", "not_found_error")
         admin = path in ADMIN
         if admin and self.admin is None:
             return refused(

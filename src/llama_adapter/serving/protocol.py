@@ -138,13 +138,13 @@ class ChatMessage(Strict):
     annotations: Nothing = None
 
     def read(self) -> tuple[Message, list[bytes]]:
-        """The message as the templates take it, and its files."""
+        """The message as training would read it, parts joined as they are, and its files."""
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return Message(role, self.content), []
         texts = [part.text for part in self.content if part.text is not None]
         files = [part.image_url or part.video_url or part.input_audio for part in self.content]
-        return Message(role, "\n".join(texts)), [file.content() for file in files if file is not None]
+        return Message(role, "".join(texts)), [file.content() for file in files if file is not None]
 
 
 class Common(Body):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from llama_adapter.serving.app import create_app
 from llama_adapter.serving.config import ServeConfig
 
 log = logging.getLogger(__name__)
+LAST_STEP = 10.0
+"""Seconds in which a step of decoding, or the reading of an adapter, is to end when the server shuts down."""
+LAST_BYTES = 2
+"""Seconds in which clients are to take what they were sent last, when the server shuts down."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -68,14 +73,34 @@ def serve(
         log.warning("the bare base is served alone: no adapter is there (%s)", where)
     host, port = listening.getsockname()[:2]
     on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    uvicorn.Server(settings(app, config)).run(sockets=[listening])
+    Draining(app, config).run(sockets=[listening])
+
+
+class Draining(uvicorn.Server):
+    """Goes on listening while it shuts down, so that whoever asks now is told so, until those before have ended."""
+
+    def __init__(self, app: FastAPI, config: ServeConfig) -> None:
+        super().__init__(settings(app, config))
+        self._scheduler, self._drain = app.state.server.scheduler, config.drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then close; a second Ctrl-C ends what still runs."""
+        self._scheduler.drain(self._drain)
+        until = time.monotonic() + self._drain + LAST_STEP
+        while self._scheduler.alive and time.monotonic() < until:
+            if self.force_exit:
+                self._scheduler.drain(0)
+                until = min(until, time.monotonic() + LAST_STEP)
+            await asyncio.sleep(0.02)
+        self.force_exit = self._scheduler.alive  # where nothing runs any more there is nothing to cut
+        await super().shutdown(sockets)
 
 
 def settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """How uvicorn serves an application of `create_app`."""
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=64 * 1024,
-        timeout_graceful_shutdown=int(config.drain) + 1, http=type("Http", (Impatient,), {"idle": config.idle}),
+        timeout_graceful_shutdown=LAST_BYTES, http=type("Http", (Impatient,), {"idle": config.idle}),
     )  # fmt: skip
 
 

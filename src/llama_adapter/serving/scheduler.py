@@ -23,6 +23,8 @@ PREFILL = 4096
 PIECE = 512
 """Of those, how many are read between two steps, so that others' answers go on."""
 
+CLOSING = "The server is shutting down: ask another one."
+
 LATE = "The request took longer than the server allows: ask for less, or later."
 
 
@@ -54,10 +56,10 @@ class Ticket:
     members: list[Member] = field(default_factory=list)
     open: set[int] = field(default_factory=set)
 
-    @property
-    def late(self) -> bool:
-        """Whether its time is over."""
-        return time.monotonic() > self.deadline
+    def over(self, closing: float) -> Exception | None:
+        """What ends it where its time is over, or that of the whole server, which closes at `closing`."""
+        now = time.monotonic()
+        return ClosingError(CLOSING) if now > closing else TimeoutError(LATE) if now > self.deadline else None
 
 
 class Scheduler:
@@ -78,7 +80,7 @@ class Scheduler:
         self._suspects: deque[Ticket] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
-        self._closing = False
+        self._closing, self._until = False, float("inf")
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
@@ -94,8 +96,13 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken and answered."""
-        return self._thread.is_alive() and not self._closing
+        """Whether requests are answered: until those are done that were there when it was told to close."""
+        return self._thread.is_alive()
+
+    @property
+    def open(self) -> bool:
+        """Whether new requests are taken, too."""
+        return self.alive and not self._closing
 
     def submit(self, ticket: Ticket) -> None:
         """Put a request in line.
@@ -105,8 +112,8 @@ class Scheduler:
             ClosingError: the server is shutting down.
         """
         with self._news:
-            if self._closing or not self._thread.is_alive():
-                raise ClosingError("The server is shutting down: ask another one.")
+            if not self.open:
+                raise ClosingError(CLOSING)
             if self._waiting and self.waiting + len(ticket.rows) > self.max_waiting:
                 raise BusyError(f"{self.waiting} answers are waiting, and no more than {self.max_waiting} may.")
             self._waiting.append(ticket)
@@ -118,14 +125,15 @@ class Scheduler:
             ticket.cancelled = True
             self._news.notify()
 
-    def close(self, seconds: float) -> None:
-        """Take no more requests, give those there are some time to end, and stop."""
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, and give those there are some time to end; told twice, the shorter one."""
         with self._news:
-            self._closing = True
+            self._closing, self._until = True, min(self._until, time.monotonic() + seconds)
             self._news.notify()
-        until = time.monotonic() + seconds
-        for ticket in (*self._waiting, *self._suspects, *self._running):
-            ticket.deadline = min(ticket.deadline, until)
+
+    def close(self, seconds: float) -> None:
+        """Drain, wait for the end, and stop."""
+        self.drain(seconds)
         self._thread.join(seconds + 10)
 
     def between_steps(self, work: Callable[[], T]) -> "Future[T]":
@@ -140,7 +148,7 @@ class Scheduler:
 
         with self._news:
             if self._closing:
-                raise ClosingError("The server is shutting down: ask another one.")
+                raise ClosingError(CLOSING)
             self._jobs.append(job)
             self._news.notify()
         return future
@@ -194,21 +202,23 @@ class Scheduler:
 
     def _let_go(self, batch: Batch, ended: list[Member]) -> None:
         """Let the rows that have ended leave, and requests that are done, late or given up, be they still joining."""
-        done = [ticket for ticket in self._running if not ticket.open or ticket.cancelled or ticket.late]
+        over = {ticket: ticket.over(self._until) for ticket in self._running}
+        done = [ticket for ticket, why in over.items() if not ticket.open or ticket.cancelled or why]
         for ticket in done:
             self._running.remove(ticket)
             ended += [ticket.members[number] for number in ticket.open]
         if ended:
             batch.drop(ended)  # before anybody is told: then nothing of theirs is in use any more
         for ticket in done:
-            tell(ticket, TimeoutError(LATE) if ticket.open else None)
+            tell(ticket, over[ticket] if ticket.open else None)
             ticket.open.clear()
 
     def _let_in(self, batch: Batch) -> None:
         """Let waiting requests begin to join while there is room, in their order."""
         new: list[Ticket] = []
         with self._news:
-            gone = [ticket for ticket in self._waiting if ticket.cancelled or ticket.late]
+            late = {ticket: ticket.over(self._until) for ticket in self._waiting}
+            gone = [ticket for ticket, why in late.items() if ticket.cancelled or why]
             for ticket in gone:  # wherever they stand: behind one that finds no room they would fill the line
                 self._waiting.remove(ticket)
             rows, longest = len(batch.members), 0
@@ -221,7 +231,7 @@ class Scheduler:
                     break
                 new.append(self._waiting.popleft())
         for ticket in gone:
-            tell(ticket, TimeoutError(LATE))
+            tell(ticket, late[ticket])
         if self._suspects and not batch.joining:
             new = [self._suspects.popleft()]
         if new:

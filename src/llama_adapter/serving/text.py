@@ -61,10 +61,7 @@ class Written:
             return True
         self._ids.append(choice.token)
         self._held += self._new_text()
-        cut = min((at for stop in self.stops if (at := self._held.find(stop)) >= 0), default=None)
-        if cut is not None:
-            self._held, self.reason = self._held[:cut], "stop"
-            self._from, self._known = len(self._ids), ""
+        if self._cut():
             return True
         self._release(self._held[: len(self._held) - self._might_go_on()])
         return False
@@ -72,10 +69,20 @@ class Written:
     def finish(self) -> str:
         """The whole text: nothing more comes."""
         self._held += self._new_text(last=True)
+        self._cut()
         self._release(self._held)
         if self.strip:
             self._held = ""
         return self.text
+
+    def _cut(self) -> bool:
+        """End the answer before the first stop string, if one has come."""
+        cut = min((at for stop in self.stops if (at := self._held.find(stop)) >= 0), default=None)
+        if cut is None:
+            return False
+        self._held, self.reason = self._held[:cut], "stop"
+        self._from, self._known = len(self._ids), ""
+        return True
 
     def _release(self, sure: str) -> None:
         """Write what is sure; white space waits for what follows it where the ends are stripped."""

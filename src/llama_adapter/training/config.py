@@ -32,7 +32,7 @@ from llama_adapter.settings import (
     one_quantization,
     parse,
 )
-from llama_adapter.training.recipe_file import read_yaml
+from llama_adapter.training.recipe_file import read_settings
 
 log = logging.getLogger(__name__)
 
@@ -366,7 +366,7 @@ def read_recipe(path: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
         folder = str(overrides.get("output_dir") or TrainConfig.output_dir)
         if (Path(os.path.expanduser(folder)) / "recipe.yaml").is_file():
             file, started = str(Path(os.path.expanduser(folder)) / "recipe.yaml"), {"output_dir": folder}
-    values = {} if file is None else {**read_yaml(file), **started}
+    values = {} if file is None else {**read_settings(file), **started}
     return overlaid(values, overrides, "flags" if file is None else file)
 
 

@@ -1,7 +1,7 @@
 """A run before its base is loaded: its folder, its data, and the adapter that it will train."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,8 +122,7 @@ def read_drafts(
                 folders[name].check_data(data.digest)
             if accelerator.is_main_process:
                 folders[name].check_length(config, data.steps_per_epoch(config))
-            whose = "" if len(settled) == 1 else f" of {name}"
-            log.info("data%s: %s", whose, ", ".join(f"{value} {key}" for key, value in data.report().items()))
+            log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
             tower = tower_of(config, accelerator.device)
             condition = condition_of(config, data, tower)
             adapter = adapter_of(config, start, condition, data.raw)
@@ -133,11 +132,37 @@ def read_drafts(
 
 
 @contextmanager
-def telling(name: str, runs: Mapping[str, object]) -> Iterator[None]:
-    """Of several runs say which one an error is about."""
+def telling(name: str, runs: Collection[object]) -> Iterator[None]:
+    """Of several runs say which one an error, or what is logged on the way, is about."""
     try:
-        yield
+        with naming(name, runs):
+            yield
     except LlamaAdapterError as error:
         if len(runs) > 1:
             error.args = (f"{name}: {error}",)
         raise
+
+
+@contextmanager
+def naming(name: str, runs: Collection[object]) -> Iterator[None]:
+    """The part of `telling` that is about what is logged: by whichever module, as most do not know of other runs."""
+    names = _Names(name)
+    loggers = [logging.getLogger("llama_adapter")] if len(runs) > 1 else []
+    for logger in loggers:
+        logger.handlers.insert(0, names)  # before those that write; root's come after all of ours
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(names)
+
+
+class _Names(logging.Handler):
+    """Writes nothing, and puts a run's name in front of what the handlers behind it write."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args = f"{self.run}: {record.getMessage()}", ()

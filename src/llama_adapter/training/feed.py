@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ from llama_adapter.data.formats import parse_record
 from llama_adapter.data.limits import Limits
 from llama_adapter.data.sources import MOST_SKIPPED, reject
 from llama_adapter.data.stream import Raw, Stream
-from llama_adapter.errors import DataError
+from llama_adapter.errors import DataError, LlamaAdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +122,18 @@ class RecordEncoder:
         return encoded
 
 
+@dataclass
+class _Part:
+    """What one process has of a batch's next records, or why it has none."""
+
+    numbers: list[int] = field(default_factory=list)
+    """Of all records, not only its own; processes may have the files elsewhere, under other names."""
+    first: str = ""
+    places: list[int] = field(default_factory=list)
+    found: list[list[Encoded] | str] = field(default_factory=list)
+    error: str | None = None
+
+
 class StreamFeed:
     """Batches of a stream; each process parses and encodes its own part of a batch, and tells the others.
 
@@ -153,9 +165,8 @@ class StreamFeed:
         texts: list[Encoded] = []
         ended = False
         while len(texts) < self.batch_size:
-            records = self.stream.take(self.batch_size - len(texts))
-            if records:
-                for found in self._encoded(records):
+            if records := self._next(self.batch_size - len(texts)):
+                for found in records:
                     texts += self._kept(found)
             elif self.skipped == self.records or (ended and not texts):  # a whole pass: the files were changed
                 raise DataError(f"No record is left to use ({self.skipped} skipped).")
@@ -173,12 +184,32 @@ class StreamFeed:
         """How many records were read, again and again where there were several passes."""
         return f"a stream, of which {self.records:,} records were read ({self.skipped:,} skipped)"
 
-    def _encoded(self, records: Sequence[Raw]) -> list[list[Encoded] | str]:
+    def _next(self, count: int) -> list[list[Encoded] | str]:
+        """The next records, encoded; none at the end of a pass.
+
+        Processes tell each other also what went wrong, so that none waits for one that has stopped.
+        """
         state = PartialState()
-        own = range(state.process_index, len(records), state.num_processes)
-        found = list(zip(own, self.encoder.encode([records[i] for i in own]), strict=True))
-        if state.num_processes > 1:
-            found = gather_object(found)
+        own = _Part()
+        try:
+            records = self.stream.take(count)
+        except LlamaAdapterError as error:
+            own.error = str(error)
+        else:
+            own.places = list(range(state.process_index, len(records), state.num_processes))
+            own.numbers = [raw.number for raw in records]
+            own.first = records[0].origin if records else "the end"
+            own.found = self.encoder.encode([records[i] for i in own.places])
+        parts = gather_object([own]) if state.num_processes > 1 else [own]
+        for process, part in enumerate(parts):
+            if part.error is not None:
+                raise DataError(part.error)
+            if part.numbers != parts[0].numbers:
+                raise DataError(
+                    f"Process {process} reads other records than process 0 (from {part.first} on, not from "
+                    f"{parts[0].first}): give all machines the same files."
+                )
+        found = [pair for part in parts for pair in zip(part.places, part.found, strict=True)]
         return [texts for _, texts in sorted(found, key=itemgetter(0))]
 
     def _kept(self, found: list[Encoded] | str) -> list[Encoded]:

@@ -34,7 +34,7 @@ from llama_adapter.progress import progress_bar, say
 from llama_adapter.training.checkpoint import RunFolder, resumable
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
-from llama_adapter.training.draft import check_alike, read_drafts, telling
+from llama_adapter.training.draft import check_alike, naming, read_drafts, telling
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, why_not_packed
@@ -76,7 +76,8 @@ def train_together(recipes: Mapping[str, TrainConfig], again: str | None = None)
 
     Args:
         recipes: alike in what `draft.ALIKE` names.
-        again: the command that goes on with a run that was stopped (default: `train` with its only recipe).
+        again: the command that goes on with a run that was stopped (default: `train` with its only recipe; of several,
+            this function).
 
     Raises:
         LlamaAdapterError: as `train`; of several runs it begins with the name of the one that is meant. A loss that is
@@ -173,7 +174,8 @@ class Run:
         self, experts: Sequence[Learner], accelerator: Accelerator, model: PreTrainedModel, again: str | None = None
     ) -> None:
         self.experts, self.accelerator, self.model = list(experts), accelerator, model
-        self.again = again or f"llama-adapter train {shlex.quote(str(experts[0].folder.recipe))} --resume"
+        alone = f"llama-adapter train {shlex.quote(str(experts[0].folder.recipe))} --resume"
+        self.again = again or (alone if len(experts) == 1 else "the same call, with resume=True in the recipes")
         self.shared = experts[0].config
         self.results: dict[str, TrainResult] = {}
         self.packed = self._may_pack()
@@ -224,7 +226,8 @@ class Run:
         shares: list[Share] = []
         for expert in learning:
             try:
-                shares.append((expert, expert.batch()))
+                with naming(expert.name, self.experts):
+                    shares.append((expert, expert.batch()))
             except DataError as error:
                 self._fail(expert, error)
         return shares
@@ -375,7 +378,8 @@ class Run:
             TrainingError: of several experts some did not reach their end; the others are finished.
         """
         for expert in self.experts:
-            log.info("%strained on %s", "" if len(self.experts) == 1 else f"{expert.name}: ", expert.feed.summary())
+            with naming(expert.name, self.experts):
+                log.info("trained on %s", expert.feed.summary())
         failures: dict[str, LlamaAdapterError] = {}
         for expert in self.experts:
             try:

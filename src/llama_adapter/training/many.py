@@ -15,7 +15,7 @@ The last part of its folder is a run's name, or what it says under `name`.
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from typing import Any
 from llama_adapter.conditions.config import is_python
 from llama_adapter.core.model import check_name
 from llama_adapter.errors import AdapterError, ConfigError, TrainingError
-from llama_adapter.settings import shown
+from llama_adapter.settings import shown, unknown_keys
 from llama_adapter.training.checkpoint import RunFolder
-from llama_adapter.training.config import TrainConfig, overlaid
+from llama_adapter.training.config import DEFAULTS, TrainConfig, overlaid
 from llama_adapter.training.draft import check_alike
 from llama_adapter.training.learner import TrainResult
 from llama_adapter.training.loop import train_together
@@ -134,9 +134,10 @@ def load_runs(path: str, resume: bool = False, overwrite: bool = False) -> Runs:
     for name in ("output_dir", "name"):
         if name in shared:
             raise ConfigError(f"{path}: {name} is each run's own: give it there, not beside 'runs'.")
+    _check_keys(f"{path}, beside 'runs'", shared, DEFAULTS)
     recipes: dict[str, TrainConfig] = {}
     for number, own in enumerate(runs, start=1):
-        name, config = _recipe(f"{path}, run {number}", shared, own)
+        name, config = _recipe(f"{path}, run {number}{_called(own)}", shared, own)
         if name in recipes:
             raise ConfigError(f"{path}: two runs have the name '{name}': tell them apart with 'name:'.")
         begun = resume and RunFolder(config.output_dir).holds_run()
@@ -150,6 +151,7 @@ def _recipe(source: str, shared: Mapping[str, Any], own: object) -> tuple[str, T
     """Name and recipe of one entry."""
     if not isinstance(own, dict):
         raise ConfigError(f"{source} is {shown(own)}; it must be 'key: value' lines.")
+    _check_keys(source, own, ("name", *DEFAULTS))
     own = dict(own)
     name = own.pop("name", None)
     for flag in OF_FLAGS:
@@ -164,6 +166,22 @@ def _recipe(source: str, shared: Mapping[str, Any], own: object) -> tuple[str, T
             "--tower, or all from Python."
         )
     return str(Path(config.output_dir).name if name is None else name), config
+
+
+def _called(own: object) -> str:
+    """What a run goes by, for people, where its entry says so."""
+    said = own.get("name") or own.get("output_dir") if isinstance(own, dict) else None
+    return f" ({shown(Path(said).name)[1:-1]})" if isinstance(said, str) else ""
+
+
+def _check_keys(source: str, values: Mapping[Any, Any], known: Collection[str]) -> None:
+    """Check the keys before their values: one that is mistyped is not said to be missing.
+
+    Raises:
+        ConfigError: naming those that are unknown.
+    """
+    if wrong := unknown_keys(values, known):
+        raise ConfigError("; ".join(f"{source}: {sentence}" for sentence in wrong))
 
 
 def train_many(runs: Runs) -> dict[str, TrainResult]:

@@ -2,12 +2,17 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
 
 from llama_adapter.base import first_sentence
 from llama_adapter.errors import TrainingError
+
+FSDP = "ACCELERATE_USE_FSDP"
+"""What `accelerate launch --use_fsdp` sets."""
 
 
 def start_accelerator() -> Accelerator:
@@ -19,7 +24,8 @@ def start_accelerator() -> Accelerator:
     _meet_after_a_restart()
     try:
         # accelerate takes processes on the CPU for strangers to each other unless it is told
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        with _without_its_sharding():
+            accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     except ValueError as error:
         raise TrainingError(
             f"The processes of this run cannot be set up ({first_sentence(error).rstrip('.')}): launch them with "
@@ -28,6 +34,21 @@ def start_accelerator() -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("llama_adapter.training").setLevel(logging.ERROR)
     return accelerator
+
+
+@contextmanager
+def _without_its_sharding() -> Iterator[None]:
+    """Let accelerate take the processes for what they are, as `sharding.py` shards the base, and nothing else.
+
+    Its own FSDP would read a configuration of which nothing is used here, and stop at what it cannot keep: on a CPU at
+    the default of `accelerate launch --use_fsdp`.
+    """
+    said = os.environ.pop(FSDP, None)
+    try:
+        yield
+    finally:
+        if said is not None:
+            os.environ[FSDP] = said
 
 
 def _meet_after_a_restart() -> None:

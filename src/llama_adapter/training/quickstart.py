@@ -114,7 +114,13 @@ def look_at(data: str, model: str = BUNDLED) -> Quickstart:
         "context": context,
         **estimate(base, recipe, lengths, context),
     }
-    return Quickstart(found, recipe, reasons, _warnings(examples, loaded.skipped, cut, media))
+    warnings = _warnings(examples, loaded.skipped, cut, media)
+    if model == BUNDLED and data != BUNDLED:
+        warnings.append(
+            "the bundled base has 3M parameters and knows its own small world alone: it shows how a run goes, and will "
+            "get few answers about yours right; pass --model with a base of yours."
+        )
+    return Quickstart(found, recipe, reasons, warnings)
 
 
 def _write(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> tuple[str | None, str, list[Encoded]]:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.settings import BUNDLED
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What the file of one recipe says.
+
+    Raises:
+        ConfigError: as `read_yaml`; or it lists several.
+    """
+    values = read_yaml(path)
+    if "runs" in values:
+        raise ConfigError(
+            f"{path} lists several recipes under 'runs': train them together with llama-adapter train-many "
+            f"{shlex.quote(path)}, or give one of them a file of its own."
+        )
+    return values
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -29,7 +45,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"Recipe {path} cannot be read ({reason}): give the path of a YAML file{hint}.") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of escapes that are no character
         _check_no_data(path)
-        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"Recipe {path} is not YAML: {_fault(error)}.") from None
     if not isinstance(loaded, dict | None):
         _check_no_data(path)
         raise ConfigError(f"Recipe {path} holds a {type(loaded).__name__}, not 'key: value' lines.")
@@ -39,6 +55,19 @@ def read_yaml(path: str) -> dict[str, Any]:
             "keep one of them."
         )
     return loaded or {}
+
+
+def _fault(error: Exception) -> str:
+    """Where YAML stops being that, and what is mostly meant."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = getattr(error, "problem", "") or "nothing can stand here"
+    if "mapping values are not allowed" in problem:
+        problem = "a second ': ' in a line, or a line that is indented; put a value with ': ' in quotes"
+    elif "\\t" in problem:
+        problem = "a tab; indent with blanks"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _twice(root: Any) -> Any:
@@ -63,4 +92,6 @@ def _check_no_data(path: str) -> None:
     from llama_adapter.data.kinds import is_data_file
 
     if is_data_file(path):
-        raise ConfigError(f"{path} holds data, not a recipe: pass it as --data {path}.")
+        raise ConfigError(
+            f"{path} holds data, not a recipe: pass it as --data {path}, or name it in a recipe's file under 'data'."
+        )

@@ -25,6 +25,7 @@ from llama_adapter.core.families import text_config
 from llama_adapter.core.tensor_parallel import CUTS, why_not_by_head
 from llama_adapter.errors import TrainingError
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.processes import FSDP
 
 Forward = TypeVar("Forward")
 MMAP_THRESHOLD, GIVEN_BACK = -3, 2**20
@@ -33,7 +34,7 @@ MMAP_THRESHOLD, GIVEN_BACK = -3, 2**20
 
 def is_sharded() -> bool:
     """Whether the launcher asks for FSDP, of whichever version: the base is sharded by FSDP2."""
-    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP", False))
+    return bool(parse_flag_from_env(FSDP, False))
 
 
 def check_strategy(recipes: Sequence[TrainConfig], base: PretrainedConfig) -> None:

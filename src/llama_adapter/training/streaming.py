@@ -15,8 +15,6 @@ from llama_adapter.training.feed import RecordEncoder, StreamFeed
 
 FIRST_HELD_OUT, LOOKED_AT = 256, 256
 """Records that validation takes where a recipe does not say, and those of the rest that are looked at before a run."""
-FINGERPRINTED = 256
-"""Blocks of 64 KiB, over all files, by which a resumed run knows them: 16 MiB are read in a moment."""
 
 
 @dataclass
@@ -58,9 +56,9 @@ def open_stream(config: TrainConfig, encoder: RecordEncoder) -> tuple[StreamFeed
 
 def digest_of(streamed: StreamFeed, val: str) -> str:
     """SHA-256 of what tells these files from others, and of the validation texts."""
-    digest, parts = hashlib.sha256(val.encode()), streamed.stream.parts
-    for part in parts:
-        digest.update(part.fingerprint(FINGERPRINTED // len(parts)))
+    digest = hashlib.sha256(val.encode())
+    for part in streamed.stream.parts:
+        digest.update(part.digest)
     return digest.hexdigest()
 
 

@@ -11,21 +11,28 @@ from llama_adapter.data.formats import Message
 from llama_adapter.data.templates import PREAMBLE, end_token, render_prompt
 from llama_adapter.errors import ConfigError
 
+TEXT = (  # vLLM hands parts over as they are to a template that goes through them, else joined by line breaks
+    "{%- macro text(content) %}{%- if content is string %}{{- content }}{%- else %}{%- for part in content %}"
+    "{{- part.text }}{%- endfor %}{%- endif %}{%- endmacro %}"
+    "{%- set preamble = PREAMBLE %}{%- set turns = messages %}"
+    "{%- if messages[0].role in ('system', 'developer') %}{%- set said = text(messages[0].content) %}"
+)
 ALPACA = (
+    TEXT + "{%- set turns = messages[1:] %}{%- if said | trim %}{%- set preamble = said %}{%- endif %}{%- endif %}"
     "{%- if add_generation_prompt and messages[-1].role != 'user' %}"
     "{{- raise_exception('A prompt must end with a user message: add the question to be answered.') }}{%- endif %}"
-    "{{- BEGIN }}{%- if messages[0].role in ('system', 'developer') %}{%- set preamble = messages[0].content %}"
-    "{%- set turns = messages[1:] %}{%- else %}{%- set preamble = PREAMBLE %}{%- set turns = messages %}{%- endif %}"
-    "{{- preamble }}{%- for turn in turns %}{%- if turn.role == 'user' %}"
+    "{{- BEGIN }}{{- preamble }}{%- for turn in turns %}{%- set said = text(turn.content) %}"
+    "{%- if turn.role == 'user' %}"
     "{{- '\\n\\n' if not loop.first and turns[loop.index0 - 1].role == 'user' else '\\n\\n### Instruction:\\n' }}"
-    "{{- turn.content }}{%- if loop.last or turns[loop.index0 + 1].role != 'user' %}{{- '\\n\\n### Response:' }}"
+    "{{- said }}{%- if loop.last or turns[loop.index0 + 1].role != 'user' %}{{- '\\n\\n### Response:' }}"
     "{%- endif %}{%- elif turn.role == 'assistant' and not loop.first and turns[loop.index0 - 1].role == 'user' %}"
-    "{{- turn.content }}{%- if turn.content[-(END | length):] != END %}{{- END }}{%- endif %}"
+    "{{- said }}{%- if said[-(END | length):] != END %}{{- END }}{%- endif %}"
     "{%- else %}{{- raise_exception('A chat has messages of user and assistant by turns.') }}{%- endif %}{%- endfor %}"
 )
 RAW = (
-    "{%- if messages | length != 1 %}{{- raise_exception('This adapter takes text as it is: one message.') }}"
-    "{%- endif %}{{- BEGIN }}{{- messages[0].content }}"
+    TEXT + "{%- if not said | trim %}{%- set turns = messages[1:] %}{%- endif %}{%- endif %}"
+    "{%- if turns | length != 1 %}{{- raise_exception('This adapter takes text as it is: one message.') }}"
+    "{%- endif %}{{- BEGIN }}{%- for turn in turns %}{{- text(turn.content) }}{%- endfor %}"
 )
 JINJA = {"alpaca": ALPACA, "raw": RAW}
 
