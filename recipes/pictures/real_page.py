@@ -83,21 +83,22 @@ def section(results: Sequence[Result]) -> str:
 
 
 def reached(results: Sequence[Result]) -> str:
-    """What the tables come to: the best mean of the adapters beside the probe on the same vector."""
+    """What the tables come to: the best of the rows with the most seeds beside the probe on the same vector."""
     trials = [line for line in results if "scenes" in line["settings"]]
     found = []
     for scenes, key, reads, said in ASKED:
         linear = [line[key] for line in probes(results, scenes) if line["settings"]["reads"] == reads]
-        means = {
-            label: mean(line[key] for line in lines)
+        asked = {
+            label: (len(lines), mean(line[key] for line in lines))
             for label, lines in by_label(trials, scenes).items()
             if key in lines[0]
         }
-        if linear and means:
-            best = max(means, key=lambda label: means[label])
-            points = 100 * (means[best] - linear[0])
+        if linear and asked:
+            best = max(asked, key=lambda label: asked[label])
+            seeds, share = asked[best]
+            points = 100 * (share - linear[0])
             found.append(
-                f"- {said}: {percent(means[best])} at best ({best}), {abs(points):.1f} points "
+                f"- {said}: {percent(share)} at best ({best}; seeds: {seeds}), {abs(points):.1f} points "
                 f"{'above' if points > 0 else 'below'} the linear probe ({READS[reads]}).\n"
             )
     return "".join(found) + "\n"

@@ -27,14 +27,27 @@ def trials(seeds: int = SEEDS) -> list[Trial]:
         ]
     return [
         *plan,
+        *(
+            Trial("one vector, three times the steps, in full", "one", seed, steps=480, in_full=True)
+            for seed in range(seeds)
+        ),
+        Trial("one vector, prompts from a text, in full", "one", 0, in_full=True, from_text=True),
         Trial("yes or no alone, to every second prompt", "one", 0, asks=("yes_no",), settings=HALF),
         Trial("patches", "two", 0, "patches", "tokens"),
-        Trial("patches, prompts from a text, in full", "two", 0, "patches", "tokens", in_full=True, from_text=True),
+        *(
+            Trial(
+                "patches, prompts from a text, in full", "two", seed, "patches", "tokens", in_full=True, from_text=True
+            )
+            for seed in range(seeds)
+        ),
         Trial("one vector of both halves, in full", "two", 0, reads="halves", in_full=True),
         Trial("one vector of six scales, in full", "one", 0, reads="scales", in_full=True),
         Trial("visual prompt, in full", "one", 0, "visual_prompt", "tokens", settings=VISUAL, in_full=True),
         Trial("visual prompt, in full", "two", 0, "visual_prompt", "tokens", settings=VISUAL, in_full=True),
-        Trial("one vector, to every second prompt, in full", "one", 0, settings=HALF, in_full=True),
+        *(
+            Trial("one vector, to every second prompt, in full", "one", seed, settings=HALF, in_full=True)
+            for seed in range(seeds)
+        ),
         Trial("one vector of both halves, to every second prompt, in full", "two", 0, reads="halves", settings=HALF,
               in_full=True),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ BEST, BEST_LR, LORA_LR = "K=4 from text, norms and scales", 0.01, 1e-2
 
 def trials() -> list[Trial]:
     """The whole plan, the most important first."""
-    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths(), *epochs(), *levers()]
+    return [*methods(), *seeds(), *gap(), *gates(), *rivals(), *layers(), *lengths(), *epochs(), *levers(), *science()]
 
 
 def methods() -> list[Trial]:
@@ -62,7 +62,7 @@ def gap() -> list[Trial]:
     with_both = Options(adapter_len=4, start="text", norms=True, parts_lr=0.3, lora=1, lora_lr=1.0)
     text = Options(adapter_len=3, start="text")
     return [
-        Trial("gap", "K=4 from text, scales at IA3's rate", "zero-init", 0.01, options=IA3_SCALES),
+        *(Trial("gap", "K=4 from text, scales at IA3's rate", "zero-init", 0.01, s, options=IA3_SCALES) for s in SEEDS),
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", lr, options=with_lora) for lr in (0.01, 0.02)),
         *(Trial("gap", "K=3 from text and LoRA r=2", "zero-init", 0.02, s, options=with_lora) for s in SEEDS[1:]),
         Trial("gap", "K=4 from text, norms and LoRA r=1", "zero-init", 0.01, options=with_both),
@@ -134,3 +134,22 @@ def levers() -> list[Trial]:
         *(Trial("levers", label, "zero-init", 0.005, options=options) for label, options in changed.items()),
         Trial("levers", "no cosine", "zero-init", 0.005, options=AT_ONE_RATE, schedule="constant"),
     ]
+
+
+def science() -> list[Trial]:
+    """ScienceQA's questions without pictures, where `--data` says where they are."""
+    methods = [
+        ("bare", "bare", 0.0, Options()),
+        ("LoRA r=3", "lora", 5e-3, Options()),
+        ("LoRA r=3", "lora", 1e-2, Options()),
+        (f"{BEST}, all at one rate", "zero-init", 0.005, AT_ONE_RATE),
+        ("the paper's recipe", "zero-init", 0.01, Options()),
+        ("IA3 (PEFT)", "ia3", 0.03, Options()),
+    ]
+    return [
+        Trial(
+            "science", label, method, lr, options=options, skills=("science",), tests=200, per_skill=8,
+            steps=60 if lr else 0,
+        )
+        for label, method, lr, options in methods
+    ]  # fmt: skip

@@ -120,16 +120,26 @@ checker decides. `make evidence-real` runs what is missing and writes this part;
 def tables(results: list[Result], plan: list[Trial]) -> str:
     """Every group that has results."""
     methods = rows(results, plan, "methods")
-    reference = next((row for row in methods if row.label.startswith("LoRA")), None)
-    target = {r["settings"]["seed"]: loss(r) for r in reference.results} if reference else {}
+    reference, target = _lora(methods), _losses(methods)
     sections = [_table(methods, target), _verdict(methods, reference)]
     for group, title in TITLES.items():
         found = rows(results, plan, group)
         if len(found) > 1:
-            sections += [f"### {title}", _over_fitting(found) if group == "epochs" else _table(found, target)]
+            own = _losses(found) if group == "science" else target
+            sections += [f"### {title}", _over_fitting(found) if group == "epochs" else _table(found, own)]
     if methods:
         sections += ["### By skill", _by_skill(methods)]
     return "\n\n".join(filter(None, sections))
+
+
+def _lora(found: list[Row]) -> Row | None:
+    return next((row for row in found if row.label.startswith("LoRA")), None)
+
+
+def _losses(found: list[Row]) -> dict[int, float]:
+    """What LoRA came to, by seed."""
+    reference = _lora(found)
+    return {r["settings"]["seed"]: loss(r) for r in reference.results} if reference else {}
 
 
 TITLES = {
@@ -139,6 +149,7 @@ TITLES = {
     "lengths": "Prompt length",
     "epochs": "Over-fitting (the paper's Table 6)",
     "levers": "One change to the best recipe",
+    "science": "ScienceQA's questions without pictures",
 }
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,13 +34,14 @@ from llama_adapter.training.loss import response_loss
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path += [str(RECIPES / "skills"), str(RECIPES / "base")]
 from prose import heldout_passages  # noqa: E402
-from skills import SKILLS  # noqa: E402
+from science import Science  # noqa: E402
+from skills import SKILLS, Skill  # noqa: E402
 from skills import Example as Asked  # noqa: E402
 
 TEMPLATE = "chat"
 WARMUP = 0.1
-VALIDATION, TESTS, PASSAGES, PASSAGE_LENGTH = 4, 16, 12, 128
-"""Per skill: validation examples, questions of each held-out split; and how much prose is read."""
+PASSAGES, PASSAGE_LENGTH = 12, 128
+"""How much prose is read."""
 HELD_OUT = ("heldout_entities", "heldout_wordings")
 CURVE = 15
 """Steps between validations."""
@@ -62,6 +63,7 @@ class Trial:
         options: of the method.
         epochs: how often each training example is seen; `steps` stay as they are, so that data become fewer.
         schedule: "cosine" or "constant", both after a warm-up.
+        tests: questions of each skill and held-out split; a quarter as many validate.
     """
 
     group: str
@@ -75,12 +77,13 @@ class Trial:
     options: Options = field(default_factory=Options)
     epochs: int = 1
     schedule: str = "cosine"
+    tests: int = 16
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the figures; trials of several groups may share them."""
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         del settings["group"], settings["label"]
-        for name, default in (("epochs", 1), ("schedule", "cosine")):  # as the figures before these two were kept
+        for name, default in (("epochs", 1), ("schedule", "cosine"), ("tests", 16)):  # as figures before were kept
             if settings[name] == default:
                 del settings[name]
         usual = json.loads(json.dumps(dataclasses.asdict(Options())))
@@ -112,16 +115,17 @@ def encoded(examples: Sequence[Asked]) -> list[Encoded]:
     return encode_all([conversation(e) for e in examples], TEMPLATE, tokenizer(), 512)
 
 
-def run(trial: Trial, device: str = "cpu", precision: str = "auto") -> dict[str, Any]:
-    """Train and measure; the figures as plain JSON values."""
+def run(trial: Trial, device: str = "cpu", precision: str = "auto", data: Path | None = None) -> dict[str, Any]:
+    """Train and measure; the figures as plain JSON values. `data` is ScienceQA's folder, for the skill "science"."""
     torch.manual_seed(trial.seed)
+    skills = {name: Science(data) if name == Science.name and data else SKILLS[name] for name in trial.skills}
     model = copy.deepcopy(base(device, precision))
     train = {
-        name: encoded(SKILLS[name].examples("train", trial.seed, trial.steps * trial.per_skill))
-        for name in trial.skills
+        name: encoded(skill.examples("train", trial.seed, trial.steps * trial.per_skill))
+        for name, skill in skills.items()
     }
-    val = [e for name in trial.skills for e in encoded(SKILLS[name].examples("validation", 0, VALIDATION))]
-    shown = conversation(SKILLS[trial.skills[0]].examples("train", 1000, 1)[0])
+    val = [e for skill in skills.values() for e in encoded(skill.examples("validation", 0, trial.tests // 4))]
+    shown = conversation(skills[trial.skills[0]].examples("train", 1000, 1)[0])
     prepared = METHODS[trial.method](
         model, trial.options, tokenizer(), encode_all([shown], TEMPLATE, tokenizer(), 512)[0]
     )
@@ -134,7 +138,7 @@ def run(trial: Trial, device: str = "cpu", precision: str = "auto") -> dict[str,
         "cpu_seconds": round(cpu_seconds, 1),
         "train_loss": [round(x, 4) for x in curve],
         "val_loss": val_curve,
-        **measure(prepared, trial.skills),
+        **measure(prepared, skills, trial.tests),
     }
 
 
@@ -185,13 +189,13 @@ def mean_loss(prepared: Prepared, examples: list[Encoded]) -> float:
     return round(total / response_tokens(examples), 5)
 
 
-def measure(prepared: Prepared, names: Sequence[str]) -> dict[str, Any]:
+def measure(prepared: Prepared, skills: Mapping[str, Skill | Science], tests: int) -> dict[str, Any]:
     """Share of right answers on both held-out splits by skill, and perplexity on held-out prose."""
     figures: dict[str, Any] = {}
     for split in HELD_OUT:
-        asked = {name: SKILLS[name].examples(split, 0, TESTS) for name in names}
+        asked = {name: skill.examples(split, 0, tests) for name, skill in skills.items()}
         answers = iter(prepared.answer([e for examples in asked.values() for e in examples]))
-        right = {n: [SKILLS[n].check(e, next(answers)) for e in examples] for n, examples in asked.items()}
+        right = {n: [skills[n].check(e, next(answers)) for e in examples] for n, examples in asked.items()}
         figures[split] = {name: round(sum(r) / len(r), 4) for name, r in right.items()}
         figures[split]["all"] = round(sum(figures[split].values()) / len(right), 4)
     figures["prose_perplexity"] = prose_perplexity(prepared.model)

@@ -3,6 +3,7 @@
     python recipes/real/skills_evidence.py               # what docs/evidence/skills.jsonl lacks, then the report
     python recipes/real/skills_evidence.py --minutes 40  # starts no trial after that; call it again to go on
     python recipes/real/skills_evidence.py --groups methods --jobs 2
+    python recipes/real/skills_evidence.py --data SCIENCEQA  # its questions too; the folder with problems.json
     python recipes/real/skills_evidence.py --gpu         # on a GPU, kept in docs/evidence/skills-gpu.jsonl
     python recipes/real/skills_evidence.py --report-only
 
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from skill_plan import trials
 from skill_report import write_page
-from skill_trial import RECIPES, Trial, run
+from skill_trial import RECIPES, Science, Trial, run
 from tqdm import tqdm
 
 from llama_adapter.errors import LlamaAdapterError
@@ -45,12 +46,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trials side by side, 3 GB of memory each")
     parser.add_argument("--minutes", type=float, help="start no trial after so many minutes")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, with results of their own")
+    parser.add_argument("--data", type=Path, help="folder of ScienceQA, for the group science")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     args = parser.parse_args()
     results = Path(os.environ.get("RESULTS_FOLDER") or FOLDER) / ("skills-gpu.jsonl" if args.gpu else "skills.jsonl")
     if not args.report_only:
         check(args, results)
-        run_missing([t for t in trials() if not args.groups or t.group in args.groups], results, args)
+        wanted = [t for t in trials() if not args.groups or t.group in args.groups]
+        run_missing([t for t in wanted if args.data or Science.name not in t.skills], results, args)
     write_page(load(FOLDER / "skills.jsonl"), load(FOLDER / "skills-gpu.jsonl"), trials(), FOLDER)
 
 
@@ -64,6 +67,13 @@ def check(args: argparse.Namespace, results: Path) -> None:
         sys.exit(_say(f"--jobs is {args.jobs}: it must be at least 1."))
     if args.gpu and not torch.cuda.is_available():
         sys.exit(_say("--gpu is given, and PyTorch sees no GPU: leave it out to run on the CPU."))
+    try:
+        if args.data:
+            Science(args.data)
+    except LlamaAdapterError as error:
+        sys.exit(_say(f"--data: {error}"))
+    if "science" in (args.groups or ()) and not args.data:
+        sys.exit(_say("--groups science needs --data with the folder of ScienceQA's problems.json."))
     if args.minutes is not None and not args.minutes > 0:
         sys.exit(_say(f"--minutes is {args.minutes:g}: it must be above 0; leave it out to run to the end."))
     if not results.parent.is_dir():
@@ -108,7 +118,7 @@ def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) ->
         while running or (missing and time.monotonic() < deadline):
             while missing and len(running) < args.jobs and time.monotonic() < deadline:
                 trial = missing.pop(0)
-                running[pool.submit(run, trial, *device)] = trial
+                running[pool.submit(run, trial, *device, args.data)] = trial
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 keep(results, running.pop(future), future.result())
                 bar.update()
