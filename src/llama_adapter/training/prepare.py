@@ -202,8 +202,8 @@ def _check(
         )  # fmt: skip
     if 0 < len(data.val) < ENOUGH:
         log.warning(
-            "the step whose adapter is kept is chosen by %d validation example%s, which is too few: --val-size 0 keeps the "
-            "last", len(data.val), "s" * (len(data.val) > 1),
+            "the step whose adapter is kept is chosen by %d validation example%s, which is too few: --val-size 0 keeps "
+            "the last", len(data.val), "s" * (len(data.val) > 1),
         )  # fmt: skip
     if config.value("model") == BUNDLED and config.lr is None and config.method == "sft":
         log.warning(
