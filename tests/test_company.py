@@ -21,6 +21,7 @@ from llama_adapter.inference.session import load_session
 from llama_adapter.inference.writing import Prompt
 from llama_adapter.serving.protocol import first_fault
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.plan import plan_run
 from llama_adapter.training.prepare import prepare
 from llama_adapter.training.start import settle
 
@@ -221,3 +222,21 @@ def test_examples_that_all_lose_their_end_are_pointed_out(base, tmp_path, caplog
 )
 def test_a_body_that_is_no_json_object_is_one_plain_sentence(fault, says):
     assert says in first_fault([fault])[0]
+
+
+# validation parts that choose badly
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (1, "the step whose adapter is kept is chosen by 1 validation example, which is too few: --val-size 0 keeps"),
+        (4, "the step whose adapter is kept is chosen by 4 validation examples, which is too few"),
+        (20, None),
+        (0, None),
+    ],
+)
+def test_a_validation_part_that_is_too_small_to_choose_is_said(base, tmp_path, caplog, size, words):
+    plan_run(recipe(base, write_data(tmp_path / "data.json", 60), tmp_path / "out", val_size=size))
+    found = [sentence for sentence in said(caplog) if "validation example" in sentence]
+    assert found == [] if words is None else words in found[0]

@@ -10,6 +10,7 @@ from runs import write_data
 from llama_adapter.cli import main
 from llama_adapter.settings import BUNDLED_LR
 from llama_adapter.training.config import load_recipe
+from llama_adapter.training.prepare import ENOUGH
 from llama_adapter.training.quickstart import choose_length, choose_sizes, look_at, percentile
 
 CHAT = (
@@ -83,7 +84,8 @@ def test_sizes_make_a_sound_recipe_of_enough_steps(count):
     sizes = choose_sizes(count, "x", {})
     config = load_recipe(None, {**sizes, "model": "x"})
     steps = config.total_steps(-(-(count - sizes["val_size"]) // config.batch_size))
-    assert count == 1 or sizes["val_size"] >= 1
+    assert (sizes["val_size"] >= ENOUGH) == (count >= 100)
+    assert sizes["val_size"] == 0 or count >= 100
     assert steps >= 300 or (config.batch_size, config.epochs) == (8, 20)
     if count == 52_002:
         assert (config.batch_size, config.epochs, config.peak_lr) == (64, 5, 2.25e-3)
@@ -150,7 +152,8 @@ def test_reasons_hold_for_few_records(base, tmp_path):
     found = look_at(records(tmp_path / "few.jsonl", asked), str(base))
     steps = found.found["steps"]
     assert found.reasons["epochs"].startswith(f"{steps} steps: 20 passes are the most")
-    assert "little" in found.reasons["val_size"]
+    assert found.recipe["val_size"] == 0
+    assert "the last is kept" in found.reasons["val_size"]
 
 
 def test_of_the_bundled_base_it_says_what_to_expect(tmp_path):

@@ -147,14 +147,25 @@ def test_a_finished_run_says_that_nothing_was_left_to_do_and_stays_as_it_is(base
     config = recipe(base, data, tmp_path / "out", max_steps=2)
     train(config)
     before = load_file(tmp_path / "out" / WEIGHTS)
+    caplog.clear()
     caplog.set_level("INFO")
     assert train(dataclasses.replace(config, resume=True)).steps == 2
     assert "nothing was left to do" in caplog.text
+    assert "steps of 8 examples, learning rate" not in caplog.text  # of a training that was none
     assert all(torch.equal(tensor, before[key]) for key, tensor in load_file(tmp_path / "out" / WEIGHTS).items())
 
 
 def test_a_run_cannot_become_shorter(finished, base, data):
     config = recipe(base, data, finished, adapter_len=3, gate_activation="identity", lr=0.1, max_steps=1, resume=True)
+    for run in (plan_run, train):
+        with pytest.raises(TrainingError, match="has 2 steps and cannot be resumed with 1: it may become longer"):
+            run(config)
+
+
+def test_a_run_whose_recipe_was_cut_short_says_what_it_has_done(finished):
+    recipe_file = finished / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace("max_steps: 2", "max_steps: 1"))
+    config = load_recipe(str(recipe_file), {"resume": True})
     for run in (plan_run, train):
         with pytest.raises(TrainingError, match="has 2 steps and cannot be resumed with 1: it may become longer"):
             run(config)

@@ -176,7 +176,8 @@ class RunFolder:
         """
         if not config.resume:
             return
-        before = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)
+        written = read_recipe(str(self.recipe), {}).total_steps(steps_per_epoch)  # the user may have changed it
+        before = max(written, self.finished_steps())
         if config.total_steps(steps_per_epoch) < before:
             raise TrainingError(
                 f"The run in {self.path} has {before} steps and cannot be resumed with "

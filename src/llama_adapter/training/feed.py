@@ -67,7 +67,8 @@ class MemoryFeed:
 
     def summary(self) -> str:
         """How many examples there are."""
-        return f"{len(self.examples):,} examples to train on"
+        count = len(self.examples)
+        return f"{count:,} example{'s' * (count != 1)} to train on"
 
 
 @dataclass

@@ -344,6 +344,9 @@ class Run:
                 say(bar, f"{expert.name}: done after {result.steps} steps{best}; in {result.output_dir}")
 
     def _announce(self, done: int, total: int) -> None:
+        if done >= total:
+            log.info("nothing was left to do: the run has all its steps; more --epochs or --max-steps would go on")
+            return
         count, shared = len(self.experts), self.shared
         what = f"{shared.batch_size} examples, learning rate {shared.peak_lr:.3g}," if count == 1 else f"{count} runs"
         log.info(
@@ -351,8 +354,6 @@ class Run:
             f"{sum(expert.adapter.num_parameters for expert in self.experts):,}", total, what,
             self.accelerator.num_processes, self.accelerator.device.type, str(self.model.dtype).removeprefix("torch."),
         )  # fmt: skip
-        if done >= total:
-            log.info("nothing was left to do: the run has all its steps; more --epochs or --max-steps would go on")
 
     def _steps(self) -> tuple[int, int]:
         """Optimiser steps that are done and all of them, over the experts."""
@@ -379,7 +380,7 @@ class Run:
         """
         for expert in self.experts:
             with naming(expert.name, self.experts):
-                log.info("trained on %s", expert.feed.summary())
+                log.info("data: %s", expert.feed.summary())
         failures: dict[str, LlamaAdapterError] = {}
         for expert in self.experts:
             try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+ENOUGH = 20
+"""Validation examples from which a loss tells one step from another."""
 FEW_STEPS = 50
 """A run of fewer steps is said to be short."""
 
@@ -197,6 +199,11 @@ def _check(
             "%d steps (%d examples, %d a step, %g epochs) are few for gates that start at zero: lower --batch-size, "
             "raise --epochs, or give more records; see 'llama-adapter quickstart --help'",
             steps, len(data.train), config.batch_size, config.epochs,
+        )  # fmt: skip
+    if 0 < len(data.val) < ENOUGH:
+        log.warning(
+            "the step whose adapter is kept is chosen by %d validation example%s, which is too few: --val-size 0 keeps "
+            "the last", len(data.val), "s" * (len(data.val) > 1),
         )  # fmt: skip
     if config.value("model") == BUNDLED and config.lr is None and config.method == "sft":
         log.warning(

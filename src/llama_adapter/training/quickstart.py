@@ -33,6 +33,7 @@ from llama_adapter.data.sources import load_examples
 from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.files import write_atomically, writing
 from llama_adapter.settings import BUNDLED, BUNDLED_LR
+from llama_adapter.training.prepare import ENOUGH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,12 +162,12 @@ def choose_length(lengths: Sequence[int], context: int | None) -> tuple[int, str
 def choose_sizes(count: int, model: str, reasons: dict[str, str]) -> dict[str, Any]:
     """Validation part, epochs, batch and rate for a number of records; `reasons` gets a line for each."""
     sizes: dict[str, Any] = {}
-    if count > 1:
-        sizes["val_size"] = 200 if count >= 10_000 else max(1, round(0.05 * count)) if count < 1000 else 50
-        few = "so few show little: look at the answers"
-        reasons["val_size"] = few if sizes["val_size"] < 20 else "enough to see over-fitting"
+    if count >= 100:
+        sizes["val_size"] = 200 if count >= 10_000 else 50 if count >= 1000 else max(ENOUGH, round(0.05 * count))
+        reasons["val_size"] = "enough to see over-fitting"
     else:
-        sizes["val_size"], reasons["val_size"] = 0, "there is one record"
+        few = "so few cannot say which step is the best one: the last is kept; look at the answers"
+        sizes["val_size"], reasons["val_size"] = 0, few if count > 1 else "there is one record"
     train = count - sizes["val_size"]
     batch = 64
     while batch > 8 and steps_per_epoch(train, batch) < 30:
@@ -250,7 +251,8 @@ def _warnings(examples: Sequence[Example], skipped: Sequence[str], cut: int, med
     if cut:
         sentences.append(f"{cut} examples are longer than max_length and lose their end.")
     if len(examples) < 50:
-        sentences.append(f"{len(examples)} records are few: look at answers, not at the loss.")
+        few = f"{len(examples)} records are few" if len(examples) > 1 else "one record is little"
+        sentences.append(f"{few}: look at answers, not at the loss.")
     if media:
         sentences.append("files are looked at by a tower: see --tower, and docs/pictures.md.")
     return sentences
