@@ -14,7 +14,7 @@ from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.data import Message, encode_prompt
 from llama_adapter.errors import AdapterError, ConfigError, DataError, ModelError
 from llama_adapter.inference.config import GenerateConfig
-from llama_adapter.inference.session import default_device, load_session
+from llama_adapter.inference.session import default_device, load_session, plan_session
 from llama_adapter.inference.writing import Prompt, read_prompts
 
 CPU = torch.device("cpu")
@@ -166,6 +166,11 @@ def test_the_template_is_the_given_the_adapter_s_or_the_tokenizer_s(chat_base, t
 def test_without_adapter_and_chat_template_alpaca_is_used(base, chat_base):
     assert load_session(str(base), {}, CPU).templates == {None: "alpaca"}
     assert load_session(str(chat_base), {}, CPU).templates == {None: "chat"}
+
+
+def test_a_chat_template_that_is_asked_for_must_be_there_before_weights_are_read(base):
+    with pytest.raises(DataError, match="has no chat template: use --template alpaca"):
+        plan_session(str(base), {}, "chat")
 
 
 def test_adapters_keep_their_own_templates_side_by_side(chat_base, tmp_path):

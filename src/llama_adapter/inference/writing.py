@@ -24,6 +24,7 @@ from llama_adapter.data import (
 )
 from llama_adapter.data.examples import check_encodable
 from llama_adapter.data.limits import Limits
+from llama_adapter.data.templates import check_template
 from llama_adapter.errors import AdapterError, DataError
 from llama_adapter.settings import unknown_name
 
@@ -74,12 +75,19 @@ class Writer:
         templates: how each adapter, and None, the bare base, wants prompts to be written.
         limits: what the base takes.
         given: the template that the user has chosen for all of them, or None.
+
+    Raises:
+        DataError: "chat" is given, and the tokenizer has no chat template.
     """
 
     tokenizer: Tokenizer
     templates: Mapping[str | None, WrittenAs]
     limits: Limits
     given: WrittenAs | None = None
+
+    def __post_init__(self) -> None:
+        if self.given == "chat":
+            check_template(self.given, self.tokenizer)
 
     def wanted(self, trained: WrittenAs | None) -> WrittenAs:
         """How an adapter is asked that was trained so, or that does not say how."""
