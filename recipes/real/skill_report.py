@@ -145,7 +145,7 @@ def _losses(found: list[Row]) -> dict[int, float]:
 
 SCIENCE = """\
 An adapter of this skill alone, 60 steps of 8 questions of the published test split, asked about 200 others of it in the
-known order and in another; `new entities` are new questions. Guessing among the options gives 44 %: beside that figure, a
+known order and in another; `new entities` are new questions. Guessing among the options gives 44 %: beside that, a
 base of 135M parameters learns how to answer here, and not what."""
 TITLES = {
     "gap": "What was tried to close the gap",
