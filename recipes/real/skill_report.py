@@ -126,7 +126,8 @@ def tables(results: list[Result], plan: list[Trial]) -> str:
         found = rows(results, plan, group)
         if len(found) > 1:
             own = _losses(found) if group == "science" else target
-            sections += [f"### {title}", _over_fitting(found) if group == "epochs" else _table(found, own)]
+            words = [SCIENCE] if group == "science" else []
+            sections += [f"### {title}", *words, _over_fitting(found) if group == "epochs" else _table(found, own)]
     if methods:
         sections += ["### By skill", _by_skill(methods)]
     return "\n\n".join(filter(None, sections))
@@ -142,6 +143,10 @@ def _losses(found: list[Row]) -> dict[int, float]:
     return {r["settings"]["seed"]: loss(r) for r in reference.results} if reference else {}
 
 
+SCIENCE = """\
+An adapter of this skill alone, 60 steps of 8 questions of the published test split, asked about 200 others of it in the
+known order and in another; `new entities` are new questions. Guessing among the options gives 44 %: beside that, a
+base of 135M parameters learns how to answer here, and not what."""
 TITLES = {
     "gap": "What was tried to close the gap",
     "gates": "Zero-init against random gates (the paper's Table 5)",
