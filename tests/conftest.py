@@ -1,6 +1,7 @@
 """What all tests share: one thread, as tiny models gain nothing from several, and a tiny base with data on disk."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
@@ -11,6 +12,8 @@ import torch
 from runs import write_base, write_data
 
 torch.set_num_threads(1)
+# A shell lets its background jobs, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
     setattr(torch.cpu, probe, lambda: False)  # --precision auto is fp32 here, whatever the processor
 

@@ -453,7 +453,7 @@ def test_validate_prints_what_a_run_would_be(call, base, data):
     assert "\033" not in out + err
     report = json.loads(call("validate", *arguments, "--json").out)
     wanted = {
-        "family": "llama", "data": str(data), "val_examples": 4, "steps_per_epoch": 3, "steps": 15,
+        "family": "llama", "data": [str(data)], "val_examples": 4, "steps_per_epoch": 3, "steps": 15,
         "adapter_bytes": 2592,
     }  # fmt: skip
     assert {key: report[key] for key in wanted} == wanted

@@ -59,7 +59,7 @@ def test_the_bundled_skill_is_what_its_generator_writes():
     from bundle import FAMILIES, HELD, SKILL, TRAIN
     from skills import SKILLS
 
-    learnt = [json.loads(line) for line in (demo.FOLDER / "skill" / "train.jsonl").read_text().splitlines()]
+    learnt = [json.loads(line) for line in (demo.SKILL / "train.jsonl").read_text().splitlines()]
     asked = [json.loads(line) for line in demo.REAL.tasks.read_text().splitlines()]
     assert learnt == [example.record() for example in SKILLS[SKILL].examples("train", 0, TRAIN)]
     made = [example.record() for split in FAMILIES for example in SKILLS[SKILL].examples(split, 0, HELD)]

@@ -1,11 +1,13 @@
 """Many experts in one run: each ends where its own single run ends, and none touches another."""
 
 import json
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from llama_adapter.data.batches import collate, micro_batches
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
 from llama_adapter.training.checkpoint import read_metrics
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.draft import naming
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.loss import owners_losses, response_loss, why_not_packed
 from llama_adapter.training.many import Runs, load_runs, train_many
@@ -544,6 +547,19 @@ def test_pictures_and_preferences_among_them(base, alone, tmp_path):
     for name, config in made(tmp_path / "single").items():
         train(config)
         assert_same_run(tmp_path / "many" / name, tmp_path / "single" / name)
+
+
+def test_a_run_s_name_stands_before_what_its_own_thread_says(caplog):
+    log = logging.getLogger("llama_adapter.training.feed")
+    with naming("poet", ["poet", "clerk"]):
+        log.warning("two records are skipped")
+        other = threading.Thread(target=log.warning, args=("another run's own",))
+        other.start()
+        other.join()
+        with naming("clerk", ["poet", "clerk"]):
+            log.warning("none")
+    log.warning("done")
+    assert caplog.messages == ["poet: two records are skipped", "another run's own", "clerk: none", "done"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from llama_adapter.core.parts import part_shapes
 from llama_adapter.core.quantised import is_quantised
 from llama_adapter.errors import MissingExtraError, ModelError, UnsupportedModelError
 from llama_adapter.files import is_lfs_pointer
-from llama_adapter.settings import BUNDLED, Precision, Quantization, shown
+from llama_adapter.settings import BUNDLED, BUNDLED_FOLDER, Precision, Quantization, shown
 
 ModelKind = Literal["base", "tower"]
 READS_GGUF = "5.23.0"
@@ -53,7 +53,7 @@ def resolve_model(name: str, kind: ModelKind = "base") -> str:
         ModelError: it looks like a path and is no folder, or holds Git LFS pointers.
     """
     if name == BUNDLED:
-        return str(Path(__file__).parent / "bundled" / kind)
+        return str(BUNDLED_FOLDER / kind)
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if pointers := [file.name for file in sorted(path.iterdir()) if is_lfs_pointer(file)]:

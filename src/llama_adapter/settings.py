@@ -8,6 +8,7 @@ import os
 import reprlib
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
@@ -39,6 +40,8 @@ def expanded(path: str) -> str:
 
 BUNDLED = "bundled"
 """Name of the base, the data and the recipe that ship with this package, in place of a path."""
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+"""Where those are."""
 BUNDLED_LR = 0.12
 """The learning rate of the bundled recipe, for a base of 3M parameters; the paper's is for 7B."""
 ELSEWHERE = {
@@ -50,7 +53,7 @@ ELSEWHERE = {
     "report_to": "trackers", "torch_dtype": "precision", "dtype": "precision", "num_layers": "adapter_layers",
     "K": "adapter_len", "L": "adapter_layers", "num_virtual_tokens": "adapter_len", "prompt_len": "adapter_len",
     "r": "lora_rank", "target_modules": "lora_targets", "gradient_accumulation_steps": "batch_size",
-    "dataset_path": "data", "bf16": "precision", "fp16": "precision", "warmup_ratio": "warmup_epochs",
+    "dataset_path": "data", "bf16": "precision", "fp16": "precision",
 }  # fmt: skip
 """What other trainers, and papers, call a setting that has no like name here, or where the likest is another."""
 Precision = typing.Literal["auto", "bf16", "fp32"]
@@ -158,12 +161,18 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 def unknown_names(kind: str, names: Iterable[object], known: Iterable[str]) -> list[str]:
     """The same for each of several, where the known ones are listed once."""
     choices = list(known)
-    close = {str(name): difflib.get_close_matches(str(name), choices, n=1) for name in names}
-    close |= {name: [ELSEWHERE[name]] for name in close if ELSEWHERE.get(name) in choices}
-    likely = [f"unknown {kind} '{name}'; did you mean '{found[0]}'?" for name, found in close.items() if found]
+    close = {str(name): likeliest(str(name), choices) for name in names}
+    likely = [f"unknown {kind} '{name}'; did you mean '{found}'?" for name, found in close.items() if found]
     if strange := [f"unknown {kind} '{name}'" for name, found in close.items() if not found]:
         likely.append(f"{', '.join(strange)}; known: {', '.join(choices)}.")
     return likely
+
+
+def likeliest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is meant by another: what `ELSEWHERE` says, or the one that is spelt most alike."""
+    if (meant := ELSEWHERE.get(name)) in known:
+        return meant
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def one_quantization(load_in_4bit: bool, load_in_8bit: bool, base_precision: str) -> Quantization | None:

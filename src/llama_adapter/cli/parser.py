@@ -1,7 +1,6 @@
 """argparse with the manners of this project: examples kept as written, no abbreviations, suggestions."""
 
 import argparse
-import difflib
 import re
 import sys
 import textwrap
@@ -61,11 +60,11 @@ class Parser(argparse.ArgumentParser):
 
 def _likely(flag: str, known: Sequence[str]) -> str:
     """Which of the known flags may be meant; nothing where none is like it."""
-    from llama_adapter.settings import ELSEWHERE  # reads much that help does without
+    from llama_adapter.settings import likeliest  # reads much that help does without
 
-    meant = "--" + ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "").replace("_", "-")
-    close = [meant] if meant in known else difflib.get_close_matches(flag, known, n=1)
-    return f"did you mean {close[0]}?" if close else ""
+    keys = {one.lstrip("-").replace("-", "_"): one for one in known if one.startswith("--")}
+    found = likeliest(flag.lstrip("-").replace("-", "_"), keys)
+    return f"did you mean {keys[found]}?" if found else ""
 
 
 def add_command(

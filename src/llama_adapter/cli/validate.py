@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     del report["notes"]  # they were said on the way, as `train` says them
     width = max(map(len, report))
     for key, value in report.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
+        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else value
         print(f"{key.replace('_', ' '):<{width}}  {shown}")
     print("valid")

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from llama_adapter.data.examples import Message
 from llama_adapter.errors import ConfigError, DataError
-from llama_adapter.settings import BUNDLED
+from llama_adapter.settings import BUNDLED, BUNDLED_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +209,7 @@ class ChatTemplate:
 def tokenizer_name(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Name a tokenizer for an error message."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    return f"'{BUNDLED if Path(name) == Path(__file__).parents[1] / 'bundled' / 'base' else name}'"
+    return f"'{BUNDLED if Path(name) == BUNDLED_FOLDER / 'base' else name}'"
 
 
 def without_thought(text: str) -> str:

@@ -3,14 +3,14 @@
 import os.path
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_adapter.data.kinds import STDIN, Records, is_data_file, read_file, without_nulls
 from llama_adapter.errors import DataError, MissingExtraError
+from llama_adapter.settings import BUNDLED_FOLDER
 
 Result = TypeVar("Result")
-BUNDLED_INSTRUCTIONS = Path(__file__).parent.parent / "bundled" / "instructions.json"
+BUNDLED_INSTRUCTIONS = BUNDLED_FOLDER / "instructions.json"
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<split>.+))?")
 

@@ -12,17 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_adapter
 from llama_adapter.errors import MissingExtraError, ModelError
 from llama_adapter.evaluation.instructions import FamilyScore, Task, evaluate_instructions, read_tasks
 from llama_adapter.files import writing
 from llama_adapter.inference.session import default_device, load_session
-from llama_adapter.settings import BUNDLED
+from llama_adapter.settings import BUNDLED, BUNDLED_FOLDER
 from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import train
-
-FOLDER = Path(llama_adapter.__file__).parent / "bundled"
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,13 @@ class Subject:
     max_new_tokens: int
 
 
-WORLD = Subject("bundled base", "facts that no instruction mentions", BUNDLED, FOLDER / "heldout_facts.json", 32)
+SKILL = BUNDLED_FOLDER / "skill"
+WORLD = Subject(
+    "bundled base", "facts that no instruction mentions", BUNDLED, BUNDLED_FOLDER / "heldout_facts.json", 32
+)
 REAL = Subject(
-    "SmolLM2-135M-Instruct", "names and wordings that training never showed", str(FOLDER / "skill" / "recipe.yaml"),
-    FOLDER / "skill" / "heldout.jsonl", 48,
+    "SmolLM2-135M-Instruct", "names and wordings that training never showed", str(SKILL / "recipe.yaml"),
+    SKILL / "heldout.jsonl", 48,
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def run_demo(output_dir: str, max_steps: int | None = None, subject: Subject = W
     began = time.perf_counter()
     overrides = {"output_dir": output_dir, "overwrite": True} | ({} if max_steps is None else {"max_steps": max_steps})
     if subject is REAL:
-        overrides |= {"model": smollm2(), "data": str(FOLDER / "skill" / "train.jsonl")}
+        overrides |= {"model": smollm2(), "data": str(SKILL / "train.jsonl")}
     config = load_recipe(subject.recipe, overrides)
     check_writable(config)
     tasks = read_tasks(str(subject.tasks))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from llama_adapter.training.prepare import Prepared, prepare
 from llama_adapter.training.start import Start, adapter_of, check_written_alike, start_text
 
 log = logging.getLogger(__name__)
+_NAMED: "ContextVar[_Names | None]" = ContextVar("run that is logged of", default=None)
 
 
 ALIKE = (
@@ -147,22 +149,25 @@ def telling(name: str, runs: Collection[object]) -> Iterator[None]:
 def naming(name: str, runs: Collection[object]) -> Iterator[None]:
     """The part of `telling` that is about what is logged: by whichever module, as most do not know of other runs."""
     names = _Names(name)
+    named = _NAMED.set(names)
     loggers = [logging.getLogger("llama_adapter")] if len(runs) > 1 else []
     for logger in loggers:
         logger.handlers.insert(0, names)  # before those that write; root's come after all of ours
     try:
         yield
     finally:
+        _NAMED.reset(named)
         for logger in loggers:
             logger.removeHandler(names)
 
 
 class _Names(logging.Handler):
-    """Writes nothing, and puts a run's name in front of what the handlers behind it write."""
+    """Writes nothing, and puts a run's name in front of what the handlers behind it write; of its own thread alone."""
 
     def __init__(self, run: str) -> None:
         super().__init__()
         self.run = run
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.msg, record.args = f"{self.run}: {record.getMessage()}", ()
+        if _NAMED.get() is self:
+            record.msg, record.args = f"{self.run}: {record.getMessage()}", ()

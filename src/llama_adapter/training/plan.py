@@ -44,7 +44,7 @@ def plan_run(config: TrainConfig) -> dict[str, Any]:
     parameters = sum(math.prod(size) for size in shapes.values())
     return {
         "model": model,
-        "data": ", ".join(config.data),
+        "data": list(config.data),
         "family": shape["model_type"],
         "method": config.method,
         **data.report(),

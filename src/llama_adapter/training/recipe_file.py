@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import ConfigError
-from llama_adapter.settings import BUNDLED
+from llama_adapter.settings import BUNDLED, BUNDLED_FOLDER
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     import yaml
 
-    file = Path(__file__).parents[1] / "bundled" / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
+    file = BUNDLED_FOLDER / "recipe.yaml" if path == BUNDLED else Path(os.path.expanduser(path))
     try:
         text = file.read_text(encoding="utf-8")
         loaded = yaml.safe_load(text)
