@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llama_adapter import AdapterConfig, add_adapter
+from llama_adapter import AdapterConfig, add_adapter, compiler
 from llama_adapter.core.model import Adapter
 
 GATES = (0.5, -0.375, 0.25, -0.625)
@@ -134,7 +134,7 @@ def compile_layers(model: nn.Module) -> None:
     """torch.compile on whole decoder layers, for token counts that change."""
     torch._dynamo.config.recompile_limit = 128  # one code object serves all layers, each a variant of its own
     for layer in (module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=compiler.BACKEND)
 
 
 def adapted_attentions(model: nn.Module) -> list[Any]:

@@ -262,12 +262,14 @@ class TestScripts:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
-    def test_train_compiled(self, tmp_path):
+    def test_train_compiled(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("llama_adapter.compiler.BACKEND", "aot_eager")  # traced all the same; C++ takes minutes
         options = ["--compile", "--fp8", "--only", "compiled", "ours", "--json", str(tmp_path / "x.json")]
         train.main([*SMOKE, *SIZES, *options])
         rows = rows_of(tmp_path / "x.json", "train")
         for name in ("ours, packed, compiled", OURS_COMPILED_FP8, PEFT_COMPILED):
-            assert rows[name]["failure"] or len(rows[name]["seconds"]) == 2
+            assert rows[name]["failure"] is None
+            assert len(rows[name]["seconds"]) == 2
 
     def test_decode(self, tmp_path, capsys):
         options = ["--batches", "1", "3", "--prompt-tokens", "8", "--new-tokens", "4"]

@@ -177,7 +177,7 @@ def test_training_on_compiled_layers_is_training(family, loss, counted):
 def test_many_layers_are_compiled_no_more_often_than_few(loss, counted):
     """What told layers apart would be compiled for each, until the compiler gives up and goes on without."""
     compilations = []
-    for layers in (4, 12):
+    for layers in (3, 9):  # the compiler gives up after eight
         torch._dynamo.reset()
         counted.clear()
         model = tiny_llama(num_hidden_layers=layers)
