@@ -281,7 +281,8 @@ class TestScripts:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
-    def test_decode_compiled(self, tmp_path):
+    def test_decode_compiled(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("llama_adapter.compiler.BACKEND", "aot_eager")
         options = ["--batches", "2", "1", "--prompt-tokens", "8", "--new-tokens", "4", "--compile"]
         decode.main([*SMOKE, *options, "--json", str(tmp_path / "x.json")])
         rows = rows_of(tmp_path / "x.json", "decode")

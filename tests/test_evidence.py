@@ -96,8 +96,9 @@ def test_results_of_other_settings_are_not_taken(tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("method", list(methods.METHODS))
 def test_a_trial_runs(monkeypatch, method):
-    whole = trial_module.tasks
+    whole, mean = trial_module.tasks, trial_module.mean_loss
     monkeypatch.setattr(trial_module, "tasks", lambda name: whole(name)[:4])
+    monkeypatch.setattr(trial_module, "mean_loss", lambda model, examples, size: mean(model, examples[:16], size))
     monkeypatch.setattr(trial_module, "prose_perplexity", lambda session: 1.0)
     found = trial_module.run(Trial("x", method, 0, plan.BEST_LR[method], method=method, epochs=0.05))
     assert len(found["train_loss"]) == 6
