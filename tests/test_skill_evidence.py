@@ -176,6 +176,23 @@ def test_the_page_keeps_the_other_part_and_says_what_the_figures_say(tmp_path):
     assert "0.50 times LoRA's" in text
 
 
+@pytest.mark.parametrize(
+    ("group", "scores", "losses", "word"),
+    [
+        ("gates", (0.3, 0.1), (0.4, 7.0), "Reproduced"),
+        ("gates", (0.1, 0.3), (0.4, 0.3), "Not reproduced"),
+        ("layers", (0.1, 0.2, 0.3), (0.6, 0.5, 0.4), "Reproduced"),
+        ("layers", (0.1, 0.3, 0.2), (0.6, 0.5, 0.4), "Not reproduced"),
+        ("epochs", (0.3, 0.4, 0.2), (0.1, 0.2, 0.4), "Not reproduced"),
+        ("epochs", (0.3, 0.4, 0.4), (0.1, 0.2, 0.4), "Reproduced"),
+    ],
+)
+def test_a_table_of_the_paper_s_is_reproduced_or_not(group, scores, losses, word):
+    plan = [Trial(group, f"row {seed}", "zero-init", 0.01 + seed) for seed in range(len(scores))]
+    results = [result(*row[:2], ((0, 2.0), (45, row[2]))) for row in zip(plan, scores, losses, strict=True)]
+    assert f"\n**{word}**: " in skill_report.tables(results, plan)
+
+
 CHANGES = {
     "adapter_len": 4, "adapter_layers": 2, "gate_start": 1.0, "prompt_scale": 2.0, "start": "text", "gate_lr": 3.0,
     "gate_decay": False, "gate_per_layer": True, "muon": True,

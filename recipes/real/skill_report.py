@@ -126,7 +126,7 @@ def tables(results: list[Result], plan: list[Trial]) -> str:
         found = rows(results, plan, group)
         if len(found) > 1:
             own = _losses(found) if group == "science" else target
-            words = [SCIENCE] if group == "science" else []
+            words = [SCIENCE] if group == "science" else _claim(group, found)
             sections += [f"### {title}", *words, _over_fitting(found) if group == "epochs" else _table(found, own)]
     if methods:
         sections += ["### By skill", _by_skill(methods)]
@@ -186,6 +186,21 @@ def _over_fitting(found: list[Row]) -> str:
         for row in found
     ]  # fmt: skip
     return markdown(head, lines) + "\n\nTraining loss is the mean of the last five steps."
+
+
+def _claim(group: str, found: list[Row]) -> list[str]:
+    """Whether the paper's table of this group is reproduced, of a row's one seed each."""
+    answers, losses = [row.mean(both) for row in found], [row.mean(loss) for row in found]
+    shares = ", ".join(f"{row.label} {answer:.1%}" for row, answer in zip(found, answers, strict=True))
+    claims = {
+        "gates": ("gates that start at zero answer more than gates drawn at random", answers[0] > answers[-1]),
+        "layers": ("more layers answer more", answers == sorted(answers) and losses == sorted(losses)[::-1]),
+        "epochs": ("over-fitting costs no answers: they rise with the validation loss", answers[-1] >= answers[0]),
+    }
+    if group not in claims:
+        return []
+    claim, holds = claims[group]
+    return [f"**{'Reproduced' if holds else 'Not reproduced'}**: {claim} (one seed, both held-out splits: {shares})."]
 
 
 def _reached(times: list[float | None]) -> str:
