@@ -211,6 +211,33 @@ def test_the_encoder_has_seven_depths():
     ]  # fmt: skip
 
 
+# what is kept
+
+
+def test_a_cut_off_line_is_left_out_and_ended(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    path.write_text('{"label": "a"}\n{"label": "b", "sett', encoding="utf-8")
+    assert evidence.kept(path) == [{"label": "a"}]
+    evidence.append(path, {"label": "c"})
+    assert evidence.kept(path) == [{"label": "a"}, {"label": "c"}]
+
+
+def test_other_pictures_of_the_same_name_get_features_of_their_own(tmp_path, monkeypatch):
+    class Tower:
+        def fingerprint(self):
+            return "0" * 64
+
+    def encode(pictures, tower):
+        return dict.fromkeys(("tokens", "scales"), torch.tensor([float(pictures.pictures[0].getpixel((0, 0))[0])]))
+
+    monkeypatch.setattr(real, "WORK", tmp_path)
+    monkeypatch.setattr(real, "encode", lambda *given: {k: v.clone() for k, v in encode(*given).items()})
+    for red in (10, 200, 10):
+        one = clothes.PictureSet([Image.new("RGB", (2, 2), (red, 0, 0))], np.array([0]), ("x",))
+        assert real.features_of("one-train", one, Tower()).scales.item() == red
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # what is missing
 
 

@@ -165,17 +165,33 @@ def digest() -> str:
 
 def results() -> list[dict[str, Any]]:
     """Figures about base, tower and recipe as they are now."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    return [line for line in map(json.loads, lines) if line["digest"] == digest()]
+    return [line for line in kept(RESULTS) if line["digest"] == digest()]
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The figures in a file; a line that a crash cut off is left out, so that its trial runs again."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to the figures; one that an earlier crash cut off is ended first."""
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_off + json.dumps(line) + "\n")
 
 
 def write_pages() -> None:
     """docs/pictures.md, from these figures and those of `real.py`."""
     labels = list(dict.fromkeys(trial.label for trial in trials()))
     found = [line for line in results() if line["label"] in labels]
-    real = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()] if REAL.exists() else []
     drawn = sorted(found, key=lambda line: labels.index(line["label"]))
-    write_page(drawn, ROOT / "docs" / "pictures.md", section(real))
+    write_page(drawn, ROOT / "docs" / "pictures.md", section(kept(REAL)))
 
 
 def main() -> None:
@@ -190,8 +206,7 @@ def main() -> None:
         if trial.key() in [line["settings"] for line in results()]:
             continue
         line = {"digest": digest(), "label": trial.label, "settings": trial.key(), **run(trial)}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(RESULTS, line)
         print(trial.label, trial.seed, {key: line[key] for key in ("with", "blind", "text") if key in line}, flush=True)
     write_pages()
 

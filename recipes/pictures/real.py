@@ -13,6 +13,7 @@ seen. Figures are kept as they end, so that a stopped run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from clothes import DEBIAN, PictureSet, every_question, fashion_sets, topic_sets
 from evidence import REAL as RESULTS
-from evidence import write_pages
+from evidence import append, kept, write_pages
 from known import known
 from real_plan import SEEDS, trials
 from real_trial import WORDINGS, Features, Trial, probe, run
@@ -57,14 +58,22 @@ def smollm2() -> str:
 
 def features_of(name: str, pictures: PictureSet, tower: PythonTower) -> Features:
     """What the encoder gives of a set, computed once for every version of encoder and set."""
-    path = WORK / f"{name}-{tower.fingerprint()[:12]}.safetensors"
+    path = WORK / f"{name}-{tower.fingerprint()[:12]}-{fingerprint(pictures)}.safetensors"
     try:
-        kept = load_file(path)
+        found = load_file(path)
     except (OSError, SafetensorError):
-        kept = encode(pictures, tower)
+        found = encode(pictures, tower)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(kept, path)
-    return Features(kept["tokens"], kept["scales"], pictures.labels)
+        save_file(found, path)
+    return Features(found["tokens"], found["scales"], pictures.labels)
+
+
+def fingerprint(pictures: PictureSet) -> str:
+    """Of the pixels: a set from another folder may not get the features of one of the same name."""
+    seen = hashlib.sha256()
+    for picture in pictures.pictures:
+        seen.update(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+    return seen.hexdigest()[:12]
 
 
 @torch.no_grad()
@@ -84,13 +93,12 @@ def encode(pictures: PictureSet, tower: PythonTower) -> dict[str, torch.Tensor]:
 
 def results() -> list[dict[str, Any]]:
     """What has been measured."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+    return kept(RESULTS)
 
 
 def keep(line: dict[str, Any]) -> None:
     """Add a line to the figures."""
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append(RESULTS, line)
     print(json.dumps({key: value for key, value in line.items() if key != "settings"}), flush=True)
 
 
