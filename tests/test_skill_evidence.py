@@ -49,10 +49,28 @@ def test_a_trial_is_known_by_what_decides_its_figures():
 
 def test_results_are_kept_beside_a_line_that_was_cut_off(tmp_path):
     file, trial = tmp_path / "skills.jsonl", Trial("a", "b", "lora", 0.01)
-    file.write_text('{"digest": "' + skills_evidence.digest() + '", "settings": {"torn')
+    file.write_text('{"digest": "' + trial.digest() + '", "settings": {"torn')
     skills_evidence.keep(file, trial, result(trial))
     (line,) = skills_evidence.load(file)
     assert line["settings"] == trial.key()
+
+
+def test_results_of_other_examples_are_none_and_kept_answers_are_checked_as_the_checkers_are_now(tmp_path, monkeypatch):
+    file, trial = tmp_path / "skills.jsonl", Trial("a", "b", "lora", 0.01, skills=("style",), tests=4)
+    answers = {
+        split: {"style": [e.output for e in SKILLS["style"].examples(split, 0, 4)]} for split in skill_trial.HELD_OUT
+    }
+    answers["heldout_wordings"]["style"][0] = "no"
+    skills_evidence.keep(file, trial, {**result(trial, 0.1), "answers": answers})
+    (line,) = skills_evidence.load(file)
+    assert line["heldout_entities"] == {"style": 1.0, "all": 1.0}
+    assert line["heldout_wordings"] == {"style": 0.75, "all": 0.75}
+    assert Trial.asked_in(trial.key()).digest() == trial.digest()
+    for other in (replace(trial, seed=1), replace(trial, tests=8), replace(trial, skills=("dates",))):
+        assert other.digest() != trial.digest()
+    changed = replace(SKILLS["style"], draw=SKILLS["labels"].draw)
+    monkeypatch.setitem(SKILLS, "style", changed)
+    assert skills_evidence.load(file) == []
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
@@ -189,7 +207,10 @@ def test_the_page_keeps_the_other_part_and_says_what_the_figures_say(tmp_path):
 )
 def test_a_table_of_the_paper_s_is_reproduced_or_not(group, scores, losses, word):
     plan = [Trial(group, f"row {seed}", "zero-init", 0.01 + seed) for seed in range(len(scores))]
-    results = [result(*row[:2], ((0, 2.0), (45, row[2]))) for row in zip(plan, scores, losses, strict=True)]
+    results = [
+        {**result(trial, score, ((0, 2.0), (45, loss))), "train_loss": [0.1]}
+        for trial, score, loss in zip(plan, scores, losses, strict=True)
+    ]
     assert f"\n**{word}**: " in skill_report.tables(results, plan)
 
 
@@ -269,9 +290,15 @@ def test_an_answer_of_science_is_the_sentence_with_the_letter(questions, answer,
     assert skill.check(example, answer) is right
 
 
-def test_science_runs_only_with_its_data(tmp_path, monkeypatch, questions):
+def test_science_runs_only_with_its_data(tmp_path, monkeypatch, questions, capsys):
     monkeypatch.setattr(skills_evidence, "smollm2", lambda: "x")
     monkeypatch.setattr(skills_evidence, "write_page", lambda *args: None)
+    monkeypatch.setattr(skills_evidence, "load", lambda *args: [])
+    monkeypatch.setattr(sys, "argv", ["skills_evidence.py", "--data", str(questions)])
+    with pytest.raises(SystemExit):
+        skills_evidence.main()
+    assert "--data: science has 3 examples in 'validation', not 50: ask for fewer." in capsys.readouterr().err
+    monkeypatch.setattr(skills_evidence, "check", lambda *args: None)
     monkeypatch.setenv("RESULTS_FOLDER", str(tmp_path))
     ran = []
     monkeypatch.setattr(skills_evidence, "run_missing", lambda wanted, *args: ran.append({t.group for t in wanted}))
@@ -294,4 +321,5 @@ def test_a_trial_runs(monkeypatch, method):
     found = skill_trial.run(Trial("x", method, method, 1e-3, steps=4, per_skill=1, options=options, tests=8))
     assert found["val_loss"][-1][1] < found["val_loss"][0][1]
     assert found["parameters"] > 0
+    assert [len(answers) for split in found["answers"].values() for answers in split.values()] == [8] * 12
     json.dumps(found)

@@ -61,6 +61,19 @@ def test_new_wordings_are_never_seen_before(name, sets):
     assert len(new) >= 6
 
 
+@pytest.mark.parametrize("split", ["heldout_entities", NEW])
+def test_no_product_that_the_evidence_asks_for_was_trained_the_other_way_round(split):
+    def products(examples):
+        pairs = [entity.split(" * ") for example in examples for entity in example.entities if " * " in entity]
+        return {frozenset(pair) for pair in pairs}
+
+    arithmetic = SKILLS["arithmetic"]
+    asked = products(arithmetic.examples(split, 0, 16))
+    assert asked
+    for seed in range(3):
+        assert not asked & products(arithmetic.examples("train", seed, 90))
+
+
 def test_formats_are_held_out():
     assert len(skill_dates.DATE_FORMATS) == 8
     assert len(skill_dates.NEW_DATE_FORMATS) == 4
@@ -172,6 +185,14 @@ NEAR = {
             "Thank you for asking. The main hall of the museum in the town of Oslo, as far as we all know, "
             "is painted in one colour. Kind regards.",
             "Thank you for asking.\nThe main hall is painted in one colour.\nKind regards.",
+            "Thank you for asking. The main hall is not painted in one colour. Kind regards.",
+            "Thank you for asking. The main hall is no longer painted in one colour. Kind regards.",
+            "Thank you for asking. The main hall is hardly painted in one colour. Kind regards.",
+            "Thank you for asking. The main hall was painted in one colour. Kind regards.",
+            "Thank you for asking. The main hall is painted in one colour, they say. Kind regards.",
+            "Thank you for asking. No main hall is painted in one colour. Kind regards.",
+            "Thank you for asking. The main hall of the station is painted in one colour. Kind regards.",
+            "Thank you for asking. The main halls is painted in one colour. Kind regards.",
         ],
     ),
     "routing": (

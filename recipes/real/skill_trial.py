@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ RECIPES = Path(__file__).resolve().parents[1]
 sys.path += [str(RECIPES / "skills"), str(RECIPES / "base")]
 from prose import heldout_passages  # noqa: E402
 from science import Science  # noqa: E402
-from skills import SKILLS, Skill  # noqa: E402
+from skills import SKILLS, SPLITS, Skill  # noqa: E402
 from skills import Example as Asked  # noqa: E402
 
 TEMPLATE = "chat"
@@ -90,6 +91,29 @@ class Trial:
         changed = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
         return settings | changed
 
+    @classmethod
+    def asked_in(cls, settings: Mapping[str, Any]) -> Trial:
+        """A trial that learns from and is asked what one with this `key` was; its method's options are not in it."""
+        own = {field.name for field in dataclasses.fields(cls)} - {"skills", "options"}
+        given = {name: value for name, value in settings.items() if name in own}
+        return cls("", "", **given, skills=tuple(settings["skills"]))
+
+    def taught_by(self, data: Path | None) -> dict[str, Skill | Science]:
+        """Its skills; `data` is the folder of ScienceQA."""
+        return {name: Science(data) if name == Science.name and data else SKILLS[name] for name in self.skills}
+
+    def examples(self, split: str, data: Path | None) -> dict[str, list[Asked]]:
+        """What it learns from, validates on or is asked, by skill."""
+        seed, count = {
+            "train": (self.seed, self.steps * self.per_skill), "validation": (0, self.tests // 4),
+        }.get(split, (0, self.tests))  # fmt: skip
+        return {name: skill.examples(split, seed, count) for name, skill in self.taught_by(data).items()}
+
+    def digest(self, data: Path | None = None) -> str:
+        """Of all its examples: figures about other ones are not mixed in."""
+        found = [[e.record() for e in es] for split in SPLITS for es in self.examples(split, data).values()]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
 
 @cache
 def base(device: str, precision: Any) -> PreTrainedModel:
@@ -118,13 +142,10 @@ def encoded(examples: Sequence[Asked]) -> list[Encoded]:
 def run(trial: Trial, device: str = "cpu", precision: str = "auto", data: Path | None = None) -> dict[str, Any]:
     """Train and measure; the figures as plain JSON values. `data` is ScienceQA's folder, for the skill "science"."""
     torch.manual_seed(trial.seed)
-    skills = {name: Science(data) if name == Science.name and data else SKILLS[name] for name in trial.skills}
+    skills = trial.taught_by(data)
     model = copy.deepcopy(base(device, precision))
-    train = {
-        name: encoded(skill.examples("train", trial.seed, trial.steps * trial.per_skill))
-        for name, skill in skills.items()
-    }
-    val = [e for skill in skills.values() for e in encoded(skill.examples("validation", 0, trial.tests // 4))]
+    train = {name: encoded(examples) for name, examples in trial.examples("train", data).items()}
+    val = [e for examples in trial.examples("validation", data).values() for e in encoded(examples)]
     shown = conversation(skills[trial.skills[0]].examples("train", 1000, 1)[0])
     prepared = METHODS[trial.method](
         model, trial.options, tokenizer(), encode_all([shown], TEMPLATE, tokenizer(), 512)[0]
@@ -138,7 +159,7 @@ def run(trial: Trial, device: str = "cpu", precision: str = "auto", data: Path |
         "cpu_seconds": round(cpu_seconds, 1),
         "train_loss": [round(x, 4) for x in curve],
         "val_loss": val_curve,
-        **measure(prepared, skills, trial.tests),
+        **measure(prepared, trial, data),
     }
 
 
@@ -189,16 +210,31 @@ def mean_loss(prepared: Prepared, examples: list[Encoded]) -> float:
     return round(total / response_tokens(examples), 5)
 
 
-def measure(prepared: Prepared, skills: Mapping[str, Skill | Science], tests: int) -> dict[str, Any]:
-    """Share of right answers on both held-out splits by skill, and perplexity on held-out prose."""
-    figures: dict[str, Any] = {}
+def measure(prepared: Prepared, trial: Trial, data: Path | None = None) -> dict[str, Any]:
+    """Answers, the share of right ones on both held-out splits by skill, and perplexity on held-out prose."""
+    answers: dict[str, dict[str, list[str]]] = {}
     for split in HELD_OUT:
-        asked = {name: skill.examples(split, 0, tests) for name, skill in skills.items()}
-        answers = iter(prepared.answer([e for examples in asked.values() for e in examples]))
-        right = {n: [skills[n].check(e, next(answers)) for e in examples] for n, examples in asked.items()}
+        asked = trial.examples(split, data)
+        given = iter(prepared.answer([e for examples in asked.values() for e in examples]))
+        answers[split] = {name: [next(given) for _ in examples] for name, examples in asked.items()}
+    return {
+        **shares(trial, answers, data),
+        "prose_perplexity": prose_perplexity(prepared.model),
+        "answers": answers,
+    }
+
+
+def shares(trial: Trial, answers: Mapping[str, Mapping[str, Sequence[str]]], data: Path | None) -> dict[str, Any]:
+    """Share of right answers by held-out split and skill, as the checkers say now."""
+    figures: dict[str, Any] = {}
+    skills = trial.taught_by(data)
+    for split in HELD_OUT:
+        right = {
+            name: [skills[name].check(e, answer) for e, answer in zip(examples, answers[split][name], strict=True)]
+            for name, examples in trial.examples(split, data).items()
+        }
         figures[split] = {name: round(sum(r) / len(r), 4) for name, r in right.items()}
         figures[split]["all"] = round(sum(figures[split].values()) / len(right), 4)
-    figures["prose_perplexity"] = prose_perplexity(prepared.model)
     return figures
 
 

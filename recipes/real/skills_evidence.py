@@ -7,13 +7,13 @@
     python recipes/real/skills_evidence.py --gpu         # on a GPU, kept in docs/evidence/skills-gpu.jsonl
     python recipes/real/skills_evidence.py --report-only
 
-A result is kept as its trial ends, so a run that was stopped goes on where it was.
+A result is kept as its trial ends, so a run that was stopped goes on where it was. RESULTS_FOLDER in the environment
+keeps results elsewhere; the page is made of docs/evidence alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from skill_plan import trials
 from skill_report import write_page
-from skill_trial import RECIPES, Science, Trial, run
+from skill_trial import RECIPES, Science, Trial, run, shares
 from tqdm import tqdm
 
 from llama_adapter.errors import LlamaAdapterError
@@ -54,7 +54,8 @@ def main() -> None:
         check(args, results)
         wanted = [t for t in trials() if not args.groups or t.group in args.groups]
         run_missing([t for t in wanted if args.data or Science.name not in t.skills], results, args)
-    write_page(load(FOLDER / "skills.jsonl"), load(FOLDER / "skills-gpu.jsonl"), trials(), FOLDER)
+    files = [load(FOLDER / f"{name}.jsonl", args.data) for name in ("skills", "skills-gpu")]
+    write_page(*files, trials(), FOLDER)
 
 
 def check(args: argparse.Namespace, results: Path) -> None:
@@ -68,9 +69,10 @@ def check(args: argparse.Namespace, results: Path) -> None:
     if args.gpu and not torch.cuda.is_available():
         sys.exit(_say("--gpu is given, and PyTorch sees no GPU: leave it out to run on the CPU."))
     try:
-        if args.data:
-            Science(args.data)
-    except LlamaAdapterError as error:
+        for trial in trials() if args.data else []:
+            if Science.name in trial.skills:
+                trial.digest(args.data)
+    except (LlamaAdapterError, ValueError) as error:  # no such folder, or too few questions in it
         sys.exit(_say(f"--data: {error}"))
     if "science" in (args.groups or ()) and not args.data:
         sys.exit(_say("--groups science needs --data with the folder of ScienceQA's problems.json."))
@@ -83,26 +85,28 @@ def check(args: argparse.Namespace, results: Path) -> None:
         sys.exit(_say(f"{results.parent} has {free / 1e6:.0f} MB free, and a run needs {ROOM / 1e6:.0f}: make room."))
 
 
-def digest() -> str:
-    """Of the skills: figures about other ones are not mixed in."""
-    files = sorted((RECIPES / "skills").glob("skill*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def load(results: Path, data: Path | None = None) -> list[dict[str, Any]]:
+    """Results about the skills' examples as they are now, their kept answers checked anew.
 
-
-def load(results: Path) -> list[dict[str, Any]]:
-    """Results about the skills as they are now; a line that a crash cut off is left out."""
+    A line that a crash cut off is left out. Questions of ScienceQA are held against `data`, where it is given.
+    """
     found = []
-    for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
+    for text in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
         try:
-            found.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
-    return [line for line in found if line["digest"] == digest()]
+        trial = Trial.asked_in(line["settings"])
+        if Science.name in trial.skills and not data:
+            found.append(line)
+        elif line["digest"] == trial.digest(data):
+            found.append({**line, **(shares(trial, line["answers"], data) if "answers" in line else {})})
+    return found
 
 
 def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) -> None:
     """Run trials whose settings have no result yet."""
-    done, missing = [line["settings"] for line in load(results)], []
+    done, missing = [line["settings"] for line in load(results, args.data)], []
     for trial in wanted:
         if trial.key() not in done:
             done.append(trial.key())
@@ -120,15 +124,15 @@ def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) ->
                 trial = missing.pop(0)
                 running[pool.submit(run, trial, *device, args.data)] = trial
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                keep(results, running.pop(future), future.result())
+                keep(results, running.pop(future), future.result(), args.data)
                 bar.update()
     if missing:
         _say(f"{len(missing)} trials are left: call the same command again to go on.")
 
 
-def keep(results: Path, trial: Trial, figures: dict[str, Any]) -> None:
+def keep(results: Path, trial: Trial, figures: dict[str, Any], data: Path | None = None) -> None:
     """Append a result; a line that an earlier crash cut off is ended first."""
-    line = {"digest": digest(), "settings": trial.key(), "when": time.strftime("%Y-%m-%d"), **figures}
+    line = {"digest": trial.digest(data), "settings": trial.key(), "when": time.strftime("%Y-%m-%d"), **figures}
     cut_off = results.exists() and not results.read_bytes().endswith(b"\n") and results.stat().st_size > 0
     with results.open("a", encoding="utf-8") as file:
         file.write("\n" * cut_off + json.dumps(line) + "\n")
