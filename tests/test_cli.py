@@ -686,6 +686,7 @@ def test_chat_prints_answers_on_stdout_and_notes_on_stderr(chat, asked, adapter)
     assert len(asked) == 2
     assert "adapter: poet" in err
     assert "/reset" in err
+    assert "/image" not in err, "this adapter reads no pictures"
     assert "\033" not in out + err
 
 

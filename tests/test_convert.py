@@ -137,7 +137,10 @@ def test_an_adapter_that_was_never_theirs_gets_closed_gates_below(tmp_path):
     content = torch.load(tmp_path / "theirs" / "llama_adapter_len4_layer2_release.pth", weights_only=True)
     assert sorted(content) == ["adapter_query.weight", *(f"layers.{i}.attention.gate" for i in range(3))]
     assert not content["layers.0.attention.gate"].any()
-    assert account["notes"] == ["The authors' layout does not say the gates' activation: it is tanh."]
+    assert account["notes"] == [
+        "The authors' layout does not say the gates' activation: it is tanh; "
+        "read it back with convert --gate-activation tanh."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_what_peft_cannot_say_is_refused_by_name_and_nothing_is_written(tmp_path
         for layer in adapter.layers.values():
             torch.nn.init.ones_(layer.gate)
     save_adapter(model, tmp_path / "ours")
-    with pytest.raises(LlamaAdapterError, match=f"This adapter cannot be PEFT's: {reason}"):
+    with pytest.raises(LlamaAdapterError, match=rf"This adapter cannot be PEFT's: {reason}\. Keep it as it is"):
         convert(tmp_path / "ours", tmp_path / "peft", to="peft")
     assert not (tmp_path / "peft").exists()
 
@@ -802,3 +805,10 @@ def test_a_pipe_in_place_of_a_checkpoint_is_refused_at_once(tmp_path):
     for source in (tmp_path, tmp_path / "adapter.pth"):
         with pytest.raises(LlamaAdapterError, match=r"is no file|is not an adapter"):
             read_adapter(source)
+
+
+def test_the_base_may_be_called_model_as_everywhere_else(tmp_path):
+    base, _ = peft_folder(tmp_path)
+    main(["convert", str(tmp_path / "peft"), "--output", str(tmp_path / "ours"), "--model", str(base)])
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(base)

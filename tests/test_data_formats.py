@@ -36,6 +36,10 @@ def gpt(text: str) -> dict[str, str]:
         ({"messages": [USER_TURN, ASSISTANT_TURN]}, Example((USER, ASSISTANT))),
         ({"messages": [SYSTEM_TURN, USER_TURN, ASSISTANT_TURN]}, Example((SYSTEM, USER, ASSISTANT))),
         (
+            {"messages": [{**USER_TURN, "role": "User"}, {**ASSISTANT_TURN, "role": "ASSISTANT "}]},
+            Example((USER, ASSISTANT)),
+        ),
+        (
             {"messages": [{"role": "system", "content": " "}, USER_TURN, ASSISTANT_TURN]},
             Example((USER, ASSISTANT)),
         ),
@@ -83,6 +87,10 @@ def test_contents_are_kept_verbatim():
             "instruction + output; prompt + completion",
         ),
         ({}, "its keys (none) fit no known format"),
+        (
+            {"a": "b"},
+            "prompt + completion; rename its keys so, or in a table its columns: the first row must name them",
+        ),
         (
             {"Instruction": "a", " Output": "b"},
             "its keys (Instruction,  Output) are known in small letters and without blanks alone: rename them so",

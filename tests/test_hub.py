@@ -274,6 +274,11 @@ def test_a_push_that_fails_at_the_end_costs_no_run(hub, base, tmp_path, monkeypa
     assert hub.files("owner/run").keys() == FILES
 
 
+def test_a_card_writes_a_whole_number_without_a_fraction(base, tmp_path):
+    train(recipe(base, write_data(tmp_path / "data.json"), tmp_path / "run", val_size=2.0))
+    assert "val_size 2," in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_an_edited_card_survives_runs_and_an_unedited_one_is_renewed(base, tmp_path):
     data, card = write_data(tmp_path / "data.json"), tmp_path / "run" / "README.md"
     train(recipe(base, data, tmp_path / "run", max_steps=1))

@@ -246,7 +246,7 @@ def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
     [
         ({"model": "poet"}, "no model 'poet'"),
         ({"model": "../expert-0"}, "no model"),
-        ({"messages": []}, "messages"),
+        ({"messages": []}, "'messages' is empty: give at least one."),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "must end with a user message"),
         ({"messages": [{"role": "system", "content": "a"}]}, "must end with a user message"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "must end with a user message"),
@@ -255,16 +255,16 @@ def test_a_fault_in_one_request_ends_that_request_alone(server, monkeypatch):
         ({"messages": [{"role": "user", "content": "a", "list[a]": 1}]}, "'messages.0.list[a]' is not supported"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 65}, "at most 64"),
+        ({"max_tokens": 65}, "at most 64: ask for fewer"),
         ({"max_tokens": 10**400}, "max_tokens"),
         ({"n": 9}, "at most 8"),
         ({"n": 2.5}, "n"),
         ({"top_k": 5}, "'top_k' is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"tools": [{"type": "function"}]}, "'tools' is not supported here: leave it out"),
+        ({"logit_bias": {"5": 1}}, "'logit_bias' is not supported here: leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": True}, "store"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 5}, "'stop': List should have at most 4 items, not 5."),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
         ({"model": "\ud800"}, ""),
         ({"\ud800": 1}, ""),
@@ -344,6 +344,9 @@ def test_keys(base):
             assert [status(path, "one"), status(path, "two"), status(path, "admin")] == [200, 200, 200]
         load = "/v1/load_lora_adapter"
         assert [status(load, key, "POST") for key in (None, "one", "admin")] == [401, 401, 400]
+        refusals = [server.http.request(method, path, headers={"Authorization": "Bearer one"}) for method, path in
+                    (("POST", load), ("POST", "/v1/unload_lora_adapter"))]  # fmt: skip
+        assert all("takes the admin key" in reply.json()["error"]["message"] for reply in refusals)
     with serving(base, {}) as server:
         assert server.http.post("/v1/load_lora_adapter", json={}, headers=ADMIN).status_code == 404
 
@@ -372,6 +375,8 @@ def test_adapters_come_from_inside_the_directory(base, tmp_path, path):
         body = {"lora_name": "poet", "lora_path": path}
         reply = server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
         assert reply.status_code == 400
+        reply = server.http.post("/v1/load_lora_adapter", json={**body, "lora_path": "gone"}, headers=ADMIN)
+        assert "gone is no folder that is there" in reply.json()["error"]["message"]
         body = {"lora_name": path, "lora_path": "expert-0"}
         if path != "link":
             assert server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN).status_code == 400

@@ -67,6 +67,7 @@ def said(capsys, *words):
         ("-m base -a a/b=experts/expert-0", "'a/b' is malformed"),
         ("-m base -a base=experts/expert-0", "Both an adapter and the bare base are called 'base'"),
         ("-m base --served-model-name x -a x=experts/expert-0", "Both an adapter and the bare base are called 'x'"),
+        ("-m base -a expert-1=experts/expert-0 --adapter-dir experts", "called 'expert-1', experts/expert-0 and"),
         ("-m base --served-model-name expert-1 --adapter-dir experts", "are called 'expert-1'"),
     ],
 )

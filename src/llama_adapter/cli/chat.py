@@ -18,9 +18,10 @@ llama-adapter chat --adapter runs/first
 llama-adapter chat --adapter runs/pictures --image dog.jpg
 llama-adapter chat --adapter poet=runs/poet --adapter clerk=runs/clerk
 """
-HELP = """/reset          forget the conversation
+HELP_IMAGE = "/image FILE     show a picture; '/image' alone takes it away"
+HELP = f"""/reset          forget the conversation
 /adapter NAME   switch to another adapter ('none': the bare base)
-/image FILE     show a picture; '/image' alone takes it away
+{HELP_IMAGE}
 /help           this list
 /exit           leave (also Ctrl-D)"""
 ALONE = "No template: each line is completed as it is, and what was said before is not remembered."
@@ -90,7 +91,7 @@ class Conversation:
         """Carry out a /command and say what happened."""
         word, _, argument = line.partition(" ")
         if word == "/help":
-            return HELP
+            return HELP if self._looks else HELP.replace(f"{HELP_IMAGE}\n", "")
         if word == "/reset":
             self.messages = self.opening
             return "The conversation starts anew."
@@ -99,6 +100,11 @@ class Conversation:
         if word == "/image":
             return self._show(argument.strip())
         return unknown_name("command", word, ["/reset", "/adapter", "/image", "/help", "/exit"])
+
+    @property
+    def _looks(self) -> bool:
+        """Whether any of the adapters takes files."""
+        return bool(self.images or self.session.perceptions)
 
     def _show(self, file: str) -> str:
         try:

@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="SOURCE", help="file, folder or hub name; its format is told by its content")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="new folder for the converted adapter")
     parser.add_argument("--to", choices=("peft", "official", "litgpt"), help="format to write (default: ours)")
-    parser.add_argument("--base", metavar="BASE", help="base of the adapter: checked, and named in what is written")
+    parser.add_argument(
+        "--base", "-m", "--model", metavar="BASE", help="base of the adapter: checked, named in what is written"
+    )
     parser.add_argument(
         "--gate-activation", choices=get_args(GateActivation),
         help="how the gates of an authors' V1 file are meant, which it does not say (default: tanh for training "

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if config.adapter_dir is not None and not os.path.isdir(config.adapter_dir):
         raise ConfigError(f"--adapter-dir {config.adapter_dir} is no folder: give one whose subfolders are adapters.")
     adapters = options.name_adapters(args.adapter)
+    _check_names(adapters, config.adapter_dir)
     if args.backend == "vllm":
         _become_vllm(args, config)
     try:
@@ -120,6 +121,23 @@ def _become_vllm(args: argparse.Namespace, config: ServeConfig) -> None:
     keys = {"VLLM_API_KEY": config.api_keys[0]} if config.api_keys else {}
     sys.stderr.flush()
     os.execve(line[0], line, {**os.environ, **environment(args.adapter_dir), **keys})
+
+
+def _check_names(adapters: Mapping[str, str], directory: str | None) -> None:
+    """Check that no adapter hides another of that name in the directory.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for name, folder in adapters.items():
+        beside = os.path.join(directory or "", name)
+        if directory is None or not os.path.isfile(os.path.join(beside, "adapter_config.json")):
+            continue
+        if os.path.realpath(beside) != os.path.realpath(folder):
+            raise ConfigError(
+                f"Two adapters are called '{name}', {folder} and {beside}: give the first a name of its own, "
+                f"--adapter NAME={folder}."
+            )
 
 
 def _check_base_name(base: str, adapters: Mapping[str, str], directory: str | None) -> None:

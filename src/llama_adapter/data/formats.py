@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_adapter.data.examples import Example, Message, type_name
 from llama_adapter.data.media import MEDIA_KEYS, PICTURE_TAG, count_tags, media_of, without_tags
-from llama_adapter.data.turns import ROLES, Turns, learnt_part, plain_text, read_turns, tools_of
+from llama_adapter.data.turns import Turns, learnt_part, plain_text, read_turns, role_of, tools_of
 from llama_adapter.errors import DataError
 from llama_adapter.settings import shown
 
@@ -60,7 +60,10 @@ def parse_record(record: object) -> Example:
     plain = {str(key).strip().lower() for key in present}
     if any(plain.issuperset(keys) for keys, _, _ in FORMATS):
         raise DataError(f"its keys ({found}) are known in small letters and without blanks alone: rename them so")
-    raise DataError(f"its keys ({found}) fit no known format; the formats are: {accepted}")
+    raise DataError(
+        f"its keys ({found}) fit no known format; the formats are: {accepted}; rename its keys so, or in a table its "
+        "columns: the first row must name them"
+    )
 
 
 def parse_question(record: object) -> Example:
@@ -91,7 +94,7 @@ def _answered(record: Record) -> Record:
         if isinstance(turns, list):
             last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
             role = last.get("role", last.get("from"))
-            answered = isinstance(role, str) and ROLES.get(role) == "assistant"
+            answered = role_of(role) == "assistant"
             del asked[key]
             name = "messages" if key == "prompt" else key
             return {**asked, name: [*(turns[:-1] if answered else turns), {"role": "assistant", "content": "?"}]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_adapter.data.examples import Example, Message, type_name
 from llama_adapter.data.formats import PREFERENCE, Record, parse_record
-from llama_adapter.data.turns import ROLES
+from llama_adapter.data.turns import role_of
 from llama_adapter.errors import DataError
 from llama_adapter.settings import shown
 
@@ -84,7 +84,7 @@ def _brings_its_question(turns: Any) -> bool:
     """Whether an answer's turns begin with the user's, or with a system message."""
     first = turns[0] if isinstance(turns, list) and turns else turns
     role = first.get("role", first.get("from")) if isinstance(first, dict) else None
-    return isinstance(role, str) and ROLES.get(role) in ("user", "system")
+    return role_of(role) in ("user", "system")
 
 
 def _answered(record: Record, key: str) -> Record:

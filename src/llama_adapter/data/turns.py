@@ -24,7 +24,7 @@ ROLES: dict[str, Role] = {
     "function": "tool",
     "observation": "tool",
 }
-"""OpenAI's names, ShareGPT's and LLaMA-Factory's."""
+"""OpenAI's names, ShareGPT's and LLaMA-Factory's; see `role_of`."""
 WEIGHTS = ("weight", "train", "training", "loss")
 """Names of the flag that says whether a message is learnt: OpenAI's and Mistral's, Axolotl's two, ms-swift's."""
 PARTIAL_WEIGHTS = ("train_detail", "training_detail", "loss_scale")
@@ -35,6 +35,11 @@ _READ = {
     "role", "from", "content", "value", "tool_calls", "function_call",
     *WEIGHTS, *TEMPLATE_TEXTS, *PARTIAL_WEIGHTS, *HARMLESS_OF_TURN,
 }  # fmt: skip
+
+
+def role_of(name: object) -> Role | None:
+    """The role that a turn's name of its speaker means, in small letters or capitals; None for an unknown one."""
+    return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
 @dataclass
@@ -78,14 +83,14 @@ def _read_turn(turn: object, key: str, where: str, result: Turns) -> None:
         expected = "'from' and 'value'" if key == "conversations" else "'role' and 'content'"
         raise DataError(f"{where} must be an object with {expected}")
     name = turn[names[0]]
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = role_of(name)
     if role is None:
         raise DataError(f"{where} has the unknown role {shown(name)}; the roles are {', '.join(ROLES)}")
     content = turn.get(names[1])
     extra: dict[str, Any] = {
         text: _text_of(turn, text, where) for text in TEMPLATE_TEXTS if turn.get(text) not in (None, "")
     }
-    if name == "function_call":
+    if name.strip().lower() == "function_call":
         extra["tool_calls"], content = _calls(content, where), ""
     elif calls := turn.get("tool_calls") or turn.get("function_call"):
         extra["tool_calls"], content = _calls(calls, where), "" if content is None else content

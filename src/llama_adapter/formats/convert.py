@@ -94,7 +94,10 @@ def _files(found: Reading, to: Target | None) -> tuple[dict[str, bytes], list[st
     activation = found.config.gate_activation
     if to == "official":
         name, content = write_official(found)
-        note = f"The authors' layout does not say the gates' activation: it is {activation}."
+        note = (
+            f"The authors' layout does not say the gates' activation: it is {activation}; "
+            f"read it back with convert --gate-activation {activation}."
+        )
         return {name: _pickled(content)}, [note]
     notes = [] if activation == "identity" else ["The gates are written as tanh(g), which the target uses as they are."]
     if to == "peft":

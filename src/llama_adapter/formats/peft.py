@@ -98,7 +98,9 @@ def write_peft(reading: Reading) -> dict[str, bytes]:
     }
     for reason, broken in reasons.items():
         if broken:
-            raise AdapterError(f"This adapter cannot be PEFT's: {reason}.")
+            raise AdapterError(
+                f"This adapter cannot be PEFT's: {reason}. Keep it as it is, or see --to official and --to litgpt."
+            )
     tensors = {}
     for key, gate in strength.items():
         prefix = f"base_model.model.model.{key.removesuffix('.gate')}.self_attn.adaption_"

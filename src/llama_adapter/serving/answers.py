@@ -184,7 +184,8 @@ class Answerer:
         longest = request.longest
         if longest is not None and longest > limits.max_tokens:
             raise DataError(
-                f"An answer of {longest} tokens was asked for; this server writes at most {limits.max_tokens}."
+                f"An answer of {longest} tokens was asked for; this server writes at most {limits.max_tokens}: "
+                "ask for fewer, or start it with a larger --max-tokens."
             )
         if (request.n or 1) > limits.max_choices:
             raise DataError(f"n is {request.n}; this server writes at most {limits.max_choices} answers to a request.")

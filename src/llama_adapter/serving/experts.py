@@ -208,6 +208,8 @@ class Experts:
         return None
 
     def _load(self, name: str, folder: str, on_demand: bool) -> Expert:
+        if not os.path.isdir(folder):
+            raise AdapterError(f"{folder} is no folder that is there: give that of an adapter.")
         if not os.path.isfile(os.path.join(folder, WEIGHTS_FILE)):  # other formats may be pickles
             raise AdapterError(f"{folder} has no {WEIGHTS_FILE}: run 'llama-adapter convert' on it, and serve that.")
         key = f"{name}.v{next(self._versions)}"

@@ -122,7 +122,7 @@ class Guard:
         matches = [hmac.compare_digest(shown.strip(), key) for key in allowed]  # all of them: no early way out
         if word.lower() == b"bearer" and any(matches):
             return None
-        return wrong_key()
+        return wrong_key(admin)
 
 
 def named(authority: str) -> str:
@@ -136,10 +136,10 @@ def refused(status: int, message: str, kind: str, code: str | None = None) -> JS
     return JSONResponse(error_body(safe, kind, code=code), status)
 
 
-def wrong_key() -> JSONResponse:
+def wrong_key(admin: bool = False) -> JSONResponse:
     """The reply to whoever shows no key that is let in."""
-    reply = refused(
-        401, "Wrong or missing key: send 'Authorization: Bearer KEY'.", "authentication_error", "invalid_api_key"
-    )
+    rule = "loading adapters takes the admin key" if admin else "a key is asked for"
+    message = f"Wrong or missing key: {rule}. Send 'Authorization: Bearer KEY'."
+    reply = refused(401, message, "authentication_error", "invalid_api_key")
     reply.headers["www-authenticate"] = "Bearer"
     return reply

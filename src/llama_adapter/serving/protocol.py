@@ -363,5 +363,10 @@ def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
     param = ".".join(str(part) for part in (*where, last) if part not in kinds)
     if found.get("type") == "extra_forbidden":
         return f"'{param[:200]}' is not supported here: leave it out.", param
-    message = str(found.get("msg", "is wrong")).removeprefix("Value error, ")
+    bounds, given = found.get("ctx") or {}, found.get("input")
+    if found.get("type") == "too_long" and bounds.get("max_length") == 0:  # taken only where it asks for nothing
+        return f"'{param[:200]}' is not supported here: leave it out, or leave it empty.", param
+    if found.get("type") == "too_short" and not given:
+        return f"'{param[:200]}' is empty: give at least one.", param
+    message = str(found.get("msg", "is wrong")).removeprefix("Value error, ").replace(" after validation", "")
     return (f"'{param[:200]}': {message}." if param else f"{message}."), param

@@ -55,7 +55,12 @@ def write_run_card(config: TrainConfig, result: Mapping[str, Any], learnt_from: 
 
 def _shown(value: object) -> str:
     values = value if isinstance(value, tuple) else (value,)
-    return " ".join(public_name(item) if isinstance(item, str) and os.sep in item else str(item) for item in values)
+    return " ".join(public_name(item) if isinstance(item, str) and os.sep in item else _plain(item) for item in values)
+
+
+def _plain(value: object) -> str:
+    """The value as somebody writes it: 2 records, where the setting also takes a share, are not 2.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _data_name(source: str) -> str:
