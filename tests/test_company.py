@@ -240,3 +240,9 @@ def test_a_validation_part_that_is_too_small_to_choose_is_said(base, tmp_path, c
     plan_run(recipe(base, write_data(tmp_path / "data.json", 60), tmp_path / "out", val_size=size))
     found = [sentence for sentence in said(caplog) if "validation example" in sentence]
     assert found == [] if words is None else words in found[0]
+
+
+def test_a_small_file_of_validation_is_told_how_to_be_left_out(base, tmp_path, caplog):
+    data, few = write_data(tmp_path / "data.json", 60), write_data(tmp_path / "few.json", 5)
+    plan_run(recipe(base, data, tmp_path / "out", val_size=None, val_data=(str(few),)))
+    assert any(sentence.endswith("--val-size 0 in place of --val-data keeps the last") for sentence in said(caplog))

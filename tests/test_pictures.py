@@ -120,6 +120,12 @@ def test_16_bits_are_scaled_not_clipped(kind):
     assert found.tolist() == [0, 100, 101, 255]
 
 
+def test_a_transparent_value_of_16_bits_is_paper(tmp_path):
+    picture = Image.fromarray(np.array([[0, 257 * 100]], np.uint16))
+    picture.save(tmp_path / "a.png", transparency=0)
+    assert np.asarray(read_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 100]
+
+
 def test_big_endian_16_bits():
     content = encoded(Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 257 * 3, 65535)), "TIFF")
     assert np.asarray(read_picture(content))[0, :, 0].tolist() == [3, 255]

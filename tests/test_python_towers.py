@@ -1,7 +1,11 @@
 """Towers that a Python function makes: what they give, how they are stored, and that no file runs their code."""
 
+import importlib
 import json
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +114,49 @@ def chance():
 
 def flat():
     return nn.Flatten(0), preprocess
+
+
+class After(Eye):
+    def __init__(self, then):
+        super().__init__()
+        self.then = then
+
+    def forward(self, x):
+        return self.then(super().forward(x)[1])
+
+
+def dropped():
+    return After(lambda found: nn.functional.dropout(found, 0.1)), preprocess
+
+
+def normed():
+    return nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4, track_running_stats=False)), preprocess
+
+
+def counting():
+    return After(lambda found: found - found.mean(0)), preprocess
+
+
+def nothing_at_all():
+    return After(lambda found: found[:, :0]), preprocess
+
+
+def no_number():
+    return After(lambda found: found / 0), preprocess
+
+
+def fragile():
+    return After(lambda found: found), lambda picture: preprocess(picture) / (picture.size[0] != 13)
+
+
+def helped():
+    torch.manual_seed(0)
+    import helper
+    return After(helper.then), preprocess
+
+
+def grows():
+    return Eye(), lambda picture: preprocess(picture).repeat(1, 1, 1 + (picture.size[0] == 13))
 
 
 def text():
@@ -243,6 +290,34 @@ def test_features_are_keyed_by_weights_preprocessing_and_code(code, tmp_path):
     assert [tower.digest == load(code, "eye").digest for tower in others] == [False, True, True]  # of weights alone
 
 
+def test_features_are_keyed_by_code_of_other_files_too(code, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for then in ("found", "-found", "found.relu()", "found", "found.flip(1)"):
+        monkeypatch.delitem(sys.modules, "helper", raising=False)
+        (tmp_path / "helper.py").write_text(f"def then(found):\n    return {then}\n", encoding="utf-8")
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        keys.append(load(code, "helped").key())
+    assert keys[0] == keys[3]
+    assert len(set(keys)) == 4
+
+
+def test_what_only_one_picture_shows_is_said_too(code, tmp_path):
+    files = [str(tmp_path / name) for name in ("good.png", "odd.png")]
+    for file, width in zip(files, (12, 13), strict=True):
+        Image.new("RGB", (width, 12), "red").save(file)
+    tower = load(code, "fragile")
+    eye = Perception(condition_config("image", tower), CPU, tmp_path / "kept", towers=[tower])
+    with pytest.raises(DataError, match=r"gives features of .*odd\.png that are not finite"):
+        eye.features(files)
+    with pytest.raises(DataError, match=r"gives features of a file of \d+ bytes that are not finite"):
+        eye.features([Path(files[1]).read_bytes()])
+    assert not list((tmp_path / "kept").rglob("*.safetensors"))
+    with pytest.raises(ModelError, match=r"inputs of unlike shapes, \[3, 16, 16\] and \[3, 16, 32\]: resize to one"):
+        load(code, "grows").tokens([Image.open(file) for file in files])
+
+
 def test_depths_are_spread_or_chosen(code):
     tower = load(code, "eye")
     config = condition_config("image", tower, width=8)
@@ -262,6 +337,11 @@ def test_depths_are_spread_or_chosen(code):
         ("{}:sizes", ModelError, r"inputs of unlike shapes, \[3, 10, 16\] and \[3, 5, 16\]: resize to one"),
         ("{}:chance", ModelError, "two results for one input: take random crops and flips out"),
         ("{}:flat", ModelError, r"gives \[768\] for 1 inputs: return \[N, W\]"),
+        ("{}:dropped", ModelError, "two results for one input, in evaluation mode, too: take dropout"),
+        ("{}:normed", ModelError, "gives an input other features beside another one in its batch: normalise"),
+        ("{}:counting", ModelError, "gives an input other features beside another one in its batch: normalise"),
+        ("{}:nothing_at_all", ModelError, r"gives \[1, 0, 2, 2\] for 1 inputs: return \[N, W\]"),
+        ("{}:no_number", ModelError, "gives numbers that are not finite for noise"),
         ("{}:text", ModelError, "gives a str: return a tensor or a list"),
         ("{}:broken", ModelError, r"failed \(RuntimeError\): No weights\.$"),
         ("{}:number", ConfigError, "has no function 'number'"),

@@ -282,6 +282,33 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(server, change, says):
     assert len(error["message"]) < 500
 
 
+@pytest.mark.parametrize(("words", "new"), [(2000, 4), (50_000, 4), (5, 64)])
+def test_whatever_is_too_long_for_the_context_has_openais_code(server, words, new):
+    body = {"model": "expert-0", "prompt": " ".join(["sun"] * words), "max_tokens": new}
+    if words == 5:  # a prompt that fits, and no room for the answer
+        body["prompt"] = [5] * 1000
+    reply = server.http.post("/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded"), reply.text
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "says"),
+    [
+        ("completions", {"prompt": ["a"] * 65}, "'prompt': List should have at most 64 items"),
+        ("completions", {"prompt": [5, -1]}, "'prompt.1': Input should be greater than or equal to 0"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": []}]},
+            "'messages.0.content': List should have at",
+        ),
+    ],
+)
+def test_of_a_value_of_several_kinds_the_one_that_is_meant_says_what_is_wrong(server, url, body, says):
+    reply = server.http.post(f"/v1/{url}", json={"model": "expert-0", **body})
+    assert reply.status_code == 400
+    assert says in reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "url", ["http://example.org/a.png", "file:///etc/passwd", "data:image/png;base64,@@", "data:,x"]
 )

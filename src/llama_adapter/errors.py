@@ -3,6 +3,7 @@
     LlamaAdapterError
     ├── ConfigError         a setting has a value that breaks a rule (also a ValueError)
     ├── DataError           a record or a data file cannot be used
+    │   └── TooLongError            a prompt, or it and its answer, do not fit into the base's context
     ├── ModelError          the base model cannot be found or read
     │   └── UnsupportedModelError   its family cannot be adapted
     ├── AdapterError        an adapter on disk or on a model is missing, foreign or of another shape
@@ -28,6 +29,10 @@ class ConfigError(LlamaAdapterError, ValueError):
 
 class DataError(LlamaAdapterError):
     """A record or a data file cannot be used."""
+
+
+class TooLongError(DataError):
+    """A prompt, or it and its answer, do not fit into the base's context."""
 
 
 class ModelError(LlamaAdapterError):

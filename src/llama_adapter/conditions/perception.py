@@ -15,6 +15,7 @@ from llama_adapter.conditions.python_towers import PythonTower, named_tower
 from llama_adapter.conditions.recordings import read_audio
 from llama_adapter.conditions.tower_families import check_tower, spread_depths, tower_width
 from llama_adapter.conditions.towers import Tower, load_tower, load_tower_config
+from llama_adapter.errors import DataError
 
 READERS: dict[AnyKind, Callable[[Any], Any]] = {
     "image": read_picture,
@@ -112,9 +113,16 @@ class Perception:
 
     def _encode(self, files: list[str | bytes]) -> Tensor:
         inputs = [READERS[self.config.kind](file) for file in files]
-        if self.config.kind in TOKEN_KINDS:
-            return self.tower.tokens(inputs)
-        return self.tower.features(inputs, self.config.depths)
+        by_tokens = self.config.kind in TOKEN_KINDS
+        found = self.tower.tokens(inputs) if by_tokens else self.tower.features(inputs, self.config.depths)
+        if not found.isfinite().all():  # one such row would make every gradient of its batch nothing
+            file = next(file for file, row in zip(files, found, strict=True) if not row.isfinite().all())
+            name = f"a file of {len(file)} bytes" if isinstance(file, bytes) else file
+            raise DataError(
+                f"The tower '{self.config.tower}' gives features of {name} that are not finite: leave the file out, or "
+                "take a tower of fp32."
+            )
+        return found
 
 
 def _tower(

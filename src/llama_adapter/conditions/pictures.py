@@ -187,7 +187,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise _UnknownWhiteError("floating-point")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(np.asarray(image))
+        values = np.asarray(image)
+        transparent = image.info.get("transparency")  # of a PNG, one value: on white paper as that of others
+        return _from_16_bits(values if transparent is None else np.where(values == transparent, 0xFFFF, values))
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         paper.alpha_composite(image.convert("RGBA"))

@@ -45,6 +45,8 @@ from llama_adapter.errors import AdapterError, ConfigError, DataError, LlamaAdap
 
 SCALES = 6
 """How many depths are read where nobody says which, as of other towers."""
+AGAIN, BESIDE = 1e-3, 2e-2
+"""How far features of one input may differ, in parts of their largest: asked twice, and beside another input."""
 
 
 class PythonTower(Tower):
@@ -63,10 +65,10 @@ class PythonTower(Tower):
         self._preprocessing = hashlib.sha256(b"".join(probe.numpy().tobytes() for probe in probes)).hexdigest()
         if len({probe.shape for probe in probes}) > 1:
             raise ModelError(f"preprocess of {name} gives inputs of unlike shapes, {_shapes(probes)}: resize to one.")
-        self.width = 0  # of the states that come out as they are
-        with torch.no_grad():
-            states = self.hidden_states(torch.stack(probes[:1]).to(self.device, self.dtype))
+        self._shape = probes[0].shape
+        states = self._try(probes[0].to(self.device, self.dtype))
         self.width, self.depths = max(_width(state) for state in states), len(states)
+        self._gives = " ".join(map(_sketch, states))
         self.has_tokens = states[-1].dim() > 2
         self._square = states[-1].dim() != 4 or states[-1].shape[2] == states[-1].shape[3]
 
@@ -77,7 +79,11 @@ class PythonTower(Tower):
         if not parts or not all(isinstance(part, wanted) for part in parts):
             kind = "pictures or lists of frames" if self.sense == "picture" else "recordings"
             raise DataError(f"The tower '{self.name}' takes {kind}, not this {type(given).__name__}.")
-        return [Piece(_tensor(self.preprocess(part), self.name)) for part in parts]
+        found = [_tensor(self.preprocess(part), self.name) for part in parts]
+        if unlike := [tensor for tensor in found if tensor.shape != self._shape]:
+            shapes = f"{list(self._shape)} and {list(unlike[0].shape)}"
+            raise ModelError(f"preprocess of {self.name} gives inputs of unlike shapes, {shapes}: resize to one.")
+        return [Piece(tensor) for tensor in found]
 
     def hidden_states(self, values: Tensor) -> Sequence[Tensor]:
         """See `Tower.hidden_states`; each as the module gives it.
@@ -89,11 +95,39 @@ class PythonTower(Tower):
         states = [found] if isinstance(found, Tensor) else found
         if not isinstance(states, list | tuple) or not states or not all(isinstance(s, Tensor) for s in states):
             raise ModelError(f"The module of {self.name} gives a {type(found).__name__}: return a tensor or a list.")
-        wrong = [s for s in states if s.dim() not in (2, 3, 4) or len(s) != len(values) or not s.is_floating_point()]
+        wrong = [
+            s for s in states
+            if s.dim() not in (2, 3, 4) or len(s) != len(values) or not s.is_floating_point() or not s.numel()
+        ]  # fmt: skip
         if wrong:
             raise ModelError(
                 f"The module of {self.name} gives {_shapes(wrong)} for {len(values)} inputs: return [N, W], "
                 "[N, tokens, W] or [N, W, height, width]."
+            )
+        return states
+
+    @torch.no_grad()
+    def _try(self, probe: Tensor) -> Sequence[Tensor]:
+        """What the module gives for one input, which is to depend on that input alone.
+
+        Raises:
+            ModelError: it is not finite, or another the next time or beside another input.
+        """
+        states = self.hidden_states(probe[None])
+        if not all(state.isfinite().all() for state in states):
+            raise ModelError(f"The module of {self.name} gives numbers that are not finite for noise: see its weights.")
+        again, beside = (
+            self.hidden_states(batch) for batch in (probe[None], torch.stack([probe, torch.zeros_like(probe)]))
+        )
+        if _differ(states, again, AGAIN):
+            raise ModelError(
+                f"The module of {self.name} gives two results for one input, in evaluation mode, too: take dropout (of "
+                "torch.nn.functional) and chance out, as features are computed once."
+            )
+        if _differ(states, [state[:1] for state in beside], BESIDE):
+            raise ModelError(
+                f"The module of {self.name} gives an input other features beside another one in its batch: normalise "
+                "each input by itself (a batch norm with running statistics does)."
             )
         return states
 
@@ -109,8 +143,8 @@ class PythonTower(Tower):
         return self._filled(hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden)
 
     def fingerprint(self) -> str:
-        """See `Tower.fingerprint`: weights, architecture, code, and what the preprocessing makes of two inputs."""
-        parts = (self.digest, repr(self.model), self._source, self._preprocessing, self.sense)
+        """See `Tower.fingerprint`: weights, architecture, code, and what comes of the inputs that it is tried on."""
+        parts = (self.digest, repr(self.model), self._source, self._preprocessing, self._gives, self.sense)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def condition(self, kind: AnyKind, depths: Sequence[int], **settings: Any) -> ConditionConfig:
@@ -288,3 +322,18 @@ def _width(state: Tensor) -> int:
 
 def _shapes(tensors: Sequence[Tensor]) -> str:
     return " and ".join(str(list(tensor.shape)) for tensor in tensors)
+
+
+def _sketch(state: Tensor) -> str:
+    """A few figures that code in whichever file cannot change unseen; rounded, as devices differ in the last digits."""
+    found = state.float().flatten().cpu()
+    ramp = torch.linspace(1, 2, len(found))
+    return " ".join(f"{part.mean():.3g}" for part in (found.abs(), found.relu() * ramp, found.abs() * ramp))
+
+
+def _differ(states: Sequence[Tensor], others: Sequence[Tensor], most: float) -> bool:
+    """Whether two results differ by more than `most` of their largest number, or in their shape."""
+    if [state.shape for state in states] != [other.shape for other in others]:
+        return True
+    pairs = [(state.float(), other.float()) for state, other in zip(states, others, strict=True)]
+    return any(bool((a - b).abs().max() > most * torch.maximum(a.abs(), b.abs()).max()) for a, b in pairs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama_adapter.data.chat_templates import tokenizer_name
 from llama_adapter.data.examples import Example, Media, Message
 from llama_adapter.data.templates import Rendered, check_template, end_token, render, render_prompt
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.errors import ConfigError, DataError, TooLongError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,7 +173,8 @@ def encode_prompt(
     Of a text whose beginning alone has more than twice as many tokens as `most` no more is read.
 
     Raises:
-        ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast, or where no more is read.
+        ConfigError, DataError: as `render_prompt`; also if the tokenizer is not fast.
+        TooLongError: no more is read.
     """
     _check_fast(tokenizer)
     rendered = render_prompt(messages, template, tokenizer, input, raw, tools)
@@ -181,7 +182,7 @@ def encode_prompt(
     while most and seen < len(rendered.text):
         tokens = len(_tokenise([replace(rendered, text=rendered.text[:seen])], tokenizer)[0][0])
         if tokens > 2 * most:  # so many that it does not matter how the last word of the beginning was cut
-            raise DataError(f"The prompt has more than {tokens} tokens; the base takes at most {most}: shorten it.")
+            raise TooLongError(f"The prompt has more than {tokens} tokens; the base takes at most {most}: shorten it.")
         seen *= 2
     ids, _ = _tokenise([rendered], tokenizer)[0]
     return ids

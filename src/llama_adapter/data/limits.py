@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llama_adapter.core.families import max_positions, text_config
 from llama_adapter.data.templates import tokenizer_name
-from llama_adapter.errors import DataError
+from llama_adapter.errors import DataError, TooLongError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -33,11 +33,11 @@ class Limits:
         """How many new tokens fit behind a prompt of so many.
 
         Raises:
-            DataError: none.
+            TooLongError: none.
         """
         context = self.positions or 1 << 30
         if tokens >= context:
-            raise DataError(f"The prompt has {tokens} tokens; the base takes at most {context - 1}: shorten it.")
+            raise TooLongError(f"The prompt has {tokens} tokens; the base takes at most {context - 1}: shorten it.")
         return context - tokens
 
     def check_length(self, tokens: int) -> None:

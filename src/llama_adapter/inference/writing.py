@@ -238,4 +238,4 @@ def _check_raw(messages: Sequence[Message], input: str) -> None:
 
 
 def _named(error: DataError, origin: str) -> DataError:
-    return DataError(f"{origin}: {error}") if origin else error
+    return type(error)(f"{origin}: {error}") if origin else error

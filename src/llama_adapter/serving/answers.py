@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.errors import ConfigError, DataError, TooLongError
 from llama_adapter.inference.choice import Choice, Row
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.session import Prompt, Session
@@ -18,10 +18,6 @@ from llama_adapter.serving.metrics import Metrics
 from llama_adapter.serving.protocol import ChatMessage, ChatRequest, CompletionRequest, ResponseRequest, TextRequest
 from llama_adapter.serving.scheduler import Scheduler, Ticket
 from llama_adapter.serving.text import Written
-
-
-class TooLongError(DataError):
-    """Prompt and answer do not fit into the base's context."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from llama_adapter.core.model import get_adapter
-from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.errors import LlamaAdapterError, TooLongError
 from llama_adapter.inference.session import Session
-from llama_adapter.serving.answers import Answerer, Answering, TooLongError
+from llama_adapter.serving.answers import Answerer, Answering
 from llama_adapter.serving.config import ServeConfig
 from llama_adapter.serving.experts import Experts, UnknownExpertError
 from llama_adapter.serving.guard import Guard, refused

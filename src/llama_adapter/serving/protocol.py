@@ -345,7 +345,8 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
     """(message, parameter) of pydantic's or FastAPI's list of errors.
 
-    Where a value may be of several kinds, each kind says what it misses: the deepest fault is that of the one meant.
+    Where a value may be of several kinds, each kind says what it misses: of the faults that are not about kinds, else
+    of all, the deepest is that of the one meant.
     """
     first = errors[0]
     where = [part for part in first.get("loc", ()) if part != "body"]
@@ -355,7 +356,7 @@ def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
     no_object = first.get("type") in ("model_attributes_type", "missing") or isinstance(first.get("input"), bytes)
     if no_object and not where:
         return "The body must be one JSON object, sent with 'Content-Type: application/json'.", ""
-    found = max(errors, key=lambda error: len(error.get("loc", ())))
+    found = max(errors, key=lambda error: (not _of_another_kind(error), len(error.get("loc", ()))))
     *where, last = [part for part in found.get("loc", ()) if part != "body"] or [""]
     kinds = [part for part in (*where, last) if isinstance(part, str) and KIND.fullmatch(part)]
     if found.get("type") == "extra_forbidden":  # a name of the client's own, whatever it looks like
@@ -370,3 +371,8 @@ def first_fault(errors: Sequence[Any]) -> tuple[str, str]:
         return f"'{param[:200]}' is empty: give at least one.", param
     message = str(found.get("msg", "is wrong")).removeprefix("Value error, ").replace(" after validation", "")
     return (f"'{param[:200]}': {message}." if param else f"{message}."), param
+
+
+def _of_another_kind(error: Any) -> bool:
+    """Whether a value is not of the kind that was tried, where another may have been meant."""
+    return str(error.get("type", "")).endswith(("_type", "_parsing"))

@@ -201,9 +201,10 @@ def _check(
             steps, len(data.train), config.batch_size, config.epochs,
         )  # fmt: skip
     if 0 < len(data.val) < ENOUGH:
+        instead = " in place of --val-data" if config.val_data else ""
         log.warning(
-            "the step whose adapter is kept is chosen by %d validation example%s, which is too few: --val-size 0 keeps "
-            "the last", len(data.val), "s" * (len(data.val) > 1),
+            "the step whose adapter is kept is chosen by %d validation example%s, which is too few: --val-size 0%s "
+            "keeps the last", len(data.val), "s" * (len(data.val) > 1), instead,
         )  # fmt: skip
     if config.value("model") == BUNDLED and config.lr is None and config.method == "sft":
         log.warning(
