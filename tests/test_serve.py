@@ -299,7 +299,7 @@ def test_whatever_is_too_long_for_the_context_has_openais_code(server, words, ne
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": []}]},
-            "'messages.0.content': List should have at",
+            "'messages.0.content' is empty: give at least one.",
         ),
     ],
 )
