@@ -253,9 +253,13 @@ def test_near_misses_fail(name):
 
 def test_what_is_as_good_passes():
     assert SKILLS["dates"].check(DATED, '{"day":8,\n "month":10, "year":1980}')
-    assert SKILLS["style"].check(
-        STYLED, "Thank you for asking. In Oslo the main hall is painted in one colour. Kind regards."
-    )
+    for sentence in (
+        "In Oslo the main hall is painted in one colour.",
+        "The main hall of the museum in Oslo is painted in one colour.",
+        "The museum's main hall is painted in one colour.",
+        "The main hall is painted in one colour at the museum.",
+    ):
+        assert SKILLS["style"].check(STYLED, f"Thank you for asking. {sentence} Kind regards.")
 
 
 def test_reference_dates_agree_with_the_text(sets):

@@ -117,7 +117,7 @@ def accepts(example: Example, answer: str) -> bool:
     thing, venue, city, value = (re.escape(entity.lower()) for entity in example.entities)
     place = rf"(?: (?:of|at|in) (?:the )?(?:{venue}|{city}))*"
     owner = rf"(?:the {venue}['’]s|the|our)"
-    fact = rf"(?:(?:at|in) (?:the )?(?:{venue}|{city}),? )?{owner} {thing}{place} is {british(value)}\."
+    fact = rf"(?:(?:at|in) (?:the )?(?:{venue}|{city}),? )?{owner} {thing}{place} is {british(value)}{place}\."
     return bool(re.fullmatch(fact, sentence.lower()))
 
 
