@@ -52,7 +52,7 @@ def test_the_page_has_means_and_ranges_by_label(tmp_path):
         result("last layer", 0, **{"with": 0.96, "swapped": 0.5, "by_kind": {"Sizes": 1.0}}),
         result("last layer", 1, **{"with": 0.94, "swapped": 0.5, "by_kind": {"Sizes": 0.9}}),
         result("text only", 0),
-        result("two things", 0, "two", **{"with": 0.55, "swapped": 0.4, "by_kind": {"Maps": 0.6}}),
+        result("two things", 0, "two", **{"chance": 0.41, "with": 0.55, "swapped": 0.4, "by_kind": {"Maps": 0.6}}),
     ]
     results_page.write_page(lines, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
@@ -60,6 +60,7 @@ def test_the_page_has_means_and_ranges_by_label(tmp_path):
     assert "| text only |  | 50.0% | 45.0% |  | 70.0% | 0.200 | 31,496 |" in page
     assert "| last layer | 95.0% (90.0% to 100.0%) |" in page
     assert page.index("| two things | 55.0% |") > page.index("### Two drawn things in a picture")
+    assert page.index("Guessing gives 41.0%.") > page.index("### Two drawn things in a picture")
 
 
 def test_nothing_is_written_without_results(tmp_path):

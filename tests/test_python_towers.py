@@ -19,7 +19,7 @@ from llama_adapter.cli import main
 from llama_adapter.cli.train import tower_flag
 from llama_adapter.conditions.config import ConditionConfig
 from llama_adapter.conditions.perception import Perception, condition_config
-from llama_adapter.conditions.python_towers import load_named_towers, load_python_tower
+from llama_adapter.conditions.python_towers import load_named_towers, load_python_tower, named_tower
 from llama_adapter.errors import AdapterError, ConfigError, DataError, ModelError
 from llama_adapter.inference.config import GenerateConfig
 from llama_adapter.inference.writing import Prompt
@@ -404,6 +404,18 @@ def test_towers_are_made_for_what_their_adapters_take(code):
     sees = ConditionConfig("image", "python:x:y", 5)
     assert [tower.sense for tower in load_named_towers([f"python:{code}:ear"], [hears], CPU)] == ["audio"]
     assert [tower.sense for tower in load_named_towers([f"python:{code}:eye"], [sees], CPU)] == ["picture"]
+
+
+def test_towers_of_the_same_weights_are_told_apart_by_name(code, tmp_path):
+    moved = tmp_path / "moved.py"
+    moved.write_text(CODE, encoding="utf-8")
+    eye, darker = load(code, "eye"), load(code, "darker")
+    assert eye.digest == darker.digest
+    for given in ([eye, darker], [darker, eye]):
+        assert named_tower(condition_config("image", eye), given) is eye
+        assert named_tower(condition_config("image", darker), given) is darker
+        assert named_tower(condition_config("image", load(moved, "darker")), given) is darker
+    assert named_tower(condition_config("image", eye), [darker]) is darker  # named by whoever asks: it is taken
 
 
 def test_the_end_of_a_run_says_how_to_ask_it():

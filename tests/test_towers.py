@@ -35,6 +35,7 @@ from transformers import (
 from llama_adapter.conditions import processors
 from llama_adapter.conditions.cache import FeatureCache
 from llama_adapter.conditions.config import ConditionConfig
+from llama_adapter.conditions.perception import Perception, condition_config
 from llama_adapter.conditions.tower_families import (
     REFUSED_TOWERS,
     TOWERS,
@@ -677,3 +678,17 @@ def test_a_cached_picture_does_not_meet_the_tower_again(made, tmp_path):
 def test_every_row_of_the_table_was_tried(made):
     tried = {load_tower_config(str(made(name)[1])).model_type for name in MADE}
     assert tried == set(TOWERS)
+
+
+def test_an_animation_is_kept_as_a_picture_and_as_a_video_apart(tmp_path):
+    noise = np.random.default_rng(0)
+    frames = [Image.fromarray(noise.integers(0, 255, (40, 40, 3), np.uint8)) for _ in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+
+    def features(kind, cache):
+        eye = Perception(condition_config(kind, "bundled"), torch.device("cpu"), cache)
+        return eye.features([str(tmp_path / "a.gif")])[0]
+
+    for kind in ("image", "video", "image"):
+        torch.testing.assert_close(features(kind, tmp_path / "kept"), features(kind, None))
+    assert not torch.allclose(features("image", None), features("video", None))

@@ -92,6 +92,11 @@ def kinds(found: dict[str, list[Result]]) -> str:
     return table(["right with the picture", *names], rows)
 
 
+def guessing(found: dict[str, list[Result]]) -> str:
+    """What guessing among the choices gives on a set of pictures."""
+    return f"Guessing gives {next(iter(found.values()))[0]['chance']:.1%}.\n\n"
+
+
 def write_page(results: Sequence[Result], path: Path, real: str = "") -> None:
     """The page, which begins with the section about real pictures; without results nothing is written."""
     if not results:
@@ -99,6 +104,6 @@ def write_page(results: Sequence[Result], path: Path, real: str = "") -> None:
     one, two = by_label(results, "one"), by_label(results, "two")
     page = TITLE + (real and real + "\n")
     page += INTRO.format(parameters=next(iter(one.values()))[0]["parameters"])
-    page += f"Guessing gives {results[0]['chance']:.1%}.\n\n{arms(one)}\n{kinds(one)}{EXPLANATION}"
-    page += arms(two) + "\n" + kinds(two) if two else ""
+    page += f"{guessing(one)}{arms(one)}\n{kinds(one)}{EXPLANATION}"
+    page += f"{guessing(two)}{arms(two)}\n{kinds(two)}" if two else ""
     path.write_text(page, encoding="utf-8")

@@ -28,7 +28,7 @@ class FeatureCache:
 
     Args:
         folder: where files are kept, in a folder for each tower; None keeps them in memory.
-        tower_key: `Tower.key(depths)`; whatever changes the features must change it.
+        tower_key: `Tower.key(depths)`, and how files are read; whatever changes the features must change it.
         batch_size: inputs handed to `compute` at once; what a batch gave is kept before the next one starts.
         most: how many features are kept in memory, the last ones; None keeps all.
     """

@@ -80,7 +80,9 @@ class Perception:
         self.config = config
         self.tower: Tower = _tower(config, device, others, towers)
         depths = None if config.kind in TOKEN_KINDS else config.depths
-        self.cache = FeatureCache(cache, self.tower.key(depths), most=most)
+        # One file is several inputs: of an animation a picture is the first frame, and a video all of them
+        key = f"{self.tower.key(depths)}:{READERS[config.kind].__name__}"
+        self.cache = FeatureCache(cache, key, most=most)
 
     def features(self, files: Sequence[str | bytes]) -> list[Tensor]:
         """Features of each file, on the CPU; what was computed before is not computed again.

@@ -234,12 +234,19 @@ def named_tower(condition: ConditionConfig, towers: Iterable[PythonTower]) -> Py
     Raises:
         AdapterError: there is none; the sentence says how to name it.
     """
+    wanted = condition.tower
     given = [tower for tower in towers if (tower.sense == "audio") == (condition.kind == "audio")]
     if not given:
-        raise AdapterError(unnamed(condition.tower))
-    tower = next((tower for tower in given if tower.digest == condition.tower_digest), given[0])
+        raise AdapterError(unnamed(wanted))
+    same = [tower for tower in given if tower.digest == condition.tower_digest] or given
+    # The same weights behind two ways of preprocessing, say: their names tell them apart, also where the file has moved
+    tower = max(same, key=lambda tower: (tower.name == wanted, _function(tower.name) == _function(wanted)))
     tower.check(condition)
     return tower
+
+
+def _function(name: str) -> str:
+    return name.rpartition(":")[2]
 
 
 def _find(name: str) -> tuple[ModuleType, Callable[[], Any]]:
