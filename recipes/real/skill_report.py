@@ -114,7 +114,19 @@ checker decides. `make evidence-real` runs what is missing and writes this part;
 [evidence/skills.jsonl](evidence/skills.jsonl). The runs are short ({plan[0].steps} steps of
 {plan[0].per_skill * len(SKILLS)}): they show how far each method gets in a few minutes, not where it ends.
 
+{_read_by(results)}
+
 {tables(results, plan)}"""
+
+
+def _read_by(results: list[Result]) -> str:
+    """Which checkers have read the answers."""
+    kept = sum("answers" in result for result in results)
+    return (
+        f"{kept} of {len(results)} trials keep their answers, and the checkers as they are have read them. The others "
+        "were read by an earlier checker of style that took more, a negated fact too; whatever was run again since had "
+        "the same shares under both."
+    )
 
 
 def tables(results: list[Result], plan: list[Trial]) -> str:
