@@ -279,6 +279,14 @@ def test_a_card_writes_a_whole_number_without_a_fraction(base, tmp_path):
     assert "val_size 2," in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_card_names_no_epochs_beside_the_steps_that_replace_them(base, tmp_path):
+    data = write_data(tmp_path / "data.json")
+    for steps, told in ((2, False), (None, True)):
+        folder = tmp_path / f"run-{steps}"
+        train(recipe(base, data, folder, max_steps=steps, epochs=3))
+        assert (", epochs 3" in (folder / "README.md").read_text()) == told
+
+
 def test_an_edited_card_survives_runs_and_an_unedited_one_is_renewed(base, tmp_path):
     data, card = write_data(tmp_path / "data.json"), tmp_path / "run" / "README.md"
     train(recipe(base, data, tmp_path / "run", max_steps=1))

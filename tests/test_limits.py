@@ -318,9 +318,10 @@ def test_a_device_may_be_a_string(base):
 
 
 def test_chat_s_image_command_is_named_as_it_is_typed(call, adapter):
-    _, _, err = call("chat", "-a", adapter, stdin="/image nofile\n")
-    assert "/image nofile does not exist" in err
+    _, _, err = call("chat", "-a", adapter, stdin="/image nofile\n/wat\n")
+    assert "/image needs an adapter that was trained with --condition" in err
     assert "--image" not in err
+    assert "known: /reset, /adapter, /help, /exit." in err
 
 
 def test_the_hub_s_retries_are_not_printed():

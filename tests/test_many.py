@@ -348,6 +348,8 @@ def bad_files(folder, base):
         "run 2: unknown key 'outptu_dir'; did you mean 'output_dir'?": {"runs": [entry(a), {"outptu_dir": str(b)}]},
         "run 2 (b): unknown key 'nmae'; did you mean 'name'?": {"runs": [entry(a), entry(b, nmae="x")]},
         "runs.yaml, beside 'runs': unknown key 'dta'; did you mean 'data'?": {"dta": "x"},
+        "unknown key 'foo'; known: model, data, val_data, val_size, template, ": {"foo": 1},
+        "push_to_hub.": {"foo": 1},
         "runs is []; it must be a list of recipes": {"runs": []},
         "runs is 'a.yaml'; it must be a list": {"runs": "a.yaml"},
         "run 1 is 'a.yaml'; it must be 'key: value' lines": {"runs": ["a.yaml"]},

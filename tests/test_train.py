@@ -290,6 +290,28 @@ def test_output_folder_of_another_run_is_refused_unless_asked(base, data, tmp_pa
     assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 1]
 
 
+def test_what_is_edited_in_a_runs_own_recipe_is_said_and_never_another_adapter(base, data, tmp_path, caplog):
+    train(recipe(base, data, tmp_path / "out", max_steps=2))
+    file = tmp_path / "out" / "recipe.yaml"
+    written = file.read_text()
+
+    def go_on(old="", new="", steps=3):
+        file.write_text(file.read_text().replace(old, new))
+        caplog.clear()
+        train(load_recipe(str(file), {"resume": True, "max_steps": steps}))
+        return [record.message for record in caplog.records if "was edited" in record.message]
+
+    assert go_on() == []
+    for old, new in (("adapter_len: 4", "adapter_len: 5"), ("gate_activation: null", "gate_activation: identity")):
+        assert old in written
+        with pytest.raises(TrainingError, match=r"recipe.yaml was edited: .* until step 3, which is another adapter"):
+            go_on(old, new, steps=4)
+        file.write_text(written)
+    (said,) = go_on("\nlr: 0.02", "\nlr: 0.01", steps=4)
+    assert "recipe.yaml was edited: lr is 0.01 and was 0.02 until step 3; the run goes on with the new" in said
+    assert go_on(steps=5) == []  # said once
+
+
 def test_a_folder_with_other_files_is_never_touched(base, data, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     for options in ({}, {"overwrite": True}, {"resume": True}):

@@ -99,7 +99,8 @@ class Conversation:
             return self._switch(argument.strip())
         if word == "/image":
             return self._show(argument.strip())
-        return unknown_name("command", word, ["/reset", "/adapter", "/image", "/help", "/exit"])
+        known = ["/reset", "/adapter", *(["/image"] if self._looks else []), "/help", "/exit"]
+        return unknown_name("command", word, known)
 
     @property
     def _looks(self) -> bool:

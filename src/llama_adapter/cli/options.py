@@ -159,11 +159,11 @@ def existing(files: Sequence[str], lookers: Collection[str], option: str = "--im
         DataError: a file does not exist.
     """
     files = [os.path.expanduser(file) for file in files]
+    if files and not lookers:  # whether the file is there does not matter then
+        raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     for file in files:
         if not os.path.exists(file):
             raise DataError(f"{option} {file} does not exist: check the path.")
-    if files and not lookers:
-        raise ConfigError(f"{option} needs an adapter that was trained with --condition: pass --adapter FOLDER.")
     return tuple(files)
 
 

@@ -27,6 +27,11 @@ def _wrapped(line: str, width: int) -> str:
     return "\n".join(textwrap.wrap(line, max(width, 20), subsequent_indent=after)) + "\n" * line.endswith("\n")
 
 
+def _places(parser: argparse.ArgumentParser) -> list[str]:
+    """What the arguments are called that are told by their place."""
+    return [str(action.metavar or action.dest) for action in parser._actions if not action.option_strings]
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses unknown flags with the nearest known one; exit code 2."""
 
@@ -38,7 +43,12 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             parser: Parser = getattr(parsed, "parser", self)
+            places = _places(parser)
+            if places and not unknown[0].startswith("-"):
+                parser.error(f"'{unknown[0]}' is one too many: {parser.prog} takes {' and '.join(places)} and no more")
             known = [flag for action in parser._actions for flag in action.option_strings]
+            if "--adapter" in known and not unknown[0].startswith("-"):
+                parser.error(f"unknown argument '{unknown[0]}'; for an adapter write --adapter {unknown[0]}")
             hint = _likely(unknown[0].split("=")[0], known) or f"see {parser.prog} --help"
             parser.error(f"unknown argument '{unknown[0]}'; {hint}")
         return parsed

@@ -41,6 +41,8 @@ def write_run_card(config: TrainConfig, result: Mapping[str, Any], learnt_from: 
     if best is not None:
         rows["validation loss"] = f"{best:.4f} at step {result['best_step']}, {before:.4f} before training"
     others = {field.name: field.default for field in fields(config)}
+    if config.max_steps is not None:  # which takes the place of the epochs that the recipe has
+        del others["epochs"]
     changed = [
         f"{name} {_shown(getattr(config, name))}"
         for name, default in others.items()

@@ -24,6 +24,7 @@ from llama_adapter.formats.push import open_repository
 from llama_adapter.training.agreement import check_agreed
 from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
+from llama_adapter.training.edited import tell_edited
 from llama_adapter.training.learner import Learner
 from llama_adapter.training.optimizer import build_optimizer
 from llama_adapter.training.perceive import condition_of, look, tower_of
@@ -124,6 +125,7 @@ def read_drafts(
                 folders[name].check_data(data.digest)
             if accelerator.is_main_process:
                 folders[name].check_length(config, data.steps_per_epoch(config))
+                tell_edited(folders[name], config)
             log.info("data: %s", ", ".join(f"{value} {key}" for key, value in data.report().items()))
             tower = tower_of(config, accelerator.device)
             condition = condition_of(config, data, tower)

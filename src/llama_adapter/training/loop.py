@@ -35,6 +35,7 @@ from llama_adapter.training.checkpoint import RunFolder, resumable
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.disjoint import by_kind, training_only
 from llama_adapter.training.draft import check_alike, naming, read_drafts, telling
+from llama_adapter.training.edited import remember
 from llama_adapter.training.fp8 import quantise_base, require_fp8
 from llama_adapter.training.learner import Learner, TrainResult
 from llama_adapter.training.loss import owners_losses, why_not_packed
@@ -140,6 +141,8 @@ def _train_together(
                 expert.config, model, expert.adapter, draft.start, expert.folder, expert.is_main
             )
             expert.restore()
+            if expert.is_main:
+                remember(expert.folder, expert.config)
     run = Run(experts, accelerator, model, again)
     with resumable(run.again):
         with compiler_errors():

@@ -134,7 +134,7 @@ def load_runs(path: str, resume: bool = False, overwrite: bool = False) -> Runs:
     for name in ("output_dir", "name"):
         if name in shared:
             raise ConfigError(f"{path}: {name} is each run's own: give it there, not beside 'runs'.")
-    _check_keys(f"{path}, beside 'runs'", shared, DEFAULTS)
+    _check_keys(f"{path}, beside 'runs'", shared, [key for key in DEFAULTS if key != "output_dir"])
     recipes: dict[str, TrainConfig] = {}
     for number, own in enumerate(runs, start=1):
         name, config = _recipe(f"{path}, run {number}{_called(own)}", shared, own)
@@ -180,7 +180,8 @@ def _check_keys(source: str, values: Mapping[Any, Any], known: Collection[str]) 
     Raises:
         ConfigError: naming those that are unknown.
     """
-    if wrong := unknown_keys(values, known):
+    offered = [key for key in known if key not in OF_FLAGS]
+    if wrong := unknown_keys([key for key in values if key not in OF_FLAGS], offered):
         raise ConfigError("; ".join(f"{source}: {sentence}" for sentence in wrong))
 
 
