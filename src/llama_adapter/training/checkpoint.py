@@ -228,7 +228,7 @@ class RunFolder:
             if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
                 card.unlink()
             pictures = ("loss.png", "gates.png", "rewards.png")
-            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", *pictures, "recipe.yaml"):
+            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "settings.json", *pictures, "recipe.yaml"):
                 (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:

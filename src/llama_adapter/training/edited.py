@@ -22,14 +22,13 @@ OF_ADAPTER = (SHARED | FROM_CONDITION.keys() | {"condition", "method"}) - {"towe
 
 
 def remember(folder: RunFolder, config: TrainConfig) -> None:
-    """Note the settings of a run that begins or goes on, beside its checkpoint, where nobody edits them.
+    """Note the settings of a run that begins or goes on, beside its recipe, which its owner may edit.
 
     Raises:
         AdapterError: the folder cannot be written.
     """
-    with writing(folder.last):
-        folder.last.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.last / SETTINGS_FILE, json.dumps(_settings(config), indent=1).encode())
+    with writing(folder.path):
+        write_atomically(folder.path / SETTINGS_FILE, json.dumps(_settings(config), indent=1).encode())
 
 
 def tell_edited(folder: RunFolder, config: TrainConfig) -> None:
@@ -40,7 +39,7 @@ def tell_edited(folder: RunFolder, config: TrainConfig) -> None:
     """
     done = folder.finished_steps() if config.resume else 0
     try:
-        before = json.loads((folder.last / SETTINGS_FILE).read_bytes()) if done else {}
+        before = json.loads((folder.path / SETTINGS_FILE).read_bytes()) if done else {}
     except (OSError, ValueError):  # of a run that is older than this file
         return
     changed = {
