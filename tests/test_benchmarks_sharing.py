@@ -124,9 +124,10 @@ def test_what_was_held_at_most_is_seen_after_it_was_given_back():
 @pytest.mark.slow
 def test_a_second_model_is_in_the_memory_of_preferences(tmp_path, capsys):
     pytest.importorskip("trl")
-    preferences.main(["--shape", "tiny", "--steps", "1", "--json", str(tmp_path / "x.json")])
+    # what TRL's imports and the allocator hold differs by some 30 MB from run to run: the base has 510
+    preferences.main(["--shape", "small", "--steps", "1", "--json", str(tmp_path / "x.json")])
     ours, second, same = json.loads((tmp_path / "x.json").read_text())["preferences"]["rows"]
     assert (ours["name"], second["name"], same["name"]) == tuple(preferences.ROWS)
-    assert second["added"] > same["added"] + 20, "the base has 32 MB"
-    assert second["added"] > ours["added"] + 20
+    assert second["of_the_base"] > same["of_the_base"] + 0.7
+    assert second["of_the_base"] > ours["of_the_base"] + 0.7
     assert "against the first" in capsys.readouterr().out
