@@ -18,7 +18,7 @@ from llama_adapter import __version__
 from llama_adapter.cli import main
 from llama_adapter.cli.options import name_adapters
 from llama_adapter.errors import Interrupted
-from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.files import whole_lines
 from llama_adapter.training.config import load_recipe
 
 COMMANDS = [
@@ -412,7 +412,7 @@ def test_a_run_by_flags_from_end_to_end(call, base, data, tmp_path):
     config = load_recipe(str(tmp_path / "out" / "recipe.yaml"), {})
     wanted = {"adapter_len": 4, "adapter_layers": 2, "max_steps": 2, "batch_size": 8, "val_size": 4, "lr": 0.05}
     assert {key: getattr(config, key) for key in wanted} == wanted
-    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in line] == [1, 2]
+    assert [line["step"] for line in whole_lines(tmp_path / "out" / "metrics.jsonl") if "loss" in line] == [1, 2]
     shown = json.loads(call("inspect", tmp_path / "out" / "last", "--json").out)
     assert all(layer["max"] > 0 for layer in shown["layers"])
     answer = json.loads(call("generate", "-a", tmp_path / "out" / "last", "--json", *GREEDY, "Repeat").out)

@@ -15,6 +15,7 @@ from tiny import open_gates, tiny_llama
 
 from llama_adapter import AdapterConfig, add_adapter, use_adapter
 from llama_adapter.errors import DataError, ModelError
+from llama_adapter.files import append_line, whole_lines
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "pictures"
 sys.path.insert(0, str(FOLDER))
@@ -217,9 +218,9 @@ def test_the_encoder_has_seven_depths():
 def test_a_cut_off_line_is_left_out_and_ended(tmp_path):
     path = tmp_path / "figures.jsonl"
     path.write_text('{"label": "a"}\n{"label": "b", "sett', encoding="utf-8")
-    assert evidence.kept(path) == [{"label": "a"}]
-    evidence.append(path, {"label": "c"})
-    assert evidence.kept(path) == [{"label": "a"}, {"label": "c"}]
+    assert whole_lines(path) == [{"label": "a"}]
+    append_line(path, {"label": "c"})
+    assert whole_lines(path) == [{"label": "a"}, {"label": "c"}]
 
 
 def test_other_pictures_of_the_same_name_get_features_of_their_own(tmp_path, monkeypatch):

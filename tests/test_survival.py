@@ -16,10 +16,10 @@ from runs import recipe
 from safetensors.torch import load_file, save
 
 from llama_adapter.errors import NotWrittenError, TrainingError
-from llama_adapter.files import Lock, append, is_leftover, write_atomically
+from llama_adapter.files import Lock, append, is_leftover, whole_lines, write_atomically
 from llama_adapter.formats.native import WEIGHTS_FILE
 from llama_adapter.training import agreement, loop, owner
-from llama_adapter.training.checkpoint import Progress, RunFolder, read_metrics
+from llama_adapter.training.checkpoint import Progress, RunFolder
 from llama_adapter.training.journal import JOURNAL_FILES, Journal
 from llama_adapter.training.loop import Run, train
 
@@ -187,7 +187,7 @@ def test_a_launcher_that_starts_again_goes_on_with_its_own_run_alone(base, data,
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert owner.restarted(replace(settings, overwrite=True)) == replace(settings, resume=True)
     train(settings)
-    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 2]
+    assert [line["step"] for line in whole_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 2]
     monkeypatch.setattr(os, "getppid", lambda: -1)  # another launcher
     assert owner.restarted(settings) == settings
     with pytest.raises(TrainingError, match="already holds a run"):

@@ -20,7 +20,8 @@ from llama_adapter import add_adapter, load_adapter, use_adapter
 from llama_adapter.base import load_base
 from llama_adapter.data.batches import collate, global_batch, micro_batches, response_tokens
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
-from llama_adapter.training.checkpoint import RunFolder, read_metrics
+from llama_adapter.files import whole_lines
+from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.loss import owners_losses, response_loss
@@ -121,9 +122,7 @@ def test_two_processes_end_where_one_does(base, data, tmp_path, parts):
     assert "on 2 x cpu" in done.stderr
     assert done.stdout.count("adapter in") == 1
     assert_close(last(tmp_path / "one"), last(tmp_path / "two"), atol=1e-5)
-    assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == len(
-        read_metrics(tmp_path / "one" / "metrics.jsonl")
-    )
+    assert len(whole_lines(tmp_path / "two" / "metrics.jsonl")) == len(whole_lines(tmp_path / "one" / "metrics.jsonl"))
 
 
 KILLED_RUN = """
@@ -156,7 +155,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(base, data, tmp_path,
     train(recipe(base, data, tmp_path / "killed", resume=True))
     assert_equal(last(tmp_path / "whole"), last(tmp_path / "killed"))
     assert_equal(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "killed" / WEIGHTS))
-    both = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
+    both = [whole_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
     timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines] for lines in both]
     assert timeless[0] == timeless[1]
 
@@ -287,7 +286,7 @@ def test_output_folder_of_another_run_is_refused_unless_asked(base, data, tmp_pa
         train(recipe(base, data, tmp_path / "out", max_steps=1, lr=0.5, resume=True))
     train(recipe(base, data, tmp_path / "out", max_steps=1, lr=0.5, overwrite=True))
     assert load_recipe(str(tmp_path / "out" / "recipe.yaml"), {}).lr == 0.5
-    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 1]
+    assert [line["step"] for line in whole_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 1]
 
 
 def test_what_is_edited_in_a_runs_own_recipe_is_said_and_never_another_adapter(base, data, tmp_path, caplog):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from llama_adapter import get_adapter
 from llama_adapter.evaluation.scienceqa.answers import answer_questions, choose_letters
 from llama_adapter.evaluation.scienceqa.questions import WORDS, Question, read_scienceqa
 from llama_adapter.evaluation.scienceqa.scores import RULES
+from llama_adapter.files import append_line, whole_lines
 from llama_adapter.inference.session import Session, load_session
 from llama_adapter.training import draft
 from llama_adapter.training.config import load_recipe
@@ -165,25 +165,7 @@ def digest() -> str:
 
 def results() -> list[dict[str, Any]]:
     """Figures about base, tower and recipe as they are now."""
-    return [line for line in kept(RESULTS) if line["digest"] == digest()]
-
-
-def kept(path: Path) -> list[dict[str, Any]]:
-    """The figures in a file; a line that a crash cut off is left out, so that its trial runs again."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to the figures; one that an earlier crash cut off is ended first."""
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + json.dumps(line) + "\n")
+    return [line for line in whole_lines(RESULTS) if line["digest"] == digest()]
 
 
 def write_pages() -> None:
@@ -191,7 +173,7 @@ def write_pages() -> None:
     labels = list(dict.fromkeys(trial.label for trial in trials()))
     found = [line for line in results() if line["label"] in labels]
     drawn = sorted(found, key=lambda line: labels.index(line["label"]))
-    write_page(drawn, ROOT / "docs" / "pictures.md", section(kept(REAL)))
+    write_page(drawn, ROOT / "docs" / "pictures.md", section(whole_lines(REAL)))
 
 
 def main() -> None:
@@ -206,7 +188,7 @@ def main() -> None:
         if trial.key() in [line["settings"] for line in results()]:
             continue
         line = {"digest": digest(), "label": trial.label, "settings": trial.key(), **run(trial)}
-        append(RESULTS, line)
+        append_line(RESULTS, line)
         print(trial.label, trial.seed, {key: line[key] for key in ("with", "blind", "text") if key in line}, flush=True)
     write_pages()
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from clothes import DEBIAN, PictureSet, every_question, fashion_sets, topic_sets
 from evidence import REAL as RESULTS
-from evidence import append, kept, write_pages
+from evidence import write_pages
 from known import known
 from real_plan import SEEDS, trials
 from real_trial import WORDINGS, Features, Trial, probe, run
@@ -34,6 +34,7 @@ from top_layers import TopLayers
 from llama_adapter.base import load_base, load_tokenizer
 from llama_adapter.conditions.python_towers import PythonTower, load_python_tower
 from llama_adapter.errors import LlamaAdapterError, ModelError
+from llama_adapter.files import append_line, whole_lines
 from llama_adapter.progress import progress_bar
 
 HERE = Path(__file__).resolve().parent
@@ -93,12 +94,12 @@ def encode(pictures: PictureSet, tower: PythonTower) -> dict[str, torch.Tensor]:
 
 def results() -> list[dict[str, Any]]:
     """What has been measured."""
-    return kept(RESULTS)
+    return whole_lines(RESULTS)
 
 
 def keep(line: dict[str, Any]) -> None:
     """Add a line to the figures."""
-    append(RESULTS, line)
+    append_line(RESULTS, line)
     print(json.dumps({key: value for key, value in line.items() if key != "settings"}), flush=True)
 
 

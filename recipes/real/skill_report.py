@@ -124,8 +124,8 @@ def _read_by(results: list[Result]) -> str:
     kept = sum("answers" in result for result in results)
     return (
         f"{kept} of {len(results)} trials keep their answers, and the checkers as they are have read them. The others "
-        "were read by an earlier checker of style that took more, a negated fact too; whatever was run again since had "
-        "the same shares under both."
+        "were read by an earlier checker of style that took more, a negated fact too; LoRA and the best recipe, run "
+        "again on one seed, had the same shares under both."
     )
 
 

@@ -14,7 +14,6 @@ keeps results elsewhere; the page is made of docs/evidence alone.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.evaluation.demo import smollm2
+from llama_adapter.files import append_line, whole_lines
 
 FOLDER = RECIPES.parent / "docs" / "evidence"
 ROOM = 50_000_000
@@ -91,11 +91,7 @@ def load(results: Path, data: Path | None = None) -> list[dict[str, Any]]:
     A line that a crash cut off is left out. Questions of ScienceQA are held against `data`, where it is given.
     """
     found = []
-    for text in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in whole_lines(results):
         trial = Trial.asked_in(line["settings"])
         if Science.name in trial.skills and not data:
             found.append(line)
@@ -133,9 +129,7 @@ def run_missing(wanted: list[Trial], results: Path, args: argparse.Namespace) ->
 def keep(results: Path, trial: Trial, figures: dict[str, Any], data: Path | None = None) -> None:
     """Append a result; a line that an earlier crash cut off is ended first."""
     line = {"digest": trial.digest(data), "settings": trial.key(), "when": time.strftime("%Y-%m-%d"), **figures}
-    cut_off = results.exists() and not results.read_bytes().endswith(b"\n") and results.stat().st_size > 0
-    with results.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + json.dumps(line) + "\n")
+    append_line(results, line)
     shares = " ".join(f"{split} {line[split]['all']:.1%}" for split in ("heldout_entities", "heldout_wordings"))
     tqdm.write(
         f"{trial.group:<8} {trial.label:<36} lr {trial.lr:g} seed {trial.seed}: loss {line['val_loss'][-1][1]:.4f} "

@@ -1,13 +1,15 @@
 """Files written so that no reader, and no crash, ever meets half of one; locks; and pointers that stand for files."""
 
 import errno
+import json
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llama_adapter.errors import NotWrittenError
 
@@ -159,3 +161,20 @@ def is_lfs_pointer(path: Path) -> bool:
             return file.read(23) == b"version https://git-lfs"
     except OSError:
         return False
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, none where it is not there; a line that a kill cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add an object to a file of JSON lines; a line that a kill cut off is ended first."""
+    cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    append(path, ("\n" * cut_off + json.dumps(values) + "\n").encode())

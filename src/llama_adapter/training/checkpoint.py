@@ -37,7 +37,7 @@ from torch import nn
 from llama_adapter.base import first_sentence
 from llama_adapter.core.routing import Adapter
 from llama_adapter.errors import NotWrittenError, TrainingError
-from llama_adapter.files import append, is_full, is_leftover, write_atomically, writing
+from llama_adapter.files import append, is_full, is_leftover, whole_lines, write_atomically, writing
 from llama_adapter.formats.card import CARD_FILE, is_unedited
 from llama_adapter.formats.native import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from llama_adapter.training.config import TrainConfig, read_recipe
@@ -46,6 +46,7 @@ from llama_adapter.training.owner import LOCK_FILE, Owner
 
 log = logging.getLogger(__name__)
 STATE_FILE = "training_state.safetensors"
+SETTINGS_FILE = "settings.json"
 MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "trackers", "eval_every", "save_every",
     "micro_batch_size", "gradient_checkpointing", "packing", "tensor_parallel", "feature_cache", "push_to_hub",
@@ -228,7 +229,7 @@ class RunFolder:
             if card.is_file() and is_unedited(card.read_text(encoding="utf-8", errors="replace")):
                 card.unlink()
             pictures = ("loss.png", "gates.png", "rewards.png")
-            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", "settings.json", *pictures, "recipe.yaml"):
+            for name in (WEIGHTS_FILE, CONFIG_FILE, "metrics.jsonl", SETTINGS_FILE, *pictures, "recipe.yaml"):
                 (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, config: TrainConfig) -> None:
@@ -354,7 +355,7 @@ class RunFolder:
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a line cut short by a kill is left out."""
-        return read_metrics(self.metrics)
+        return whole_lines(self.metrics)
 
     def _cut_metrics(self, step: int) -> None:
         if self.metrics.exists():
@@ -387,14 +388,3 @@ def is_lost(error: RuntimeError) -> bool:
     """Whether it is what the processes that are left raise when one of them dies."""
     lost = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
     return lost or re.search("gloo|Connection (closed|reset)|Broken pipe", str(error)) is not None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the write that a kill cut short; it is the last one
-    return lines

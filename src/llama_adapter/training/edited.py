@@ -9,12 +9,11 @@ from typing import Any
 from llama_adapter.errors import TrainingError
 from llama_adapter.files import write_atomically, writing
 from llama_adapter.settings import shown
-from llama_adapter.training.checkpoint import MAY_CHANGE, RunFolder
+from llama_adapter.training.checkpoint import MAY_CHANGE, SETTINGS_FILE, RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.start import FROM_CONDITION, SHARED
 
 log = logging.getLogger(__name__)
-SETTINGS_FILE = "settings.json"
 MAY_MOVE = {"data", "val_data", "init_from"}
 """Paths that may have moved: a state knows its data by their content, and a run that has begun has its start itself."""
 OF_ADAPTER = (SHARED | FROM_CONDITION.keys() | {"condition", "method"}) - {"tower"}
