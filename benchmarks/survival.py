@@ -31,9 +31,10 @@ import torch
 from safetensors.torch import load_file
 
 from llama_adapter.errors import LlamaAdapterError, NotWrittenError
+from llama_adapter.files import whole_lines
 from llama_adapter.formats.native import read_config
 from llama_adapter.training import journal
-from llama_adapter.training.checkpoint import RunFolder, read_metrics
+from llama_adapter.training.checkpoint import RunFolder
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.journal import JOURNAL_FILES
 from llama_adapter.training.loop import train
@@ -159,7 +160,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
 def lost_steps(folder: RunFolder) -> int:
     """Steps that were finished and are not kept, besides the one that was being finished when the run ended."""
-    done = max((line["step"] for line in read_metrics(folder.metrics)), default=0)
+    done = max((line["step"] for line in whole_lines(folder.metrics)), default=0)
     return max(0, done - folder.finished_steps() - 1)
 
 
@@ -195,7 +196,7 @@ def same_end(one: Path, other: Path) -> list[str]:
     lines = [
         [
             {key: value for key, value in line.items() if key != "seconds"}
-            for line in read_metrics(folder / "metrics.jsonl")
+            for line in whole_lines(folder / "metrics.jsonl")
         ]
         for folder in (one, other)
     ]

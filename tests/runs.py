@@ -93,7 +93,7 @@ def assert_same_run(mine: Path, single: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from llama_adapter.training.checkpoint import read_metrics
+    from llama_adapter.files import whole_lines
 
     for part in ("", "last"):
         found, expected = (
@@ -103,7 +103,7 @@ def assert_same_run(mine: Path, single: Path) -> None:
         assert found.keys() == expected.keys()
         for key in found:
             torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=0, msg=f"{mine.name} {part} {key}")
-    lines = [read_metrics(folder / "metrics.jsonl") for folder in (mine, single)]
+    lines = [whole_lines(folder / "metrics.jsonl") for folder in (mine, single)]
     assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
     for found, expected in zip(*lines, strict=True):
         for key in found.keys() - {"seconds"}:

@@ -22,7 +22,7 @@ from llama_adapter.core.families import FAMILIES
 from llama_adapter.data import IGNORE, Encoded
 from llama_adapter.data.batches import collate, micro_batches
 from llama_adapter.errors import ConfigError, Interrupted, TrainingError
-from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.files import whole_lines
 from llama_adapter.training.config import TrainConfig
 from llama_adapter.training.draft import naming
 from llama_adapter.training.loop import Run, train
@@ -480,7 +480,7 @@ def test_overwrite_starts_all_anew(base, data, tmp_path, fail, capsys):
     assert "a: " in (found := fail("train-many", file))
     assert "already holds a run: pass --resume" in found
     main(["train-many", str(file), "--overwrite"])
-    assert [line["step"] for line in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [0, 1, 1]
+    assert [line["step"] for line in whole_lines(tmp_path / "a" / "metrics.jsonl")] == [0, 1, 1]
 
 
 def test_a_run_may_go_on_from_an_adapter_and_log_to_tensorboard(base, alone, tmp_path):

@@ -22,7 +22,7 @@ from llama_adapter.data.batches import collate
 from llama_adapter.data.encode import encode_records, texts_of
 from llama_adapter.data.pairs import parse_pair
 from llama_adapter.errors import ConfigError, DataError
-from llama_adapter.training.checkpoint import read_metrics
+from llama_adapter.files import whole_lines
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import Run, train
 from llama_adapter.training.objective import Preferences
@@ -271,7 +271,7 @@ def test_a_run_prefers_chosen_answers_and_keeps_the_best(base, data, tmp_path):
     result = train(recipe(base, data, tmp_path / "out", method="dpo", epochs=5.0, beta=0.5, lr=0.3))
     assert result.base_val_loss == pytest.approx(math.log(2), abs=1e-6)
     assert result.best_val_loss < result.base_val_loss - 0.1
-    lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    lines = whole_lines(tmp_path / "out" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert steps[-1]["rewards/margins"] == pytest.approx(
         steps[-1]["rewards/chosen"] - steps[-1]["rewards/rejected"], abs=1e-4
@@ -344,7 +344,7 @@ def test_two_processes_end_where_one_does(base, data, tmp_path):
     assert done.returncode == 0, done.stderr
     for key, tensor in last(tmp_path / "one").items():
         torch.testing.assert_close(last(tmp_path / "two")[key], tensor, atol=1e-5, rtol=1e-5)
-    both = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    both = [whole_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     for one, two in zip(*both, strict=True):
         for key in one.keys() - {"seconds"}:
             assert two[key] == pytest.approx(one[key], abs=1e-4), key

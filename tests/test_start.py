@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from llama_adapter.core.config import AdapterConfig
 from llama_adapter.errors import AdapterError, ConfigError, MissingExtraError, TrainingError
+from llama_adapter.files import whole_lines
 from llama_adapter.training import loop, start
-from llama_adapter.training.checkpoint import read_metrics
 from llama_adapter.training.config import TrainConfig, load_recipe
 from llama_adapter.training.loop import train
 from llama_adapter.training.optimizer import learning_rate
@@ -57,7 +57,7 @@ def test_a_run_that_went_on_from_an_adapter_resumes_without_it(finished, base, d
     shutil.rmtree(source)
     train(recipe(None, data, tmp_path / "cut", **changes, resume=True))
     assert load_recipe(str(tmp_path / "cut" / "recipe.yaml"), {}).adapter_len == 3
-    steps = [line["step"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if "loss" in line]
+    steps = [line["step"] for line in whole_lines(tmp_path / "cut" / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3]
 
 
@@ -135,7 +135,7 @@ def test_a_finished_run_goes_on_at_the_rates_of_the_longer_one(base, data, tmp_p
     first, longer = recipe(base, data, tmp_path / "out", epochs=1.0), recipe(base, data, tmp_path / "out", epochs=2.0)
     train(first)
     train(dataclasses.replace(longer, resume=True))
-    steps = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "lr" in line]
+    steps = [line for line in whole_lines(tmp_path / "out" / "metrics.jsonl") if "lr" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in steps] == pytest.approx(
         [learning_rate(first, step, 3) for step in range(3)] + [learning_rate(longer, step, 6) for step in range(3, 6)]
