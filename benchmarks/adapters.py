@@ -5,7 +5,7 @@
 Before anything is timed, rows of a mixed batch must get what they get when their adapter serves the whole batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,12 @@ def show(found: Sequence[dict[str, Any]], setting: Setting, parity: float) -> st
     return harness.table(title, head, rows) + f"\nMixed and separate batches agree to {parity:.1g}.\n"
 
 
+def against(timings: Mapping[str, harness.Timing], name: str) -> dict[str, float] | None:
+    """How many times as long a row took as one adapter did, in batches that change or in those that do not."""
+    one = timings.get(f"{title_of(1)}, {CHANGING}" if CHANGING in name else title_of(1))
+    return harness.ratios(timings[name], one) if one else None
+
+
 def parse(arguments: Sequence[str] | None) -> Any:
     """The options."""
     parser = harness.parser(__doc__.splitlines()[0])
@@ -140,14 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in (title_of(1), title_of(counts[-1]))
     ]
     timings = harness.interleave(turn_takers, options.turns, options.warmup, setting.device, setting.budget)
-    tokens, one = options.rows * options.new_tokens, timings.get(title_of(1))
-    one_changing = timings.get(f"{title_of(1)}, {CHANGING}")
+    tokens = options.rows * options.new_tokens
     rows = [
         {
             "name": name,
             "failure": timing.failure,
             "tokens_per_second": harness.spread([tokens / s for s in timing.seconds]) if timing.seconds else None,
-            "time_against_one": harness.ratios(timing, one_changing if CHANGING in name else one) if one else None,
+            "time_against_one": against(timings, name),
             "seconds": timing.seconds,
             "peak_bytes": timing.peak_bytes,
         }

@@ -58,7 +58,8 @@ def regroup(batches: Sequence[Sequence[Encoded]], micro_batch_size: int, seed: i
     """
     pool = sorted((e for batch in batches for e in batch), key=lambda e: len(e.input_ids), reverse=True)
     whole, rest = divmod(len(batches[0]), micro_batch_size)
-    generator, arranged, start = np.random.default_rng(seed), [[] for _ in batches], 0
+    generator, start = np.random.default_rng(seed), 0
+    arranged: list[list[Encoded]] = [[] for _ in batches]
     for size in [micro_batch_size] * whole + [rest] * (rest > 0):
         for batch, place in zip(arranged, generator.permutation(len(batches)), strict=True):
             batch += pool[start + place * size : start + (place + 1) * size]

@@ -43,12 +43,15 @@ from llama_adapter.training.packing import PackedRow
 from llama_adapter.training.prepare import Prepared, prepare
 
 RECORDS = Path(__file__).parents[1] / "src" / "llama_adapter" / "bundled" / "instructions.json"
-CPU_TIMES = slice(4)
-"""Of `os.times`: this process's and its ended children's, user and system."""
 BUNDLED = "bundled"
 ONE, SINGLY, MANY, IN_TURN = "1 expert", "single steps", "one run", "one after the other"
 LONG = 10**6
 """Steps of a run that no benchmark comes to the end of: the rate stays that of a warm-up."""
+
+
+def cpu_seconds() -> float:
+    """Of this process and its ended children, user and system."""
+    return float(sum(os.times()[:4]))
 
 
 class Clock:
@@ -62,9 +65,9 @@ class Clock:
         taken = self.seconds[name] = []
 
         def timed(turn: int) -> None:
-            before = sum(os.times()[CPU_TIMES])
+            before = cpu_seconds()
             step(turn)
-            taken.append(sum(os.times()[CPU_TIMES]) - before)
+            taken.append(cpu_seconds() - before)
 
         return Contender(name, timed)
 

@@ -57,6 +57,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def measure(name: str, config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """One row: bytes of the weights, peak memory of the run on a GPU, and losses before and after."""
+    assert config.model is not None
     model = load_base(config.model, device, config.precision, config.quantization)
     size = weight_bytes(model)
     del model

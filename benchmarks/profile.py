@@ -139,13 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time a step, count its work, take it apart."""
     setting = Setting.of(parse(arguments))
     options, device = setting.options, setting.device
-    examples = global_batches(1, options.batch_size, setting.shape.vocab, options.seed)[0]
+    batches = global_batches(1, options.batch_size, setting.shape.vocab, options.seed)
     rows = methods(setting)
     method = next((row for row in rows if row.name == options.row), None)
     if method is None:
         raise BenchmarkError(f"No row is called '{options.row}': choose one of {', '.join(row.name for row in rows)}.")
-    choose_micro_batches(rows, [examples], setting)
-    examples = method.arrange([examples])[0]
+    choose_micro_batches(rows, batches, setting)
+    examples = method.arrange(batches)[0]
     contender = harness.Contender(method.name, lambda _: method.step(examples, device))
     timing = harness.interleave([contender], options.turns, options.warmup, device, setting.budget)[method.name]
     if not timing.seconds:

@@ -52,7 +52,8 @@ def read_once(folder: str, batch_size: int, encode_every: int) -> dict[str, floa
     began = time.perf_counter()
     config = TrainConfig(data=(folder,), streaming=True, max_steps=2**30, batch_size=batch_size, val_size=256)
     data = prepare(config, load_tokenizer("bundled"), Limits.of(load_config("bundled")))
-    feed = data.feed(config)
+    feed = data.streamed
+    assert feed is not None  # as it is asked for above
     feed.batch(0)
     first = time.perf_counter() - began
     step, early = 1, 0.0

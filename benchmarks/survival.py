@@ -206,7 +206,8 @@ def same_end(one: Path, other: Path) -> list[str]:
 def soak(config: TrainConfig, whole: Path, kills: int, processes: int, log: Path) -> dict[str, Any]:
     """Kill a run so often, each time go on with it, and compare its end with that of `whole`."""
     folder = RunFolder(config.output_dir)
-    took, lost, done, ends = 0.0, [], 0, 0
+    took, done, ends = 0.0, 0, 0
+    lost: list[int] = []
     while done < kills:
         if folder.path.exists() and folder.finished_steps() >= (config.max_steps or 0):
             ends += 1  # it came to its end before it was killed often enough: once more from the beginning
